@@ -1,0 +1,122 @@
+"""Results of benchmarks: JSON rows that say where, when and with what they were measured.
+
+A benchmark makes one `Report`, adds rows (plain dictionaries) as they are measured, and finishes it. With `--json` each row goes to
+stdout at once, otherwise a table is printed at the end; `--out` appends the rows to a file. This file does not know what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import jaxinfer
+
+STAMP = ("device", "device_count", "host", "jax", "jaxinfer", "commit", "date", "command")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, `--out` and `--repeat`."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="one JSON object per row on stdout")
+    group.add_argument("--out", type=Path, metavar="FILE", help="append the rows as JSON lines to a file too")
+    group.add_argument("--repeat", type=int, default=3, metavar="N", help="measurements of each row; the median counts [3]")
+
+
+def stamp() -> dict[str, Any]:
+    """What a figure means nothing without: device, versions, commit, date, command. Starts jax's backend."""
+    import jax
+
+    from jaxinfer import devices
+
+    first = jax.devices()[0]
+    values = (
+        devices.label(first), jax.device_count(), host(), version("jax"), jaxinfer.__version__, commit(),
+        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "jaxinfer " + " ".join(sys.argv[1:]),
+    )  # fmt: skip
+    return dict(zip(STAMP, values, strict=True))
+
+
+def host() -> str:
+    """The processor and how many of its cores may be used."""
+    return f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def commit() -> str | None:
+    """The commit of the source tree, with "-dirty" if files differ from it; None outside of one."""
+    folder = Path(jaxinfer.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=folder, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+class Report:
+    """Rows of one benchmark run; a context manager that prints the table when it is left without an error."""
+
+    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
+        self.stamp = {"benchmark": benchmark, **stamp()}
+        self.rows: list[dict[str, Any]] = []
+        self._json: bool = args.json
+        self._out: Path | None = args.out
+
+    def add(self, **row: Any) -> None:
+        """Take one row and write it where rows go."""
+        self.rows.append(row)
+        line = json.dumps(row | self.stamp, ensure_ascii=False)
+        if self._json:
+            print(line, flush=True)
+        if self._out is not None:
+            with self._out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and not self._json:
+            print(", ".join(f"{name} {self.stamp[name]}" for name in ("device", "host", "jax", "commit", "date")))
+            print(table(self.rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as aligned columns; rows with the same keys share a heading."""
+    lines: list[str] = []
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(name for name, value in row.items() if not isinstance(value, list)), []).append(row)
+    for names, members in groups.items():
+        cells = [list(names), *([_cell(row[name]) for name in names] for row in members)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+        lines += ["", *("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)]
+    return "\n".join(lines[1:])
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Repeated seconds as fields of a row: the median and all of them."""
+    return {"seconds": median(values), "runs": [round(value, 6) for value in values]}
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

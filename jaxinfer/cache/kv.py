@@ -1,0 +1,39 @@
+"""The pool of KV pages on the devices: one array per layer, in the layout that the attention op names.
+
+The model describes the arrays (`Graph.kv_specs`), the op alone knows what their dimensions mean; this file holds the pool's size and
+makes the arrays. With a data axis every replica has pages of its own: the page dimension is all replicas' pages, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from jaxinfer.sharding import ArraySpec, Rules, zeros
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """Size of the pool. `pages` counts per data replica and includes the guard page."""
+
+    pages: int
+    page_size: int
+    replicas: int = 1
+
+    @property
+    def all_pages(self) -> int:
+        """Pages of all replicas, guard pages included: the arrays' page dimension."""
+        return self.pages * self.replicas
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all replicas hold together, guard pages not counted."""
+        return (self.pages - 1) * self.page_size * self.replicas
+
+
+def allocate(specs: Sequence[ArraySpec], mesh: Mesh, rules: Rules) -> tuple[Array, ...]:
+    """The pool of every layer, filled with zeros, each device making its own part."""
+    return tuple(zeros(spec, mesh, rules) for spec in specs)

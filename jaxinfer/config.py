@@ -1,0 +1,223 @@
+"""Every setting of the project, as frozen dataclasses that check themselves; the command line is derived from them.
+
+A field's `help` is its documentation, its flag is its name with dashes (`max_model_len` -> `--max-model-len`), its parser follows
+from its type. The environment is read in this file alone: `JAXINFER_LOG` (log level), `JAXINFER_CACHE_DIR` (compiled programs,
+tuned sizes) and `JAXINFER_API_KEY` (twin of `--api-key`, so that a key need not stand in a process list).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class MeshShape(NamedTuple):
+    """Devices along each mesh axis: `data` replicas of the batch, `tensor` shards of weights and KV heads."""
+
+    data: int = 1
+    tensor: int = 1
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.data * self.tensor
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says what, why and what to do."""
+
+
+def cache_dir() -> Path:
+    """Where compiled programs and tuned sizes are kept: `JAXINFER_CACHE_DIR`, by default `~/.cache/jaxinfer`."""
+    return Path(os.environ.get("JAXINFER_CACHE_DIR") or Path.home() / ".cache" / "jaxinfer")
+
+
+def log_level() -> str:
+    """The log level: `JAXINFER_LOG`, by default INFO."""
+    return os.environ.get("JAXINFER_LOG", "INFO").upper()
+
+
+def parse_count(text: str) -> int:
+    """Read 4096, 4k (4096) or 1M (1048576).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.isascii() or not digits.isdigit():
+        raise ConfigError(f"{text!r} is not a count; write for example 4096, 4k or 1M")
+    return int(digits) * scale
+
+
+def parse_mesh(text: str) -> MeshShape:
+    """Read `data=2,tensor=4`; axes not named have size 1.
+
+    Raises:
+        ConfigError: an unknown axis or a size below 1.
+    """
+    sizes = MeshShape()._asdict()
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis.strip() not in sizes or not size.strip().isdigit() or int(size) < 1:
+            raise ConfigError(f"--mesh {text!r}: write AXIS=SIZE with axes {', '.join(MeshShape._fields)}, for example data=2,tensor=4")
+        sizes[axis.strip()] = int(size)
+    return MeshShape(**sizes)
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices, "parse": parse})
+
+
+def _at_least(flag: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise ConfigError(f"--{flag} {value} is below {low}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model runs, and in which numbers."""
+
+    model: str = option("demo", "folder, Hugging Face repository, 'demo' (the embedded model), or with --load-format random a known shape")
+    revision: str | None = option(None, "branch, tag or commit of a Hugging Face repository")
+    dtype: str = option("auto", "weights and activations; auto is bfloat16 on accelerators, float32 on CPUs", choices=DTYPES)
+    quantize: str | None = option(None, "quantise the weights at load, for example int8")
+    load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=("auto", "random"))
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's own)", parse=parse_count)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.load_format not in ("auto", "random"):
+            raise ConfigError(f"--load-format {self.load_format!r} is neither auto nor random")
+        _at_least("max-model-len", self.max_model_len, 2)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    page_size: int = option(32, "tokens in one KV page")
+    memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
+    kv_tokens: int | None = option(None, "size of the KV pool in tokens (default: what the memory holds)", parse=parse_count)
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ConfigError(f"--page-size {self.page_size} is not a power of two; write for example 32 or 64")
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError(f"--memory-fraction {self.memory_fraction:g} is not in (0, 1]")
+        _at_least("kv-tokens", self.kv_tokens, 2 * self.page_size)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests share a step."""
+
+    max_sequences: int | None = option(None, "sequences that run at once, per data replica (default: 16 on CPUs, 256 on accelerators)")
+    max_step_tokens: int | None = option(None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count)
+    max_waiting: int = option(4096, "requests that may wait; more are refused")
+    policy: str = option("fcfs", "order in which waiting requests are admitted")
+
+    def __post_init__(self) -> None:
+        _at_least("max-sequences", self.max_sequences, 1)
+        _at_least("max-step-tokens", self.max_step_tokens, 16)
+        _at_least("max-waiting", self.max_waiting, 1)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Where and how programs run."""
+
+    mesh: MeshShape = option(MeshShape(), "device mesh, for example data=2,tensor=4", parse=parse_mesh)
+    implementation: str = option("auto", "attention and matmul kernels", choices=("auto", "xla", "reference"))
+    compile_threads: int = option(0, "programs compiled at once (default: one per core)")
+    compilation_cache: str = option("on", "keep compiled programs between starts", choices=("on", "off"))
+
+    def __post_init__(self) -> None:
+        if min(self.mesh) < 1:
+            raise ConfigError(f"mesh {self.mesh}: every size must be at least 1")
+        _at_least("compile-threads", self.compile_threads, 0)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that an engine is built from."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on")
+    api_key: str | None = option(None, "key that clients must send as a bearer token (twin: JAXINFER_API_KEY)")
+    served_model_name: str | None = option(None, "name under which clients ask for the model (default: the model's)")
+    drain_seconds: float = option(30.0, "how long open requests may run on after SIGTERM")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port {self.port} is not in 0..65535")
+        if self.api_key is None and os.environ.get("JAXINFER_API_KEY"):
+            object.__setattr__(self, "api_key", os.environ["JAXINFER_API_KEY"])
+
+
+def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add one flag for each field of a settings dataclass; for a dataclass of dataclasses, of each in its own group."""
+    group = parser.add_argument_group(config.__name__, (config.__doc__ or "").splitlines()[0])
+    for item in fields(config):
+        if isinstance(item.default, tuple(_SECTIONS)):
+            add_arguments(parser, type(item.default))
+        elif "help" in item.metadata:
+            group.add_argument("--" + item.name.replace("_", "-"), default=argparse.SUPPRESS, **_argument(item))
+
+
+def from_arguments(config: type, values: Mapping[str, Any]) -> Any:
+    """Build a settings dataclass (nested ones too) from parsed flags; what was not given keeps its default.
+
+    Raises:
+        ConfigError: a value that the dataclass refuses.
+    """
+    given: dict[str, Any] = {}
+    for item in fields(config):
+        if isinstance(item.default, tuple(_SECTIONS)):
+            given[item.name] = from_arguments(type(item.default), values)
+        elif item.name in values:
+            given[item.name] = values[item.name]
+    return config(**given)
+
+
+def _argument(item: Field[Any]) -> dict[str, Any]:
+    default = "" if item.default is None or item.default is MISSING or item.metadata["parse"] is parse_mesh else f" [{item.default}]"
+    keywords: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%"), "dest": item.name}
+    if item.metadata["choices"]:
+        return {**keywords, "choices": item.metadata["choices"]}
+    plain = {"int": int, "float": float}.get(str(item.type).removesuffix(" | None"), str)
+    return {**keywords, "type": _reported(item.metadata["parse"] or plain), "metavar": item.name.upper()}
+
+
+def _reported(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse shows the text of ArgumentTypeError alone, not that of other errors."""
+
+    def parser(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parser.__name__ = getattr(parse, "__name__", "value")
+    return parser
+
+
+_SECTIONS = (ModelConfig, CacheConfig, SchedulerConfig, ExecutionConfig)

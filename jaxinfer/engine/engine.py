@@ -1,0 +1,254 @@
+"""The one generation loop: schedule a batch, launch it on the devices, commit what it produced.
+
+`add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became
+final; `generate()` and the server drive the same engine. Exactly one thread calls an engine. Each request has a wall around it:
+what goes wrong in its own text or numbers ends that request alone. This file does not know how arrays look or where requests come from.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jaxinfer.batch import Admission, Batch
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.metrics import EngineMetrics, StepRecord
+from jaxinfer.engine.scheduler import Key, Sequence
+from jaxinfer.engine.setup import EngineInfo, Progress, build
+from jaxinfer.engine.text import OutputText
+from jaxinfer.request import FinishReason, Output, Request, RequestError, TokenLogprob
+from jaxinfer.sampling import Sampled
+from jaxinfer.step.inputs import Packed, pack
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Engine", "EngineInfo", "Progress", "QueueFull"]
+
+
+class QueueFull(RequestError):
+    """The line is full; the caller should try again later."""
+
+
+@dataclass
+class _Active:
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, its seed."""
+
+    sequence: Sequence
+    text: OutputText
+    limit: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a step drew for one row, on the host."""
+
+    token: int
+    logprob: TokenLogprob | None
+    finite: bool
+
+
+class Engine:
+    """Loads and compiles a model when it is made; ready afterwards.
+
+    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked, with what to do about it.
+    """
+
+    def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
+        built = build(config, progress or (lambda stage, done, total: None))
+        self.config = config
+        self.tokenizer = built.tokenizer
+        self.info = built.info
+        self.defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | built.defaults
+        self.metrics = EngineMetrics(compile_seconds=built.program.compile_seconds)
+        self.scheduler = built.scheduler
+        self.program = built.program
+        self._active: dict[Key, _Active] = {}
+        self._pending: list[Output] = []
+        self._last_step_end = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._active or self._pending)
+
+    def add(self, request: Request) -> None:
+        """Put one sequence (`n` = 1; see `request.choices`) in line.
+
+        Raises:
+            RequestError: it can never run (too long, a token outside the vocabulary). QueueFull: too many wait already.
+        """
+        limit = self._check(request)
+        if self.scheduler.waiting >= self.config.scheduler.max_waiting:
+            raise QueueFull(f"{self.scheduler.waiting} requests are waiting already; try again later")
+        detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
+        seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
+        text = OutputText(detokenizer, request.params.stop)
+        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed)
+        self.metrics.prompt_tokens += len(request.prompt)
+
+    def abort(self, request_id: str) -> None:
+        """End every sequence of a request and free what it holds; an id that is not here is ignored."""
+        for sequence in self.scheduler.find(request_id):
+            self._pending.append(self._end(self._active[sequence.request.key], FinishReason.ABORT))
+
+    def step(self) -> list[Output]:
+        """Schedule one batch, run it on the devices, commit what it produced; [] when there is nothing to do."""
+        batch = self.scheduler.schedule()
+        if batch is None:
+            return self._take_pending()
+        begun = time.perf_counter()
+        for admission in batch.admissions:
+            self._admit(admission)
+        packed = pack(batch, self.program.bucket_for(batch))
+        launched = self.program.run(packed)
+        outputs = self._take_pending() + self.commit(packed, launched)
+        self._measure(batch, packed, begun)
+        return outputs
+
+    def run(self) -> Iterator[Output]:
+        """Step until nothing is left, yielding outputs as they come."""
+        while self.has_work:
+            yield from self.step()
+
+    def commit(self, packed: Packed, launched: Sampled) -> list[Output]:
+        """Fetch what a step drew and move its sequences on: append tokens, end what is finished, emit."""
+        drawn = _fetch(packed, launched)
+        outputs = []
+        for index, row in packed.rows:
+            sequence = self.scheduler.sequence(row)
+            if row.samples and sequence is not None:
+                outputs.append(self._advance(self._active[row.request.key], drawn[index]))
+        return outputs
+
+    def shutdown(self) -> None:
+        """Forget all requests; the engine must not be used afterwards."""
+        for key in list(self._active):
+            self.abort(key[0])
+        self._pending.clear()
+
+    def _admit(self, admission: Admission) -> None:
+        active = self._active[admission.request.key]
+        stop = admission.request.params.stop
+        ends = () if stop.ignore_eos else self._eos
+        held = tuple(dict.fromkeys((*ends, *stop.token_ids))) if admission.request.params.min_tokens else ()
+        self.program.admit(admission, active.seed, held)
+
+    def _advance(self, active: _Active, drawn: _Drawn) -> Output:
+        """One more token for one sequence, inside its own wall."""
+        if not drawn.finite:
+            return self._end(active, FinishReason.ERROR, error="the model produced numbers that are not finite for this request")
+        self.scheduler.append(active.sequence, drawn.token)
+        self.metrics.generation_tokens += 1
+        try:
+            return self._emit(active, drawn)
+        except Exception:  # whatever a tokenizer raises must not reach the other requests
+            logger.exception("request %s failed while its text was made", active.sequence.request.id)
+            return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
+
+    def _emit(self, active: _Active, drawn: _Drawn) -> Output:
+        params = active.sequence.request.params
+        count = len(active.sequence.output)
+        stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
+        if stop_token and not params.stop.include_in_output:
+            piece = active.text.flush()
+        else:
+            piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
+        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by else None
+        if reason is None and count >= active.limit:
+            reason = FinishReason.LENGTH
+        if reason is not None and piece.stopped_by is None:
+            rest = active.text.flush()
+            text, piece = text + rest.text, rest
+            reason = FinishReason.STOP if rest.stopped_by else reason
+        stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
+        output = self._output(active, text=text, token_ids=(drawn.token,), logprobs=(drawn.logprob,) if drawn.logprob else ())
+        if reason is None:
+            return output
+        self._forget(active, reason)
+        return replace(output, finish_reason=reason, stop_reason=stop_reason)
+
+    def _stops_at(self, stop_ids: tuple[int, ...], token: int, ignore_eos: bool) -> bool:
+        return token in stop_ids or (not ignore_eos and token in self._eos)
+
+    @property
+    def _eos(self) -> tuple[int, ...]:
+        return self.tokenizer.eos_ids if self.tokenizer else ()
+
+    def _output(self, active: _Active, **values: Any) -> Output:
+        request = active.sequence.request
+        return Output(
+            request.id, request.index, prompt_tokens=len(request.prompt), output_tokens=len(active.sequence.output), **values
+        )  # fmt: skip
+
+    def _end(self, active: _Active, reason: FinishReason, error: str | None = None) -> Output:
+        output = self._output(active, finish_reason=reason, error=error)
+        self._forget(active, reason)
+        return output
+
+    def _forget(self, active: _Active, reason: FinishReason) -> None:
+        self.scheduler.finish(active.sequence)
+        del self._active[active.sequence.request.key]
+        self.metrics.finished[reason.value] += 1
+
+    def _take_pending(self) -> list[Output]:
+        taken, self._pending = self._pending, []
+        return taken
+
+    def _check(self, request: Request) -> int:
+        """Refuse what can never run; returns how many tokens the sequence may produce."""
+        params, longest = request.params, self.info.max_model_len
+        vocab = self.program.config.vocab
+        if params.n != 1:
+            raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
+        if request.key in self._active:
+            raise RequestError("a request with this id is running already", "id")
+        for name, ids in (("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids)):
+            if ids and max(ids) >= vocab:
+                raise RequestError(f"{name} holds token id {max(ids)}, but the vocabulary ends at {vocab - 1}", name)
+        length = len(request.prompt)
+        if length >= longest:
+            raise RequestError(f"the prompt has {length} tokens, but the context holds {longest}, output included; shorten it", "prompt")
+        if params.max_tokens is not None and length + params.max_tokens > longest:
+            raise RequestError(
+                f"the prompt's {length} tokens and max_tokens {params.max_tokens} exceed the context of {longest} tokens;"
+                f" ask for at most {longest - length}",
+                "max_tokens",
+            )
+        limit = longest - length if params.max_tokens is None else params.max_tokens
+        return limit
+
+    def _measure(self, batch: Batch, packed: Packed, begun: float) -> None:
+        now = time.perf_counter()
+        gap = begun - self._last_step_end if self._last_step_end else 0.0
+        self._last_step_end = now
+        padded = packed.shapes.bucket.tokens * packed.shapes.replicas
+        self.metrics.record(StepRecord("mixed" if batch.prefills else "decode", now - begun, gap, batch.tokens, padded))
+        self.metrics.running, self.metrics.waiting = self.scheduler.running, self.scheduler.waiting
+        self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
+
+
+def _fetch(packed: Packed, launched: Sampled) -> dict[int, _Drawn]:
+    """What a step drew for each row that samples, copied to the host; log probabilities only when a row asks for them."""
+    wanted = any(row.samples and row.request.params.logprobs is not None for _, row in packed.rows)
+    tokens, finite = jax.device_get((launched.token, launched.finite))
+    scores = jax.device_get((launched.logprob, launched.top_tokens, launched.top_logprobs)) if wanted else None
+    drawn = {}
+    for index, row in packed.rows:
+        if not row.samples:
+            continue
+        logprob, count = None, row.request.params.logprobs
+        if scores is not None and count is not None:
+            top = tuple(zip(scores[1][index, :count].tolist(), scores[2][index, :count].tolist(), strict=True))
+            logprob = TokenLogprob(int(tokens[index]), float(scores[0][index]), top)
+        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]))
+    return drawn

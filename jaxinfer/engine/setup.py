@@ -1,0 +1,199 @@
+"""From settings to a compiled, loaded program: the engine's start-up, in order.
+
+Find the model, read its configuration, describe its weights, arrange the mesh, size the KV pool by arithmetic (a model that cannot
+fit is refused before a weight is read), compile every program while the weights are read, then load. Nothing here runs again
+once the engine is ready. This file does not know about requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer import devices
+from jaxinfer.cache.kv import PoolShape
+from jaxinfer.cache.pages import PagePool
+from jaxinfer.checkpoint import hub, read
+from jaxinfer.config import ConfigError, EngineConfig, cache_dir
+from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.models import find
+from jaxinfer.models.layers import Placement
+from jaxinfer.models.graph import Graph, Quantization, random_weights
+from jaxinfer.planner.memory import Demand, MemoryPlan, plan_memory
+from jaxinfer.sharding import DEFAULT_RULES, make_mesh
+from jaxinfer.step.buckets import buckets
+from jaxinfer.step.program import Program, ProgramConfig
+from jaxinfer.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+logger = logging.getLogger(__name__)
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is running, for people: names, sizes in tokens and bytes, counts."""
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    device: str
+    device_count: int
+    mesh: str
+    max_model_len: int
+    kv_tokens: int
+    max_concurrency: int
+    programs: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything the engine runs on."""
+
+    info: EngineInfo
+    tokenizer: Tokenizer | None
+    program: Program
+    scheduler: Scheduler
+    defaults: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model before its weights: where it lives (None with random weights of a known shape), what it is, how long it may run."""
+
+    folder: Path | None
+    name: str
+    graph: Graph
+    dtype: np.dtype
+    max_tokens: int
+    architecture: str
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the model learned."""
+        return sum(prod(spec.shape) for spec in self.graph.specs)
+
+
+def build(config: EngineConfig, progress: Progress) -> Built:
+    """Do all of the above.
+
+    Raises:
+        ConfigError: settings that cannot work together or on this machine. CheckpointError, TokenizerError: a model that cannot be read.
+    """
+    mesh = _mesh(config)
+    use_compilation_cache(config.execution.compilation_cache)
+    model = _describe(config)
+    tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
+    memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
+    with ThreadPoolExecutor(1) as reader:
+        weights = reader.submit(_weights, config, model, mesh, progress)
+        program.compile(progress)
+        program.load(weights.result())
+    settings = program.config
+    limits = _limits(config)
+    pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
+    defaults = read.read_json(model.folder / "generation_config.json") if model.folder is not None else {}
+    return Built(
+        info=_info(config, model, settings, memory), tokenizer=tokenizer, program=program,
+        scheduler=Scheduler(limits, pools, config.scheduler.policy),
+        defaults={name: defaults[name] for name in SAMPLING_DEFAULTS if defaults.get(name) is not None},
+    )  # fmt: skip
+
+
+def use_compilation_cache(mode: str) -> None:
+    """Keep compiled programs in the user's cache folder, so that the next start need not compile them."""
+    if mode == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _mesh(config: EngineConfig) -> Mesh:
+    shape = config.execution.mesh
+    devices.prepare(shape.size)
+    try:
+        return make_mesh(shape._asdict(), devices.select(shape.size))
+    except devices.DeviceError as error:
+        raise ConfigError(f"--mesh data={shape.data},tensor={shape.tensor}: {error}") from None
+
+
+def _describe(config: EngineConfig) -> _Model:
+    if config.model.load_format == "random" and config.model.model in find.known_shapes():
+        folder, values = None, find.find_shape(config.model.model)
+    else:
+        folder = hub.resolve(config.model.model, config.model.revision)
+        values = read.read_config(folder)
+    module = find.find(values.get("model_type"))
+    dtype = _dtype(config.model.dtype)
+    model_config = module.Config.from_hf(values)
+    quantization = Quantization(config.model.quantize) if config.model.quantize else None
+    graph = Graph.of(module, model_config, dtype, quantization)
+    longest = model_config.max_positions
+    if config.model.max_model_len is not None and config.model.max_model_len > longest:
+        raise ConfigError(f"--max-model-len {config.model.max_model_len} exceeds the {longest} tokens the model was made for; lower it")
+    name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
+    return _Model(folder, name, graph, dtype, config.model.max_model_len or longest, str(values.get("model_type")))
+
+
+def _dtype(name: str) -> np.dtype:
+    chosen = {"auto": "float32" if devices.platform() == "cpu" else "bfloat16"}.get(name, name)
+    return jax.numpy.dtype(chosen)
+
+
+def _limits(config: EngineConfig) -> Limits:
+    accelerator = devices.platform() != "cpu"
+    sequences = config.scheduler.max_sequences or (256 if accelerator else 32)
+    tokens = config.scheduler.max_step_tokens or (2048 if accelerator else 512)
+    return Limits(sequences, tokens, buckets(sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
+
+
+def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple[MemoryPlan, Program]:
+    limits = _limits(config)
+    memory = plan_memory(
+        model.graph, PoolShape(pages=2, page_size=config.cache.page_size, replicas=limits.replicas),
+        Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
+        device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]),
+    )  # fmt: skip
+    program = Program(
+        ProgramConfig(
+            graph=model.graph, placement=placement, pool=memory.pool, buckets=buckets(limits.sequences, limits.prefill_tokens),
+            max_sequences=limits.sequences, max_tokens=model.max_tokens, threads=config.execution.compile_threads or os.cpu_count() or 1,
+        )
+    )  # fmt: skip
+    return memory, program
+
+
+def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:
+    if config.model.load_format == "random" or model.folder is None:
+        weights = random_weights(model.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
+    else:
+        weights = read.load(model.folder, model.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
+    return model.graph.leaves(weights)
+
+
+def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: MemoryPlan) -> EngineInfo:
+    mesh = config.execution.mesh
+    tokens = memory.pool.tokens
+    return EngineInfo(
+        model=model.name, architecture=model.architecture, parameters=model.parameters, dtype=str(model.dtype),
+        device=devices.label(program.placement.mesh.devices.flat[0]), device_count=mesh.size, mesh=f"data={mesh.data},tensor={mesh.tensor}",
+        max_model_len=model.max_tokens, kv_tokens=tokens,
+        max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.buckets) + 1,
+        weight_bytes=memory.weights,
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""Model files found by Hugging Face `model_type`: `llama` is `jaxinfer/models/llama.py`. Nothing is registered.
+
+A model file offers `Config.from_hf(fields)`, `Model(config, dtype)`, `WEIGHTS` (our name -> transform of the checkpoint's tensors),
+`ignored(config)` (patterns of tensors that may be left unread) and `TINY` (a config for tests).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxinfer.config import ConfigError
+
+NOT_MODELS = frozenset({"__init__", "find", "graph", "hf", "layers", "rope", "weights"})
+SHAPES = Path(__file__).with_name("shapes.json")
+
+
+def model_types() -> tuple[str, ...]:
+    """The model types that exist."""
+    return tuple(sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem not in NOT_MODELS))
+
+
+def find(model_type: object) -> ModuleType:
+    """The module of a model type, as config.json names it.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist and the nearest name.
+    """
+    known = model_types()
+    name = model_type.replace("-", "_") if isinstance(model_type, str) else ""
+    if name not in known:
+        raise ConfigError(f"model_type {model_type!r} is not implemented; there are: {', '.join(known)}{_nearest(name, known)}")
+    return importlib.import_module(f"jaxinfer.models.{name}")
+
+
+def known_shapes() -> dict[str, dict[str, Any]]:
+    """Well-known models by name, each like the config.json of its checkpoint."""
+    return json.loads(SHAPES.read_text(encoding="utf-8"))
+
+
+def find_shape(name: str) -> Mapping[str, Any]:
+    """The config of a well-known model.
+
+    Raises:
+        ConfigError: the name is not in the list; the message gives the list and the nearest name.
+    """
+    shapes = known_shapes()
+    if name not in shapes:
+        raise ConfigError(f"no shape is known as {name!r}; there are: {', '.join(shapes)}{_nearest(name, tuple(shapes))}")
+    return shapes[name]
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

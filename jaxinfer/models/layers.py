@@ -1,0 +1,225 @@
+"""The layers that model files are put together from, as Flax NNX modules whose weights are described before they exist.
+
+A layer's constructor writes down an `ArraySpec` for each weight; no array is made. `graph.py` reads the descriptions off, and inside a
+trace puts the real arrays in their places. Activations are packed tokens [tokens, embed] without a batch dimension: replicated over the
+mesh axis `tensor`, sharded over `data`. Weights keep the contracted dimensions last ([out.., in..]), and a projection's output dimensions
+are those that attention and MLP work on, so nothing is resharded between matmuls: tensor parallelism costs one all-reduce after the
+attention and one after the MLP. Layers know neither checkpoints nor quantisation schemes nor requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from jaxinfer.models.rope import Rope
+from jaxinfer.quant.matmul import matmul
+from jaxinfer.quant.qarray import QArray
+from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Axes, Rules, constrain
+from pallas_kernels import AttentionSpec, KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Static, hashable: where a program runs. implementation names the kernels ("auto", "xla", "reference", ...)."""
+
+    mesh: Mesh
+    rules: Rules = DEFAULT_RULES
+    implementation: str = "auto"
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
+
+    positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
+    is written from the replica's own point of view: token and page indices count within its share.
+    """
+
+    positions: Int32[Array, "tokens"]
+    metadata: PagedMetadata
+    placement: Placement
+
+
+class Dim(NamedTuple):
+    """One dimension of a weight: its size and its logical axis (None: never sharded)."""
+
+    size: int
+    axis: str | None = None
+
+
+class AttentionResult(NamedTuple):
+    """A layer's output for the packed tokens and its pool with this step's keys and values."""
+
+    hidden: Float[Array, "tokens embed"]
+    kv: Float[Array, "..."]
+
+
+def describe(dims: Sequence[Dim], dtype: np.dtype, *, contracting: int = 0) -> nnx.Param[Any]:
+    """A weight that is not there yet. contracting: how many trailing dimensions a matmul sums over; 0 keeps it out of quantisation."""
+    spec = ArraySpec(tuple(dim.size for dim in dims), np.dtype(dtype), tuple(dim.axis for dim in dims))
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec, contracting=contracting)
+
+
+class Projection(nnx.Module):
+    """A dense layer from the dimensions `into` to the dimensions `out`: weight [out.., into..], optional bias [out..]."""
+
+    def __init__(self, out: Sequence[Dim], into: Sequence[Dim], dtype: np.dtype, *, bias: bool = False) -> None:
+        self.weight = describe([*out, *into], dtype, contracting=len(into))
+        self.bias = describe(out, dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "tokens *into"], placement: Placement) -> Float[Array, "tokens *out"]:
+        """x @ weight.T + bias in x's dtype, summed in float32; the weight may be quantised."""
+        weight: Array | QArray = self.weight.get_value()
+        y = matmul(x, weight, out_dtype=x.dtype, implementation=placement.implementation)
+        return y if self.bias is None else y + self.bias.get_value()[None]
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, size: int, epsilon: float, dtype: np.dtype) -> None:
+        self.weight = describe([Dim(size, "embed")], dtype)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
+        """x / rms(x) * weight in x's dtype."""
+        wide = x.astype(jnp.float32)
+        scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return scaled.astype(x.dtype) * self.weight.get_value()[None]
+
+
+class Embedding(nnx.Module):
+    """The table of token vectors [vocab, embed]; tied models use it as the head too."""
+
+    def __init__(self, vocab: int, embed: int, dtype: np.dtype) -> None:
+        self.weight = describe([Dim(vocab, "vocab"), Dim(embed, "embed")], dtype)
+
+    def __call__(self, tokens: Int32[Array, "tokens"], placement: Placement) -> Float[Array, "tokens embed"]:
+        """Vectors of token ids; ids must be in range."""
+        vectors = jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+        return constrain(vectors, ("tokens", "embed"), placement.mesh, placement.rules)
+
+
+class Head(nnx.Module):
+    """From hidden states to logits, with its own weight [vocab, embed] or an embedding's."""
+
+    def __init__(self, vocab: int, embed: int, dtype: np.dtype) -> None:
+        self.weight = describe([Dim(vocab, "vocab"), Dim(embed, "embed")], dtype, contracting=1)
+
+    def __call__(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
+        """Logits in float32."""
+        return logits(hidden, self.weight.get_value(), placement)
+
+
+def logits(hidden: Float[Array, "rows embed"], weight: Array | QArray, placement: Placement) -> Float[Array, "rows vocab"]:
+    """Float32 logits of hidden states, whole on every device of the tensor axis."""
+    out = matmul(hidden, weight, out_dtype=jnp.dtype(jnp.float32), implementation=placement.implementation)
+    return constrain(out, ("rows", None), placement.mesh, placement.rules)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x)), gate and up as one matmul."""
+
+    def __init__(self, embed: int, mlp: int, dtype: np.dtype, *, bias: bool = False) -> None:
+        self.gate_up = Projection([Dim(2), Dim(mlp, "mlp")], [Dim(embed, "embed")], dtype, bias=bias)
+        self.down = Projection([Dim(embed, "embed")], [Dim(mlp, "mlp")], dtype, bias=bias)
+
+    def __call__(self, x: Float[Array, "tokens embed"], placement: Placement) -> Float[Array, "tokens embed"]:
+        """The MLP's contribution to the residual stream."""
+        gate_up = self.gate_up(x, placement)
+        return self.down(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], placement)
+
+
+class HeadShape(NamedTuple):
+    """Query heads, key-value heads (a divisor of them) and the features of each."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the paged cache (Ainslie et al., arXiv 2305.13245); q, k and v of a group are one weight's rows."""
+
+    def __init__(self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False) -> None:
+        kv_heads, head_dim = Dim(shape.kv_heads, "kv_heads"), Dim(shape.head_dim)
+        self.qkv = Projection([kv_heads, Dim(shape.group + 2), head_dim], [Dim(embed, "embed")], dtype, bias=bias)
+        self.out = Projection([Dim(embed, "embed")], [kv_heads, Dim(shape.group), head_dim], dtype, bias=bias)
+        self.shape = shape
+        self.rope = rope
+
+    def __call__(self, x: Float[Array, "tokens embed"], kv: Float[Array, "..."], context: StepContext) -> AttentionResult:
+        """The attention's contribution to the residual stream. Writes this step's keys and values into kv, which the caller donates."""
+        shape, tokens = self.shape, x.shape[0]
+        qkv = self.qkv(x, context.placement)
+        q = qkv[:, :, : shape.group].reshape(tokens, shape.heads, shape.head_dim)
+        spec = AttentionSpec(scale=shape.head_dim**-0.5)
+        result = attend(q, qkv[:, :, -2], qkv[:, :, -1], kv, context, spec=spec, rope=self.rope)
+        grouped = result.out.reshape(tokens, shape.kv_heads, shape.group, shape.head_dim)
+        return AttentionResult(self.out(grouped, context.placement), result.kv)
+
+
+def attend(
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    kv: Float[Array, "..."],
+    context: StepContext,
+    *,
+    spec: AttentionSpec,
+    rope: Rope,
+) -> PagedResult:
+    """Paged attention on every device of the mesh over its own tokens, pages and heads (all heads where kv_heads does not divide).
+
+    Raises:
+        ValueError: tokens, rows or pages that do not divide by the data axis: page ids would mean another replica's pages.
+    """
+    placement, frequencies = context.placement, jnp.asarray(rope.frequencies(q.shape[2]))
+
+    def local(q: Array, k: Array, v: Array, positions: Array, kv: Array, metadata: PagedMetadata) -> PagedResult:
+        return paged_attention(q, k, v, positions, kv, metadata, spec=spec, rope=frequencies, implementation=placement.implementation)
+
+    if placement.mesh.size == 1:
+        return local(q, k, v, context.positions, kv, context.metadata)
+    layout = kv_layout(placement.implementation, kv_heads=k.shape[1], head_dim=k.shape[2], dtype=kv.dtype)
+    data = placement.rules.mesh_axis("tokens")
+    _check_divides(placement.mesh.shape.get(data, 1), q.shape[0], context.metadata, kv.shape[layout.axes().index("pages")])
+    heads = _heads_axis(k.shape[1], placement)
+    of_tokens, of_pool = PartitionSpec(data, heads, None), _pool_partition(layout, heads, data)
+    inputs = (of_tokens, of_tokens, of_tokens, PartitionSpec(data), of_pool, PartitionSpec(data))
+    sharded = jax.shard_map(local, mesh=placement.mesh, in_specs=inputs, out_specs=PagedResult(of_tokens, of_pool), check_vma=False)
+    return sharded(q, k, v, context.positions, kv, context.metadata)
+
+
+def kv_spec(layout: KVLayout, pages: int, page_size: int) -> ArraySpec:
+    """One layer's pool of `pages` pages (all replicas' together, each with its guard page)."""
+    return ArraySpec(layout.shape(pages, page_size), np.dtype(layout.dtype), layout.axes())
+
+
+def _heads_axis(kv_heads: int, placement: Placement) -> str | None:
+    axis = placement.rules.mesh_axis("kv_heads")
+    return axis if axis is not None and kv_heads % placement.mesh.shape[axis] == 0 else None
+
+
+def _pool_partition(layout: KVLayout, heads: str | None, data: str | None) -> PartitionSpec:
+    return PartitionSpec(*({"pages": data, "kv_heads": heads}.get(axis or "") for axis in layout.axes()))
+
+
+def _check_divides(replicas: int, tokens: int, metadata: PagedMetadata, pages: int) -> None:
+    rows = metadata.kv_lengths.shape[0]
+    if tokens % replicas or rows % replicas or pages % replicas:
+        raise ValueError(f"{tokens} tokens, {rows} rows and {pages} pages must all divide by the {replicas} replicas of the data axis")

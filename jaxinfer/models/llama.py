@@ -1,0 +1,178 @@
+"""The Llama family as Hugging Face configures it: grouped-query attention, rope with Llama 3's or linear scaling, SwiGLU, RMSNorm.
+
+Packed tokens go through embedding, layers and final norm; `head` turns the hidden states of the rows that sample into logits. The
+file says what the weights are called in a checkpoint and nothing about files, meshes or quantisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxinfer.config import ConfigError
+from jaxinfer.models.hf import Fields
+from jaxinfer.models.layers import Attention, AttentionResult, Embedding, GatedMLP, Head, HeadShape, Placement, RMSNorm, StepContext, logits
+from jaxinfer.models.rope import Rope
+from jaxinfer.models.weights import Joined, Part, Transform
+from jaxinfer.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model's shape. biases: on the four attention projections, on the three of the MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: HeadShape
+    max_positions: int
+    rms_norm_epsilon: float = 1e-6
+    rope: Rope = Rope()
+    tied_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Config:
+        """Read a config.json.
+
+        Raises:
+            ConfigError: a field that is missing, out of range, or asks for something that is not implemented.
+        """
+        fields = Fields(config)
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        kv_heads = fields.integer("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise ConfigError(f"config.json: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+        fields.choice("hidden_act", ("silu",), default="silu")
+        read = cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            layers=fields.integer("num_hidden_layers"),
+            heads=HeadShape(heads, kv_heads, _head_dim(fields, hidden, heads)),
+            max_positions=fields.integer("max_position_embeddings", default=2048),
+            rms_norm_epsilon=fields.number("rms_norm_eps", default=cls.rms_norm_epsilon),
+            rope=Rope.from_hf(fields),
+            tied_embeddings=fields.flag("tie_word_embeddings", default=False),
+            attention_bias=fields.flag("attention_bias", default=False),
+            mlp_bias=fields.flag("mlp_bias", default=False),
+        )
+        fields.finish()
+        return read
+
+    @property
+    def attention_shapes(self) -> tuple[HeadShape, ...]:
+        """The heads of each layer: what its KV pool is made for."""
+        return (self.heads,) * self.layers
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states after the final norm, and each layer's pool with this step's keys and values."""
+
+    hidden: Float[Array, "tokens embed"]
+    kv: tuple[Array, ...]
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: Config, dtype: np.dtype) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
+        self.attention = Attention(config.hidden_size, config.heads, config.rope, dtype, bias=config.attention_bias)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
+
+    def __call__(self, x: Float[Array, "tokens embed"], kv: Array, context: StepContext) -> AttentionResult:
+        """The residual stream after this layer. Writes to kv, which the caller donates."""
+        placement = context.placement
+        attended = self.attention(self.attention_norm(x), kv, context)
+        x = constrain(x + attended.hidden, ("tokens", "embed"), placement.mesh, placement.rules)
+        x = constrain(x + self.mlp(self.mlp_norm(x), placement), ("tokens", "embed"), placement.mesh, placement.rules)
+        return AttentionResult(x, attended.kv)
+
+
+class Model(nnx.Module):
+    """The whole model, its weights described (see layers.py) or, inside a trace, bound (see graph.py)."""
+
+    def __init__(self, config: Config, dtype: np.dtype) -> None:
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
+        self.lm_head = None if config.tied_embeddings else Head(config.vocab_size, config.hidden_size, dtype)
+
+    def __call__(self, tokens: Int32[Array, "tokens"], kv: tuple[Array, ...], context: StepContext) -> ModelOutput:
+        """Run one step's packed tokens; kv holds one pool per layer and is donated by the caller."""
+        x, pools = self.embedding(tokens, context.placement), []
+        for block, pool in zip(self.layers, kv, strict=True):
+            x, pool = block(x, pool, context)
+            pools.append(pool)
+        return ModelOutput(self.norm(x), tuple(pools))
+
+    def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
+        """Float32 logits of hidden states that `__call__` returned."""
+        if self.lm_head is None:
+            return logits(hidden, self.embedding.weight.get_value(), placement)
+        return self.lm_head(hidden, placement)
+
+
+def ignored(config: Config) -> tuple[str, ...]:
+    """Patterns of tensors that a checkpoint may hold and that are not needed: they are computed, or tied to another one."""
+    return ("*.rotary_emb.inv_freq", "lm_head.weight") if config.tied_embeddings else ("*.rotary_emb.inv_freq",)
+
+
+def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
+    if fields.values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"config.json has no head_dim, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = fields.integer("head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise ConfigError(f"config.json: head_dim {head_dim} must be even: rope turns pairs of features")
+    return head_dim
+
+
+def _query_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+    return ((config.heads.kv_heads, config.heads.group, config.heads.head_dim),)
+
+
+def _kv_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+    return ((config.heads.kv_heads, 1, config.heads.head_dim),)
+
+
+def _out_columns(config: Config) -> tuple[tuple[int, ...], ...]:
+    return ((config.hidden_size,), *_query_rows(config))
+
+
+def _mlp_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+    return ((1, config.intermediate_size),)
+
+
+def _block(kind: str) -> dict[str, Transform]:
+    """The weights ("weight") or the biases ("bias") of a layer's projections."""
+    attention, mlp = "model.layers.*.self_attn.", "model.layers.*.mlp."
+    query = Part(f"{attention}q_proj.{kind}", _query_rows)
+    key, value = Part(f"{attention}k_proj.{kind}", _kv_rows), Part(f"{attention}v_proj.{kind}", _kv_rows)
+    return {
+        f"layers.*.attention.qkv.{kind}": Joined(1, (query, key, value)),
+        f"layers.*.attention.out.{kind}": Part(f"{attention}o_proj.{kind}", _out_columns if kind == "weight" else None),
+        f"layers.*.mlp.gate_up.{kind}": Joined(0, (Part(f"{mlp}gate_proj.{kind}", _mlp_rows), Part(f"{mlp}up_proj.{kind}", _mlp_rows))),
+        f"layers.*.mlp.down.{kind}": Part(f"{mlp}down_proj.{kind}"),
+    }
+
+
+WEIGHTS: dict[str, Transform] = {
+    "embedding.weight": Part("model.embed_tokens.weight"),
+    "layers.*.attention_norm.weight": Part("model.layers.*.input_layernorm.weight"),
+    "layers.*.mlp_norm.weight": Part("model.layers.*.post_attention_layernorm.weight"),
+    "norm.weight": Part("model.norm.weight"),
+    "lm_head.weight": Part("lm_head.weight"),
+    **_block("weight"),
+    **_block("bias"),
+}
+
+TINY = Config(vocab_size=128, hidden_size=64, intermediate_size=96, layers=2, heads=HeadShape(4, 2, 16), max_positions=256)

@@ -1,0 +1,80 @@
+"""How much KV cache fits: arithmetic over described arrays, before anything is allocated.
+
+Memory per device = weights + slots + what a program needs beside them + KV pages. Everything but the pages is known from shapes, so the pool takes what
+is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. This file allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jaxinfer.cache.kv import PoolShape
+from jaxinfer.config import CacheConfig, ConfigError
+from jaxinfer.models.graph import Graph
+from jaxinfer.models.layers import Placement
+from jaxinfer.sharding import device_bytes
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on each device, and the pool that follows. `reserved` is set aside for programs and slots."""
+
+    device: int
+    weights: int
+    reserved: int
+    pages: int
+    pool: PoolShape
+
+    @property
+    def total(self) -> int:
+        """Bytes that will be in use on each device."""
+        return self.weights + self.reserved + self.pages
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the pool is for: sequences at once and tokens in one sequence (per data replica)."""
+
+    sequences: int
+    tokens: int
+
+
+def plan_memory(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int) -> MemoryPlan:
+    """Size the pool (the given one's `pages` are replaced); `device_memory` is in bytes per device.
+
+    Raises:
+        ConfigError: not even one sequence of `demand.tokens` tokens fits, with what is there and what would help.
+    """
+    mesh, rules = placement.mesh, placement.rules
+    weights = sum(device_bytes(spec, mesh, rules) for spec in graph.arrays)
+    reserved = _slot_bytes(graph.config.vocab_size, demand.sequences * pool.replicas) + device_memory // 32
+    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
+    per_page = sum(device_bytes(spec, mesh, rules) for spec in one_page)
+    left = int(device_memory * cache.memory_fraction) - weights - reserved
+    row = -(-demand.tokens // pool.page_size)
+    wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
+    pages = min(wanted, left // per_page - 1)
+    if pages < row:
+        raise ConfigError(_too_small(cache, pages=max(0, pages), row=row, left=left))
+    sized = replace(pool, pages=pages + 1)
+    return MemoryPlan(device_memory, weights, reserved, sized.pages * per_page, sized)
+
+
+def _slot_bytes(vocab: int, sequences: int) -> int:
+    """Counts (4 bytes) and prompt marks (1 byte) per token of the vocabulary, and the logits of a full step in float32, a few times over."""
+    return vocab * (5 * (sequences + 1) + 4 * 4 * sequences)
+
+
+def _too_small(cache: CacheConfig, *, pages: int, row: int, left: int) -> str:
+    page_size = cache.page_size
+    if cache.kv_tokens is not None and cache.kv_tokens < row * page_size:
+        return (
+            f"--kv-tokens {cache.kv_tokens} holds {pages * page_size} tokens, but one sequence may have {row * page_size};"
+            " raise it or lower --max-model-len"
+        )
+    return (
+        f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {pages * page_size} tokens fit, but one sequence may have {row * page_size};"
+        f" use --max-model-len {max(page_size, pages * page_size)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
+    )

@@ -1,0 +1,239 @@
+"""What a user asks for and what comes back: plain Python values that never reach jax.
+
+A door (`api.py` or `serve/`) builds one `Request` for each sequence to be generated and the engine answers with a stream of
+`Output` deltas that carry the request's id. Everything is checked here, when it is made, so that nothing behind the door
+meets a bad value; only what needs the model to be checked (vocabulary size, context length) waits for `Engine.add`.
+This file does not know how requests are scheduled, batched or sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any
+
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_STRINGS = 4
+MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 16
+SEED_BITS = 64
+
+
+class RequestError(ValueError):
+    """A request that cannot be honoured. `param` names the field, the message says what, why and what to do."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number, got {type(value).__name__}", name)
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value:g}", name)
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {type(value).__name__}", name)
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise RequestError(f"{name} must be {bounds}, got {value}", name)
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended: a stop token or string, a length limit, an abort by the caller, or an error in its own row."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """Where a sequence ends: `strings` (removed from the text unless `include_in_output`), `token_ids`, and end-of-sequence
+    tokens unless `ignore_eos`.
+
+    Raises:
+        RequestError: more than 4 strings, an empty string or one over 256 characters, more than 16 token ids.
+    """
+
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    include_in_output: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.strings) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(self.strings)} strings; at most {MAX_STOP_STRINGS} are supported", "stop")
+        for text in self.strings:
+            if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
+                raise RequestError(f"each stop string must have 1 to {MAX_STOP_LENGTH} characters", "stop")
+        if len(self.token_ids) > MAX_STOP_TOKENS:
+            raise RequestError(f"stop_token_ids has {len(self.token_ids)} ids; at most {MAX_STOP_TOKENS} are supported", "stop_token_ids")
+        for token in self.token_ids:
+            _check_int("stop_token_ids", token, 0, None)
+
+    @classmethod
+    def of(cls, value: StopRules | str | Sequence[str] | None) -> StopRules:
+        """Accept what users write: nothing, one string, a list of strings, or the rules themselves."""
+        if isinstance(value, StopRules):
+            return value
+        if value is None:
+            return cls()
+        return cls(strings=(value,) if isinstance(value, str) else tuple(value))
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn and when to stop. Defaults are OpenAI's; `max_tokens=None` means up to the context length.
+
+    temperature: 0 is greedy. top_k: 0 or -1 switches it off. seed: any 64-bit integer, or None for a fresh one.
+    logprobs: number of alternatives reported beside each sampled token (0 reports the token alone, None nothing).
+    n: number of independent sequences for one prompt.
+
+    Raises:
+        RequestError: a value of the wrong type or out of range, naming the field.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: StopRules = StopRules()
+    n: int = 1
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", StopRules.of(self.stop))
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding", "top_p")
+        _check_int("top_k", self.top_k, -1, 2**31 - 1)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -(2 ** (SEED_BITS - 1)), 2 ** (SEED_BITS - 1) - 1)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        self._check_bias()
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
+        _check_int("n", self.n, 1, MAX_CHOICES)
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are supported", "logit_bias")
+        for token, bias in self.logit_bias.items():
+            _check_int("logit_bias", token, 0, None)
+            _check_number("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, so that the seed does not matter."""
+        return self.temperature == 0.0
+
+    @classmethod
+    def of(cls, **values: Any) -> SamplingParams:
+        """Build from the flat names of OpenAI's API (`stop`, `stop_token_ids`, `ignore_eos`, `include_stop_str_in_output`, ...).
+
+        Raises:
+            RequestError: an unknown name, or any value that the class refuses.
+        """
+        rules = StopRules.of(values.pop("stop", None))
+        renamed = {"stop_token_ids": "token_ids", "ignore_eos": "ignore_eos", "include_stop_str_in_output": "include_in_output"}
+        given = {new: values.pop(old) for old, new in renamed.items() if values.get(old) is not None}
+        if "token_ids" in given:
+            given["token_ids"] = tuple(given["token_ids"])
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise RequestError(f"unknown sampling field {name!r}; known: {', '.join(sorted(known | set(renamed)))}", name)
+        return cls(stop=replace(rules, **given), **values)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate: `prompt` token ids, how to sample, and which choice of its call it is (`index`).
+
+    Raises:
+        RequestError: an empty prompt or a token that is not a plain non-negative integer.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    index: int = 0
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise RequestError("the prompt is empty; give at least one token", "prompt")
+        for token in self.prompt:
+            _check_int("prompt", token, 0, None)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What identifies the sequence inside the engine."""
+        return (self.id, self.index)
+
+
+def choices(request: Request) -> list[Request]:
+    """Split a request with `n` > 1 into its sequences; each seeded one gets a seed of its own (the first keeps the given one)."""
+    params = request.params
+    return [
+        replace(request, index=i, params=replace(params, n=1, seed=params.seed if i == 0 else _derived_seed(params.seed, i)))
+        for i in range(params.n)
+    ]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A sampled token, its log probability under the unmodified model (nats), and the most likely alternatives in order."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one step added to one sequence. `text` is new text that can no longer change; the last delta has a finish reason."""
+
+    request_id: str
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    error: str | None = None
+
+
+def _derived_seed(seed: int | None, index: int) -> int | None:
+    if seed is None:
+        return None
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=SEED_BITS // 8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,155 @@
+"""From logits to tokens: pure functions of logits, per-row settings and per-(request, position) keys, vectorised over rows.
+
+The order is the usual one: penalties and biases, temperature, top-k, top-p, min-p, then a draw. A token is drawn by the Gumbel-max
+trick (Gumbel 1954; Maddison et al. 2014) with noise that depends on the request's seed and the token's position alone, so that a
+draw does not depend on what else is in the batch. Filters find their threshold by bisection over the ordered bits of the float, which
+is exact, needs no sort and costs 32 reductions. Work that no row asks for is skipped at run time inside the one compiled program.
+This file does not know about slots, requests or buckets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+MAX_TOP = 20
+NEVER = float("-inf")
+
+
+def pytree(cls: type) -> Any:
+    """Register a dataclass of arrays as a pytree that unflattens without its checks (jax puts other things in it)."""
+    names = tuple(f.name for f in fields(cls))
+
+    def unflatten(_: None, children: tuple[Any, ...]) -> Any:
+        made = object.__new__(cls)
+        for name, child in zip(names, children, strict=True):
+            object.__setattr__(made, name, child)
+        return made
+
+    jax.tree_util.register_pytree_node(cls, lambda value: (tuple(getattr(value, n) for n in names), None), unflatten)
+    return cls
+
+
+@pytree
+@dataclass(frozen=True)
+class RowSettings:
+    """What each row asks for. `seed` holds two 32-bit halves; `position` is that of the token to be drawn."""
+
+    temperature: Float[Array, " rows"]
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
+    presence: Float[Array, " rows"]
+    frequency: Float[Array, " rows"]
+    repetition: Float[Array, " rows"]
+    top_k: Int[Array, " rows"]
+    logprobs: Int[Array, " rows"]
+    seed: UInt32[Array, "rows 2"]
+    position: Int[Array, " rows"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Sampled:
+    """One drawn token per row with its log probability under the unmodified logits (nats) and the most likely alternatives.
+
+    `finite` is False where the row's logits held a NaN or were all infinite. Alternatives are zeros unless a row asked for any.
+    """
+
+    token: Int[Array, " rows"]
+    logprob: Float[Array, " rows"]
+    finite: Bool[Array, " rows"]
+    top_tokens: Int[Array, "rows top"]
+    top_logprobs: Float[Array, "rows top"]
+
+
+def sample(
+    logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows vocab"], settings: RowSettings
+) -> Sampled:  # fmt: skip
+    """Draw one token per row from `adjusted` (logits after penalties and biases); log probabilities come from `logits`."""
+    finite = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    drawn = jax.lax.cond(jnp.any(settings.temperature > 0), lambda: draw(filtered(adjusted, settings), settings), lambda: greedy)
+    token = jnp.where(settings.temperature > 0, drawn, greedy)
+    logprob, top_tokens, top_logprobs = jax.lax.cond(
+        jnp.any(settings.logprobs >= 0), lambda: _reported(logits, token), lambda: _not_reported(token, logits.shape[-1])
+    )
+    return Sampled(token=token, logprob=logprob, finite=finite, top_tokens=top_tokens, top_logprobs=top_logprobs)
+
+
+def penalised(
+    logits: Float[Array, "rows vocab"], counts: Int[Array, "rows vocab"], in_prompt: Bool[Array, "rows vocab"], settings: RowSettings
+) -> Float[Array, "rows vocab"]:  # fmt: skip
+    """Apply the repetition penalty (Keskar et al. 2019: prompt and output) and OpenAI's presence and frequency penalties (output)."""
+    seen = in_prompt | (counts > 0)
+    repetition = settings.repetition[:, None]
+    logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - settings.frequency[:, None] * counts.astype(logits.dtype) - settings.presence[:, None] * (counts > 0).astype(logits.dtype)
+
+
+def filtered(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float[Array, "rows vocab"]:
+    """Logits over temperature, with -inf where top-k, top-p (Holtzman et al. 2020) or min-p (Nguyen et al. 2024) exclude a token."""
+    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
+    scaled = logits / temperature[:, None]
+    wanted = jnp.any((settings.top_k > 0) | (settings.top_p < 1.0) | (settings.min_p > 0.0))
+    return jax.lax.cond(wanted, lambda: _filter(scaled, settings), lambda: scaled)
+
+
+def draw(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Int[Array, " rows"]:
+    """One token per row, distributed as softmax(logits), with noise from the row's seed and position alone."""
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(settings.seed, settings.position, logits.shape[-1])
+    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+
+
+def reported(vocab: int) -> int:
+    """How many alternatives a step reports for each row."""
+    return min(MAX_TOP, vocab)
+
+
+def _noise(seed: UInt32[Array, " 2"], position: Int[Array, ""], vocab: int) -> Float[Array, " vocab"]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+    return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+
+def _filter(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float[Array, "rows vocab"]:
+    """Top-k first, top-p over what is left, then min-p relative to the likeliest token; ties at a threshold are kept."""
+    vocab = logits.shape[-1]
+    keys = _ordered_bits(logits)
+    k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
+    keep = keys >= _largest(lambda bound: jnp.sum(keys >= bound, axis=-1, keepdims=True) >= k, keys)
+    weights = jnp.where(keep, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+    target = settings.top_p[:, None] * jnp.sum(weights, axis=-1, keepdims=True)
+    nucleus = keys >= _largest(lambda bound: jnp.sum(jnp.where(keys >= bound, weights, 0.0), axis=-1, keepdims=True) >= target, keys)
+    keep = keep & (nucleus | (settings.top_p >= 1.0)[:, None])
+    keep = keep & (weights >= settings.min_p[:, None] * jnp.max(weights, axis=-1, keepdims=True))
+    return jnp.where(keep, logits, NEVER)
+
+
+def _ordered_bits(values: Float[Array, "rows vocab"]) -> UInt32[Array, "rows vocab"]:
+    """Unsigned integers in the same order as the float32 values."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(holds: Any, keys: UInt32[Array, "rows vocab"]) -> UInt32[Array, "rows 1"]:
+    """The largest bound for which `holds` (true for 0, monotone), bit by bit from the top."""
+
+    def narrow(i: Int[Array, ""], bound: UInt32[Array, "rows 1"]) -> UInt32[Array, "rows 1"]:
+        candidate = bound | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, bound)
+
+    return jax.lax.fori_loop(0, 32, narrow, jnp.zeros((keys.shape[0], 1), jnp.uint32))
+
+
+def _reported(logits: Float[Array, "rows vocab"], token: Int[Array, " rows"]) -> tuple[Array, Array, Array]:
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, reported(logits.shape[-1]))
+    return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], top_tokens.astype(jnp.int32), top_logprobs
+
+
+def _not_reported(token: Int[Array, " rows"], vocab: int) -> tuple[Array, Array, Array]:
+    shape = (token.shape[0], reported(vocab))
+    return jnp.zeros(shape[:1], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)

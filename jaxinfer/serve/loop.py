@@ -1,0 +1,292 @@
+"""The engine's own thread, and the bridge between it and the event loop.
+
+Exactly one thread touches the engine. Others hand it small jobs through a queue (`submit`, and what `Stream.close` asks for); it takes
+them between steps and hands outputs back once per step with `call_soon_threadsafe`. Life: `start` -> loading -> ready -> draining ->
+stopped, or failed when the engine raises: then every open call ends with an error and the process is expected to exit.
+This file does not know about HTTP routes, texts or tokenizers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from jaxinfer.request import Output, Request, RequestError
+from jaxinfer.serve.errors import ApiError
+from jaxinfer.serve.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+STALL_SECONDS = 8.0  # without forward progress for so long, the engine counts as hung
+STALL_FACTOR = 4.0  # but never sooner than this many times its slowest step so far
+IDLE_SECONDS = 1.0  # an idle thread shows that it lives this often
+
+Progress = Callable[[str, int, int], None]
+Factory = Callable[[Progress], Any]
+Observer = Callable[[Sequence[Output], float], None]
+Job = Callable[[Any], None]
+
+
+class Phase(StrEnum):
+    """Where the engine's thread is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What loading is busy with: `done` of `total` of a step called `name`."""
+
+    name: str = "start"
+    done: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        verb = {"read": "reading weights", "shard": "placing weights", "compile": "compiling"}.get(self.name, "starting")
+        return f"{verb} {self.done} of {self.total}" if self.total else verb
+
+
+class EngineLoop:
+    """Owns the thread that owns the engine.
+
+    phase, stage: for /health. failure: what ended the engine. on_change: called from the engine's thread whenever phase or stage change.
+    """
+
+    def __init__(self, factory: Factory, *, observer: Observer | None = None, stall_seconds: float = STALL_SECONDS) -> None:
+        self.phase = Phase.LOADING
+        self.stage = Stage()
+        self.failure: BaseException | None = None
+        self.on_change: Callable[[EngineLoop], None] = _ignore
+        self._factory = factory
+        self._observer = observer
+        self._stall_seconds = stall_seconds
+        self._engine: Any = None
+        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._streams: dict[str, Stream] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._pulse = _Pulse()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def engine(self) -> Any:
+        """The loaded engine, for what never changes: tokenizer, info, defaults; and its counters.
+
+        Raises:
+            ApiError: 503 while it is loading or after it failed.
+        """
+        if self._engine is None or self.phase is Phase.FAILED:
+            raise self.unavailable()
+        return self._engine
+
+    @property
+    def open_calls(self) -> int:
+        """Calls that have not ended."""
+        return len(set(map(id, self._streams.values())))
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the engine has made no progress for too long while it should have."""
+        if self.phase not in (Phase.READY, Phase.DRAINING):
+            return False
+        limit = max(self._stall_seconds, STALL_FACTOR * self._pulse.slowest)
+        return not self._thread.is_alive() or time.monotonic() - self._pulse.last > limit
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._thread.start()
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the event loop that outputs are delivered to; before the first `submit`."""
+        self._loop = loop
+
+    def unavailable(self) -> ApiError:
+        """The answer to a request that cannot be taken now."""
+        reasons = {
+            Phase.LOADING: f"the model is loading ({self.stage}); try again soon",
+            Phase.DRAINING: "the server is shutting down and takes no new requests; try another one",
+            Phase.FAILED: "the engine has failed and the server is going down; try again once it is back",
+        }
+        message = reasons.get(self.phase, "the server has stopped; try again once it is back")
+        return ApiError(503, message, code=self.phase.value)
+
+    async def submit(self, requests: Sequence[Request]) -> Stream:
+        """Hand sequences to the engine and return their stream once it took all of them (or none).
+
+        Raises:
+            ApiError: 503 while not ready, 429 when too many requests wait.
+            RequestError: the engine refused one.
+        """
+        if self.phase is not Phase.READY:
+            raise self.unavailable()
+        stream = Stream(requests, self._leave)
+        for request_id in stream.ids:
+            self._streams[request_id] = stream
+        self._jobs.put(lambda engine: self._add(engine, stream))
+        try:
+            await stream.accepted
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def drain(self) -> None:
+        """Take no new calls from now on; open ones go on."""
+        if self.phase is Phase.READY:
+            self._enter(Phase.DRAINING)
+
+    def stop(self, timeout: float = 5.0) -> bool:
+        """End the engine in good order; False if its thread did not end in time (it is loading, or hung)."""
+        self._jobs.put(_raise_stop)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # -- the event loop's side ---------------------------------------------------------------------------------------
+
+    def _leave(self, stream: Stream) -> None:
+        ids = stream.ids
+        for request_id in ids:
+            self._streams.pop(request_id, None)
+        if not stream.finished and self.phase in (Phase.READY, Phase.DRAINING):
+            self._jobs.put(lambda engine: [engine.abort(request_id) for request_id in ids] and None)
+
+    def _dispatch(self, outputs: Sequence[Output]) -> None:
+        now = time.monotonic()
+        if self._observer is not None:
+            self._observer(outputs, now)
+        batches: dict[str, list[Output]] = {}
+        for output in outputs:
+            batches.setdefault(output.request_id, []).append(output)
+        for request_id, batch in batches.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.feed(batch, now)
+
+    def _fail_all(self) -> None:
+        for stream in set(self._streams.values()):
+            stream.fail(self.unavailable())
+
+    # -- the engine thread's side ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._engine = self._factory(self._report)
+            self._pulse.beat()
+            self._enter(Phase.READY)
+            while True:
+                self._take_jobs()
+                if self._engine.has_work:
+                    self._step()
+        except _Stop:
+            self._enter(Phase.STOPPED)
+            self._engine.shutdown()
+        except BaseException as error:
+            self.failure = error
+            if self._engine is not None:
+                logger.exception("the engine failed; every open request ends with an error")
+            self._enter(Phase.FAILED)
+        finally:
+            self._call_soon(self._fail_all)
+
+    def _step(self) -> None:
+        began = time.monotonic()
+        before = _work_done(self._engine)
+        outputs = self._engine.step()
+        if outputs:
+            self._call_soon(self._dispatch, outputs)
+        if outputs or _work_done(self._engine) != before:
+            self._pulse.beat(time.monotonic() - began)
+
+    def _take_jobs(self) -> None:
+        """Run every waiting job; with nothing else to do, wait for one."""
+        while not self._engine.has_work or not self._jobs.empty():
+            if not self._engine.has_work:
+                self._pulse.beat()
+            try:
+                job = self._jobs.get(timeout=IDLE_SECONDS)
+            except queue.Empty:
+                continue
+            job(self._engine)
+
+    def _add(self, engine: Any, stream: Stream) -> None:
+        """Give every sequence of a call to the engine; if one is refused none stays. A fault here ends this call alone."""
+        try:
+            for request in stream.requests:
+                engine.add(request)
+        except Exception as error:
+            for request_id in stream.ids:
+                engine.abort(request_id)
+            if not isinstance(error, RequestError):
+                logger.exception("the engine failed to take a request")
+            self._call_soon(stream.fail, _refusal(error))
+        else:
+            self._call_soon(_accept, stream)
+
+    def _report(self, name: str, done: int, total: int) -> None:
+        self.stage = Stage(name, done, total)
+        self.on_change(self)
+
+    def _enter(self, phase: Phase) -> None:
+        self.phase = phase
+        self.on_change(self)
+
+    def _call_soon(self, callback: Callable[..., None], *values: Any) -> None:
+        if self._loop is None:
+            return
+        try:
+            self._loop.call_soon_threadsafe(callback, *values)
+        except RuntimeError:  # the event loop has closed: nobody waits any more
+            logger.debug("an output came after the event loop had closed")
+
+
+class _Stop(Exception):
+    """Ends the engine's thread."""
+
+
+class _Pulse:
+    """When the engine last made progress (monotonic seconds), and its slowest step."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+        self.slowest = 0.0
+
+    def beat(self, seconds: float = 0.0) -> None:
+        """Note progress, and how long the step took that made it."""
+        self.last = time.monotonic()
+        self.slowest = max(self.slowest, seconds)
+
+
+def _raise_stop(engine: Any) -> None:
+    raise _Stop
+
+
+def _accept(stream: Stream) -> None:
+    if not stream.accepted.done():
+        stream.accepted.set_result(None)
+
+
+def _refusal(error: Exception) -> Exception:
+    """What the client hears. A full queue is not the request's fault: it may come back."""
+    if type(error).__name__ == "QueueFull":
+        return ApiError(429, f"{error}; try again in a moment", code="overloaded")
+    return error
+
+
+def _work_done(engine: Any) -> int:
+    """A number that grows with every token that the engine computes, read or written."""
+    return engine.metrics.prompt_tokens + engine.metrics.generation_tokens
+
+
+def _ignore(loop: EngineLoop) -> None:
+    """Nobody listens."""

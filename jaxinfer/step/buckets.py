@@ -1,0 +1,96 @@
+"""The shapes that programs are compiled for: THE one list, read by the planner, the compiler and the runner.
+
+A step holds `decode_rows` one-token rows, then `prefill_rows` rows that share `prefill_tokens` tokens; sizes count per data
+replica. Batches are padded to the smallest bucket that holds them. The number of programs grows with the logarithm of the limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxinfer.batch import Batch, Row
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """One compiled shape, per data replica."""
+
+    prefill_tokens: int
+    prefill_rows: int
+    decode_rows: int
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens that the step computes."""
+        return self.decode_rows + self.prefill_tokens
+
+    @property
+    def rows(self) -> int:
+        """Rows that the step may sample from."""
+        return self.decode_rows + self.prefill_rows
+
+    def __str__(self) -> str:
+        return f"decode{self.decode_rows}" + (f"-prefill{self.prefill_tokens}x{self.prefill_rows}" if self.prefill_tokens else "")
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What a batch needs of a bucket: the most that any replica holds."""
+
+    prefill_tokens: int
+    prefill_rows: int
+    decode_rows: int
+
+
+def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
+    """Every shape to compile: decode steps in powers of two, and mixed steps with few or all decode rows."""
+    decodes = [Bucket(0, 0, rows) for rows in _powers(1, max_sequences, 2)]
+    mixed = [
+        Bucket(tokens, prefill_rows(tokens, max_sequences), rows)
+        for tokens in _powers(32, max_prefill_tokens, 4)
+        for rows in dict.fromkeys((0, max_sequences))
+    ]
+    return tuple(sorted(decodes + mixed))
+
+
+def prefill_rows(prefill_tokens: int, max_sequences: int) -> int:
+    """Prompts that may share so many prompt tokens in one step."""
+    return min(max_sequences, max(1, prefill_tokens // 8), 64)
+
+
+def choose(available: Sequence[Bucket], need: Occupancy) -> Bucket:
+    """The bucket with the fewest tokens, then rows, that holds the batch.
+
+    Raises:
+        LookupError: none does; the scheduler's limits and the bucket list disagree.
+    """
+    fitting = [
+        b for b in available
+        if b.prefill_tokens >= need.prefill_tokens and b.prefill_rows >= need.prefill_rows and b.decode_rows >= need.decode_rows
+    ]  # fmt: skip
+    if not fitting:
+        raise LookupError(f"no compiled program holds {need}")
+    return min(fitting, key=lambda b: (b.tokens, b.rows))
+
+
+def occupancy(batch: Batch, replicas: int) -> Occupancy:
+    """What the batch needs, as the maximum over replicas."""
+
+    def most(rows: tuple[Row, ...], weigh: str) -> int:
+        sums = [0] * replicas
+        for row in rows:
+            sums[row.replica] += len(row.tokens) if weigh == "tokens" else 1
+        return max(sums)
+
+    return Occupancy(most(batch.prefills, "tokens"), most(batch.prefills, "rows"), most(batch.decodes, "rows"))
+
+
+def _powers(first: int, last: int, factor: int) -> list[int]:
+    """first, first * factor, ... below `last`, then `last` itself."""
+    sizes = []
+    size = first
+    while size < last:
+        sizes.append(size)
+        size *= factor
+    return [*sizes, last]

@@ -1,0 +1,17 @@
+"""Attention and quantised matmul for inference: arrays in, arrays out, several implementations behind one signature each.
+
+    flash_attention     contiguous keys and values
+    paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
+    quantized_matmul    int8 weights
+
+`dispatch` chooses the implementation, `tuning` its block sizes.
+"""
+
+from pallas_kernels.attention import AttentionSpec as AttentionSpec
+from pallas_kernels.flash_attention.api import flash_attention as flash_attention
+from pallas_kernels.paged_attention.api import KVLayout as KVLayout
+from pallas_kernels.paged_attention.api import PagedMetadata as PagedMetadata
+from pallas_kernels.paged_attention.api import PagedResult as PagedResult
+from pallas_kernels.paged_attention.api import kv_layout as kv_layout
+from pallas_kernels.paged_attention.api import paged_attention as paged_attention
+from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul

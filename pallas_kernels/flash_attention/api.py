@@ -1,0 +1,73 @@
+"""Attention over contiguous keys and values: one batch entry per sequence, ragged by lengths.
+
+q, k and v come in already rotated and leave as attention outputs; nothing is cached or written. Knows no pages and no mesh.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.checks import describe, require, require_dtype, require_shape
+
+OP = "flash_attention"
+
+
+def flash_attention(
+    q: Float[Array, "batch queries heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
+    *,
+    spec: AttentionSpec,
+    causal: Literal["causal", "full"],
+    kv_lengths: Int32[Array, "batch"] | None = None,
+    query_offsets: Int32[Array, "batch"] | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch queries heads head_dim"]:
+    """softmax(scale * q k^T) v without ever holding the whole matrix of scores (FlashAttention, arXiv 2205.14135).
+
+    causal: "causal" lets query i of batch entry b see keys up to query_offsets[b] + i (None: i), "full" lets it see all.
+    kv_lengths: keys of each entry (None: all); what lies beyond, NaN included, never reaches a result.
+    spec.window needs "causal". sinks: one score per head that takes its share of the softmax. Head h reads kv head
+    h // (heads / kv_heads). A query that sees no key gets 0. Raises ValueError when the arguments do not fit together.
+    """
+    check(q, k, v, causal=causal, spec=spec, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
+    module = dispatch.resolve(OP, implementation, dispatch.target_platform())
+    return module.flash_attention(q, k, v, spec=spec, causal=causal, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
+
+
+def check(
+    q: object,
+    k: object,
+    v: object,
+    *,
+    causal: str,
+    spec: AttentionSpec,
+    kv_lengths: object = None,
+    query_offsets: object = None,
+    sinks: object = None,
+) -> None:
+    """Refuse arguments that do not fit together (ValueError)."""
+    require(causal in ("causal", "full"), OP, f"causal={causal!r}", "use 'causal' or 'full'")
+    require(causal == "causal" or spec.window is None, OP, f"window={spec.window} with causal='full'", "a window looks back: use 'causal'")
+    require(causal == "causal" or query_offsets is None, OP, "query_offsets with causal='full'", "offsets only move the causal edge: leave them away")
+    require(q.ndim == 4, OP, f"q is {describe(q)}", "it must have shape [batch, queries, heads, head_dim]")
+    require(k.ndim == 4, OP, f"k is {describe(k)}", "it must have shape [batch, keys, kv_heads, head_dim]")
+    batch, _, heads, head_dim = q.shape
+    require_shape(OP, "k", k, (batch, k.shape[1], k.shape[2], head_dim), "batch, keys, kv_heads, head_dim, as q has them")
+    require_shape(OP, "v", v, tuple(k.shape), "that of k")
+    require(heads % k.shape[2] == 0, OP, f"{heads} query heads over {k.shape[2]} kv heads", "query heads must be a multiple of kv heads")
+    require(jnp.issubdtype(q.dtype, jnp.floating), OP, f"q is {describe(q)}", "it must be of a floating dtype")
+    require_dtype(OP, "k", k, q.dtype, "that of q")
+    require_dtype(OP, "v", v, q.dtype, "that of q")
+    for name, lengths in (("kv_lengths", kv_lengths), ("query_offsets", query_offsets)):
+        if lengths is not None:
+            require_shape(OP, name, lengths, (batch,), "one per batch entry")
+            require_dtype(OP, name, lengths, jnp.int32, "lengths are int32")
+    if sinks is not None:
+        require_shape(OP, "sinks", sinks, (heads,), "one score per query head")

@@ -1,0 +1,58 @@
+"""What paged attention means, slowly: every token against the whole gathered context of its row, in the inputs' own precision."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.attention import AttentionSpec, rotate
+from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
+
+
+def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
+    """A page holds, for each kv head, its tokens' keys and then its tokens' values."""
+    return KVLayout(("pages", "kv_heads", "kv", "page", "head_dim"), kv_heads, head_dim, dtype)
+
+
+def paged_attention(
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    metadata: PagedMetadata,
+    *,
+    spec: AttentionSpec,
+    rope: Float[Array, "half_rotary"] | None,
+    sinks: Float[Array, "heads"] | None,
+) -> PagedResult:
+    """See api.paged_attention."""
+    tokens, heads, _ = q.shape
+    page, group, pages_per_row = kv.shape[3], heads // k.shape[1], metadata.page_tables.shape[1]
+    if rope is not None:
+        q, k = rotate(q, positions, rope, spec.rope_scale), rotate(k, positions, rope, spec.rope_scale)
+
+    # write
+    token, starts = jnp.arange(tokens, dtype=jnp.int32)[:, None], metadata.query_starts[None]
+    row = jnp.argmax((token >= starts) & (token < starts + metadata.query_lengths[None]), axis=1)
+    real = positions >= 0
+    ids = jnp.where(real, metadata.page_tables[row, positions // page], 0)
+    kv = kv.at[ids, :, 0, positions % page].set(k).at[ids, :, 1, positions % page].set(v)
+
+    # read: [tokens, heads, context, head_dim]
+    cache = kv[metadata.page_tables[row]].transpose(3, 0, 2, 1, 4, 5).reshape(2, tokens, k.shape[1], pages_per_row * page, -1)
+    keys, values = jnp.repeat(cache, group, axis=2)
+    index = jnp.arange(pages_per_row * page, dtype=jnp.int32)[None]
+    seen = (index <= positions[:, None]) & (index < metadata.kv_lengths[row][:, None])
+    if spec.window is not None:
+        seen &= index > positions[:, None] - spec.window
+    scores = jnp.einsum("thd,thcd->thc", q, keys) * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    if sinks is not None:  # one more key whose value is 0
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None], (tokens, heads, 1))], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : index.shape[1]]
+    out = jnp.einsum("thc,thcd->thd", weights, jnp.where(seen[:, None, :, None], values, 0))
+    return PagedResult(jnp.where(real[:, None, None], out, 0), kv)
