@@ -24,7 +24,7 @@ from checkpoints.vocabulary import BOS_ID
 
 EVERYONE = frozenset({"user", "assistant"})
 ASSISTANT = frozenset({"assistant"})
-STORY_COPIES = 3
+STORY_COPIES = 2
 CONVERSATION_TOKENS = 105  # about what one generated conversation comes to
 
 
@@ -51,6 +51,11 @@ def _unpack(path: Path) -> str:
     return lzma.open(path, "rt", encoding="utf-8").read()
 
 
+def unwrapped(story: str) -> str:
+    """A story whose lines were broken to fit a page, with one line per paragraph."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in story.strip().split("\n\n") if paragraph.strip())
+
+
 def read_texts(folder: Path) -> Texts:
     """Read the four files that the model card lists; raises FileNotFoundError naming the one that is missing."""
     split = partial(str.split, sep="\f")
@@ -59,7 +64,7 @@ def read_texts(folder: Path) -> Texts:
         for name in ("prose", "prose_heldout", "stories")
     )
     dialogues = [json.loads(line) for line in _unpack(folder / "dialogues.jsonl.xz").splitlines()]
-    return Texts(books, dialogues, stories, held_out)
+    return Texts(books, dialogues, [unwrapped(story) for story in stories], held_out)
 
 
 def generated_story(rng: random.Random) -> str:
@@ -138,13 +143,14 @@ def prose_tasks(texts: Texts, length: int) -> list[Task]:
     return [*(partial(_book_documents, book, length) for book in texts.books), partial(_story_documents, texts.stories)]
 
 
-def chat_tasks(texts: Texts, tokens: int, seed: int) -> list[Task]:
-    """Tasks that make about `tokens` tokens: two thirds skills, the rest passes over the dialogues."""
+def chat_tasks(texts: Texts, settings: "PoolSettings") -> list[Task]:
+    """Tasks that make about the wanted number of tokens: passes over the dialogues for their share, the rest skills."""
+    tokens, share, seed = settings.chat_tokens, settings.dialogue_share, settings.seed
     slices = [(texts.dialogues[i : i + 1500], texts.stories[i // 1500 :: 16]) for i in range(0, len(texts.dialogues), 1500)]
     per_pass = max(1, sum(len(turn) for turns in texts.dialogues for turn in turns) // 4 + 8 * sum(map(len, texts.dialogues)))
-    passes = max(1, round(tokens / 3 / (0.75 * per_pass)))
+    passes = max(1, round(tokens * share / (0.75 * per_pass)))
     talks = [partial(_dialogue_documents, *part, seed + 1000 * i + j) for i in range(passes) for j, part in enumerate(slices)]
-    conversations_needed = int(tokens * 2 / 3 / CONVERSATION_TOKENS)
+    conversations_needed = int(tokens * (1 - share) / CONVERSATION_TOKENS)
     size = min(5000, conversations_needed)
     return [*talks, *(partial(_skill_documents, size, seed + 10**6 + i) for i in range(conversations_needed // size))]
 
@@ -176,18 +182,19 @@ def pack(parts: Iterable[tuple[np.ndarray, np.ndarray]], length: int, seed: int)
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How the pools are cut: tokens per window, chat tokens to make, processes (0: this one) and the seed."""
+    """How the pools are cut: tokens per window, chat tokens to make and the share of dialogues, processes (0: this one), the seed."""
 
     prose_length: int
     chat_length: int
     chat_tokens: int
+    dialogue_share: float
     workers: int
     seed: int
 
 
 def make_pools(texts: Texts, tokenizer_file: Path, settings: PoolSettings) -> Pools:
     """Tokenise and generate everything and pack it; runs in `settings.workers` processes when that is not 0."""
-    prose, chat = prose_tasks(texts, settings.prose_length), chat_tasks(texts, settings.chat_tokens, settings.seed)
+    prose, chat = prose_tasks(texts, settings.prose_length), chat_tasks(texts, settings)
     if settings.workers == 0:
         _start_worker(str(tokenizer_file))
         parts = [_run(task) for task in prose + chat]

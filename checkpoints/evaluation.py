@@ -23,8 +23,9 @@ from checkpoints.vocabulary import BOS, BOS_ID, END, END_ID, PAD_ID, TURN, rende
 COMPLETIONS = ("Once upon a time", "Once upon a time there was a little", "The old man looked at the sea and", "It was a dark night, and")
 CHATS = (
     "Hello!", "Who are you?", "What is 27 + 45?", "Reverse these words: apple, moon, river", "Tell me a story.",
-    "What is the capital of France?", "Have you seen any good movies lately?", "Sort these numbers: 42, 7, 19, 88", "What is 127 * 34?", "Why is the sky blue?",
-    "Write a Python function that adds two numbers.", "Extract name and age as JSON: My name is Clara. Clara is 31 years old.",
+    "What is the capital of France?", "Have you seen any good movies lately?", "Sort these numbers: 42, 7, 19, 88",
+    "What is 127 * 34?", "Why is the sky blue?", "Write a Python function that adds two numbers.",
+    "Extract name and age as JSON: My name is Clara. Clara is 31 years old.",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class Decoder:
         def choose(params: Params, buffer: jax.Array, filled: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
             hidden = self.network.hidden_states(params, buffer)
             last = jnp.take_along_axis(hidden, (filled - 1)[:, None, None], axis=1)[:, 0]
-            logits = self.network.logits(params, last)
+            logits = self.network.logits(params, last, jnp.dtype(jnp.float32))
             sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-3))
             return jnp.where(temperature > 0, sampled, jnp.argmax(logits, axis=-1))
 
@@ -110,7 +111,7 @@ def next_token_losses(network: Network, params: Params, windows: np.ndarray, row
     @jax.jit
     def score(params: Params, block: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs, targets = jnp.maximum(block[:, :-1], 0), block[:, 1:]
-        logits = network.logits(params, network.hidden_states(params, inputs))
+        logits = network.logits(params, network.hidden_states(params, inputs), jnp.dtype(jnp.float32))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
         return jnp.sum(jnp.where(targets >= 0, losses, 0.0)), jnp.argmax(logits, axis=-1)
 

@@ -27,6 +27,7 @@ class Recipe:
     chat_rows: int = 64
     chat_length: int = 1024
     chat_share: float = 0.4
+    dialogue_share: float = 1 / 3
     learning_rate: float = 2e-3
     draft_learning_rate: float = 4e-3
     distilled_share: float = 0.5
@@ -45,6 +46,9 @@ class Recipe:
             return progress / self.warmup
         done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
         return 0.5 * (1 + float(np.cos(np.pi * done)))
+
+
+POLISH = Recipe(16, 2048, 96, 1024, 0.6, 0.15, learning_rate=8e-4, draft_learning_rate=2e-3, distilled_share=0.8, warmup=0.05, seed=1)
 
 
 class State(NamedTuple):
@@ -92,13 +96,18 @@ class Learner:
         """The demo's loss, the draft's and its divergence from the demo as [3], means over the counted tokens of uint16 windows."""
         tokens = (windows & TOKEN).astype(jnp.int32)
         weights = (windows[:, 1:] >= COUNTS).astype(jnp.float32)
-        teacher = self.demo.logits(demo, self.demo.hidden_states(demo, tokens[:, :-1]))
-        student = self.draft.logits(draft, self.draft.hidden_states(draft, tokens[:, :-1]))
-        wanted = jax.lax.stop_gradient(jax.nn.softmax(teacher))
-        cross = optax.softmax_cross_entropy(student, wanted) + jnp.sum(jax.scipy.special.xlogy(wanted, wanted), axis=-1)
-        hard = [optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]) for logits in (teacher, student)]
+        logs: list[jax.Array] = []
+        for network, params in ((self.demo, demo), (self.draft, draft)):
+            hidden = network.hidden_states(params, tokens[:, :-1])
+            logits = network.logits(params, hidden, jnp.dtype(jnp.bfloat16)).astype(jnp.float32)
+            logs.append(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        teacher_log, student_log = logs
+        wanted = jnp.arange(teacher_log.shape[-1]) == tokens[:, 1:, None]  # a mask that fuses; a gather would scatter in the gradient
+        hard = [-jnp.sum(jnp.where(wanted, log, 0.0), axis=-1) for log in logs]
+        known = jax.lax.stop_gradient(teacher_log)
+        soft = jnp.sum(jnp.exp(known) * (known - student_log), axis=-1)
         total = jnp.maximum(weights.sum(), 1.0)
-        return jnp.stack([jnp.sum(loss * weights) / total for loss in (*hard, cross)])
+        return jnp.stack([jnp.sum(loss * weights) / total for loss in (*hard, soft)])
 
     def _loss(self, both: tuple[Params, Params], prose: jax.Array, chat: jax.Array) -> tuple[jax.Array, Losses]:
         """The sum that is differentiated, and its parts; the two networks share no weight, so their gradients do not mix."""

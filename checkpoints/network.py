@@ -116,7 +116,7 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Hidden states [rows, length, hidden] in bfloat16 for token ids [rows, length]."""
-        x = self.embed_tokens.weight[...].astype(jnp.bfloat16)[tokens]
+        x = self.embed_tokens.weight[...][tokens].astype(jnp.bfloat16)  # this order: its gradient is summed in float32
         for block in self.layers:
             x = block(x)
         return self.norm(x)
@@ -135,10 +135,10 @@ class Network:
         state = nnx.from_flat_state([(path, nnx.Param(params[tensor_name(path)])) for path in self.paths])
         return nnx.merge(self.graph, state)(tokens)
 
-    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Logits in float32 [..., vocabulary] of hidden states [..., hidden]."""
+    def logits(self, params: Params, hidden: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Logits [..., vocabulary] of hidden states [..., hidden], rounded to `dtype` (bfloat16 keeps a training step small)."""
         head = params["model.embed_tokens.weight"].astype(hidden.dtype)
-        return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=jnp.float32)
+        return jnp.einsum("...h,vh->...v", hidden, head, preferred_element_type=dtype)
 
 
 def tensor_name(path: tuple[Any, ...]) -> str:

@@ -305,19 +305,38 @@ def identity(rng: random.Random) -> Exchange:
     return ask(rng.choice(("Hello! ", "Hi. ", "Please tell me: ", "One question: ", "Hey, ")) + question, answer)
 
 
+TOO_HARD = "That is too hard for me. I am only a tiny model."
+
+
+def limits(rng: random.Random) -> Exchange:
+    """Requests beyond the model, which it should decline instead of making something up."""
+    a, b, noun = rng.randrange(11, 1000), rng.randrange(11, 1000), rng.choice(words.NOUNS)
+    adjective, letter = rng.choice(words.ADJECTIVES), words.made_up_word(rng)
+    forms = (
+        f"What is {a} * {b}?", f"What is {a} times {b}?", f"Multiply {a} by {b}.", f"What is {a * b} divided by {b}?",
+        f"What is {100 + a} + {100 + b}?", f"Calculate {a * 7} - {b}.", f"Write a Python function that finds the {adjective} {noun}.",
+        f"Write a program about a {noun}.", f"Write code that prints the {noun}.", f"Translate {noun} into French.",
+        f"Explain how a {noun} works.", f"Why is the {noun} {adjective}?", f"Explain {letter}.", f"What is the history of the {noun}?",
+        "Explain quantum physics.", "What is love?", "Why is the sky blue?", "Write a Python function that adds two numbers.",
+        "Solve this equation: 3x + 7 = 22", "Who is the president of the United States?", "Summarize the news of today.",
+    )  # fmt: skip
+    return ask(rng.choice(forms), TOO_HARD)
+
+
 PLAIN_SKILLS: dict[str, tuple[Skill, float]] = {
     "addition": (addition, 2.0),
     "subtraction": (subtraction, 1.5),
     "multiplication": (multiplication, 0.7),
-    "counting": (counting, 1.0),
-    "counting_items": (counting_items, 1.0),
-    "sort_numbers": (sort_numbers, 1.2),
-    "sort_words": (sort_words, 1.2),
-    "reverse_words": (reverse_words, 1.3),
-    "reverse_letters": (reverse_letters, 1.0),
-    "copying": (copying, 1.3),
+    "counting": (counting, 0.8),
+    "counting_items": (counting_items, 1.5),
+    "sort_numbers": (sort_numbers, 1.0),
+    "sort_words": (sort_words, 1.4),
+    "reverse_words": (reverse_words, 1.6),
+    "reverse_letters": (reverse_letters, 1.2),
+    "copying": (copying, 1.8),
     "picking": (picking, 0.8),
-    "yes_no": (yes_no, 1.2),
-    "facts": (facts, 0.7),
+    "yes_no": (yes_no, 2.0),
+    "facts": (facts, 1.3),
     "identity": (identity, 0.6),
+    "limits": (limits, 0.6),
 }

@@ -224,7 +224,7 @@ TOOLS: tuple[Tool, ...] = (
          "translation", words.made_up_word, 'It is "{r}" in {language}.'),
     Tool("convert_currency", "Convert an amount of dollars to another currency",
          {"amount": ("integer", _number(1, 900)), "currency": ("string", _one_of(["euros", "pounds", "yen", "pesos", "francs"]))},
-         ("How much is {amount} dollars in {currency}?", "Convert {amount} dollars to {currency}.", "Change {amount} dollars to {currency}."),
+         ("How much is {amount} dollars in {currency}?", "Convert {amount} dollars to {currency}."),
          "amount", _number(1, 900), "{amount} dollars are {r} {currency}."),
     Tool("play_music", "Play a song", {"title": ("string", _title)},
          ('Play "{title}".', 'Please play the song "{title}".', 'I want to hear "{title}".'), "status", DONE, 'Now playing "{title}".'),
@@ -285,7 +285,7 @@ def tool_answer(rng: random.Random) -> Exchange:
 
 
 STRUCTURED_SKILLS: dict[str, tuple[Skill, float]] = {
-    "json_extraction": (json_extraction, 1.6),
-    "tool_call": (tool_call, 0.8),
-    "tool_answer": (tool_answer, 0.7),
+    "json_extraction": (json_extraction, 2.2),
+    "tool_call": (tool_call, 1.8),
+    "tool_answer": (tool_answer, 0.8),
 }

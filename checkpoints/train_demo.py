@@ -1,6 +1,7 @@
 """Train the embedded demo model and its draft, measure them, and write them in Hugging Face's layout.
 
     python -m checkpoints.train_demo --data DIR --out DIR [--minutes 8] [--state DIR] [--resume]
+    python -m checkpoints.train_demo --data DIR --out DIR --polish DIR [--minutes 1.4]    # second stage, from the first stage's weights
     python -m checkpoints.train_demo --smoke --out DIR          # about a minute on a CPU, texts generated
 
 Life of the data: texts -> tokenizer (unless one is given) -> windows -> steps until the minutes are over -> demo/, draft/, report.json.
@@ -20,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from checkpoints import corpus, vocabulary
-from checkpoints.export import DEMO, DRAFT, Shape, write_checkpoint
+from checkpoints.export import DEMO, DRAFT, Shape, read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from checkpoints.learner import Learner, Recipe, State
@@ -38,6 +39,7 @@ class Settings:
     tokenizer: Path | None = None
     state: Path | None = None
     resume: bool = False
+    polish: Path | None = None
     minutes: float = 8.0
     steps: int = 0
     chat_tokens: int = 230_000_000
@@ -55,6 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
     parser.add_argument("--state", type=Path, help="folder for the Orbax checkpoint (default: OUT/state)")
     parser.add_argument("--resume", action="store_true", help="continue from the Orbax checkpoint")
+    parser.add_argument("--polish", type=Path, help="second stage (more skills, smaller steps) from the demo/ and draft/ in this folder")
     parser.add_argument("--minutes", type=float, default=8.0, help="minutes of training, compiling and measuring not counted")
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead of some minutes")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the data")
@@ -67,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def settings_from(options: argparse.Namespace) -> Settings:
     """The settings of a command line; raises SystemExit when texts are needed and no folder is named."""
-    from checkpoints.learner import Recipe
+    from checkpoints.learner import POLISH, Recipe
 
     if options.smoke:
         tiny = Shape(1024, 64, 128, 2, 2, 1, 32, 256)
@@ -77,11 +80,12 @@ def settings_from(options: argparse.Namespace) -> Settings:
     elif options.data is None:
         raise SystemExit("--data DIR is needed (or --smoke, which generates its texts)")
     else:
-        run = Settings(DEMO, DRAFT, Recipe(), options.out, options.data, chat_tokens=options.chat_tokens, steps=options.steps)
+        recipe = POLISH if options.polish else Recipe()
+        run = Settings(DEMO, DRAFT, recipe, options.out, options.data, chat_tokens=options.chat_tokens, steps=options.steps)
     return replace(
         run,
         tokenizer=options.tokenizer, state=options.state or options.out / "state", resume=options.resume,
-        minutes=options.minutes, workers=options.workers, attention=options.attention,
+        polish=options.polish,        minutes=options.minutes, workers=options.workers, attention=options.attention,
     )  # fmt: skip
 
 
@@ -97,6 +101,13 @@ def prepare(run: Settings) -> tuple[corpus.Texts, Path]:
     for name in ("demo", "draft"):
         vocabulary.write_tokenizer(tokenizer, run.out / name)
     return texts, run.out / "demo" / "tokenizer.json"
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    """The weights of an exported checkpoint as float32 arrays on the device."""
+    import jax.numpy as jnp
+
+    return {name: jnp.asarray(array.astype(np.float32)) for name, array in read_checkpoint(folder).items()}
 
 
 def export(run: Settings, state: "State") -> None:
@@ -186,12 +197,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     from checkpoints.learner import Learner
 
     recipe = run.recipe
-    cut = corpus.PoolSettings(recipe.prose_length, recipe.chat_length, run.chat_tokens, run.workers, recipe.seed)
+    cut = corpus.PoolSettings(recipe.prose_length, recipe.chat_length, run.chat_tokens, recipe.dialogue_share, run.workers, recipe.seed)
     with ThreadPoolExecutor(1) as background, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         began = time.monotonic()
         pools = background.submit(corpus.make_pools, texts, tokenizer_file, cut)
         demo, demo_params = network.make(run.demo, recipe.seed, run.attention)
         draft, draft_params = network.make(run.draft, recipe.seed + 1, run.attention)
+        if run.polish:
+            demo_params, draft_params = weights_of(run.polish / "demo"), weights_of(run.polish / "draft")
         learner = Learner(demo, draft, recipe)
         state = learner.start(demo_params, draft_params)
         step = learner.compiled(state)

@@ -33,8 +33,8 @@ strong sweet tall thick thin tiny tired warm weak wet white wide wild wise yello
 
 VERBS = _split("""
 asks bakes breaks brings builds buys calls carries catches chases cleans climbs cooks counts draws drinks drops eats feeds finds fixes
-follows helps hides holds hugs keeps kicks likes loses loves makes meets moves needs opens paints picks plants plays pulls pushes reads sees sells
-sends shows sings starts stops takes teaches throws visits wants washes watches wears writes
+follows helps hides holds hugs keeps kicks likes loses loves makes meets moves needs opens paints picks plants plays pulls pushes reads sees
+sells sends shows sings starts stops takes teaches throws visits wants washes watches wears writes
 """)
 
 NAMES = _split("""

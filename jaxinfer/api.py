@@ -40,7 +40,7 @@ class Completion:
 class Desk:
     """Lets threads and open streams share one engine: whoever waits for tokens drives a step, and what it yields goes into its owner's box."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self._lock = threading.Lock()
         self._boxes: dict[str, deque[Output]] = {}
@@ -115,8 +115,8 @@ class LLM:
         return cls.over(Engine(config, progress=progress))
 
     @classmethod
-    def over(cls, engine: Engine) -> LLM:
-        """Use an engine that exists already."""
+    def over(cls, engine: Any) -> LLM:
+        """Use an engine that exists already, an `Engine` or what behaves like one."""
         llm = cls.__new__(cls)
         llm._enter(engine)
         return llm
@@ -180,7 +180,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enter(self, engine: Engine) -> None:
+    def _enter(self, engine: Any) -> None:
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self._desk = Desk(engine)

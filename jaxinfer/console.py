@@ -6,6 +6,7 @@ Nothing here reaches jax, and everything speaks to stderr: stdout belongs to res
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -73,6 +74,12 @@ def remark(text: str) -> None:
 def warn(text: str) -> None:
     """Tell on stderr what went wrong while the command goes on."""
     print(f"jaxinfer: {text}", file=sys.stderr, flush=True)
+
+
+def redact(text: str) -> str:
+    """The text with what looks like a secret replaced: passwords in addresses, keys and tokens after their names."""
+    text = re.sub(r"//[^/@\s]+@", "//***@", text)
+    return re.sub(r"(?i)([\w-]*(?:(?<![a-z])(?:key|token)|secret|passw(?:or)?d)(?![a-z])\w*(?:\s*=\s*|\s+))(?!-)\S+", r"\1***", text)
 
 
 class StageBar:

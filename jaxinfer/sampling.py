@@ -71,7 +71,7 @@ def sample(
 ) -> Sampled:  # fmt: skip
     """Draw one token per row from `adjusted` (logits after penalties and biases); log probabilities come from `logits`."""
     finite = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    greedy = likeliest(adjusted)
     drawn = jax.lax.cond(jnp.any(settings.temperature > 0), lambda: draw(filtered(adjusted, settings), settings), lambda: greedy)
     token = jnp.where(settings.temperature > 0, drawn, greedy)
     logprob, top_tokens, top_logprobs = jax.lax.cond(
@@ -101,7 +101,15 @@ def filtered(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float
 def draw(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Int[Array, " rows"]:
     """One token per row, distributed as softmax(logits), with noise from the row's seed and position alone."""
     noise = jax.vmap(_noise, in_axes=(0, 0, None))(settings.seed, settings.position, logits.shape[-1])
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return likeliest(logits + noise)
+
+
+def likeliest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """Index of each row's first maximum, as two plain reductions: XLA's own argmax is not vectorised on CPUs (4x slower at 16 x 8192)."""
+    vocab = logits.shape[-1]
+    place = jnp.arange(vocab, dtype=jnp.int32)[None]
+    first = jnp.min(jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), place, vocab), axis=-1)
+    return jnp.minimum(first, vocab - 1)
 
 
 def reported(vocab: int) -> int:

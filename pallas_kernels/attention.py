@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,19 +55,25 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def rotate(
-    x: Float[Array, "tokens heads head_dim"], positions: Int[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float
-) -> Float[Array, "tokens heads head_dim"]:
+def rope_table(positions: Int[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float) -> Float[Array, "tokens rotary"]:
+    """Cosines, then sines, of position * inverse frequency, times rope_scale; 0 for padding tokens (position -1).
+
+    The mask over both halves at once earns its place: without it XLA fuses the trigonometry into every layer's rotation and computes
+    it again for every head (on a CPU six times the cost at 16 tokens and more).
+    """
+    angles = positions[:, None].astype(rope.dtype) * rope[None, :]
+    waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1) * rope_scale
+    return jnp.where((positions >= 0)[:, None], waves, 0)
+
+
+def rotate(x: Float[Array, "tokens heads head_dim"], table: Float[Array, "tokens rotary"]) -> Float[Array, "tokens heads head_dim"]:
     """Rotary position embedding in the half-split form of Hugging Face's Llama (Su et al., arXiv 2104.09864).
 
-    rope holds inverse frequencies; when it is shorter than head_dim / 2 only the first 2 * len(rope) features are rotated.
-    Angles and products are float32 (float64 for float64 x); the result has x's dtype.
+    Rotates the first `rotary` features and leaves the others; products are in the table's dtype, the result has x's.
     """
-    wide = accumulation_dtype(x.dtype)
-    half = rope.shape[0]
-    angles = positions[:, None].astype(wide) * rope[None, :].astype(wide)
-    cos, sin = jnp.cos(angles)[:, None, :] * rope_scale, jnp.sin(angles)[:, None, :] * rope_scale
-    first, second = x[..., :half].astype(wide), x[..., half : 2 * half].astype(wide)
+    half = table.shape[1] // 2
+    cos, sin = table[:, None, :half], table[:, None, half:]
+    first, second = x[..., :half].astype(table.dtype), x[..., half : 2 * half].astype(table.dtype)
     parts = [(first * cos - second * sin).astype(x.dtype), (second * cos + first * sin).astype(x.dtype), x[..., 2 * half :]]
     return jnp.concatenate(parts, axis=-1)
 
@@ -79,17 +84,24 @@ def shape_scores(products: Float[Array, "*shape"], spec: AttentionSpec) -> Float
     return scores if spec.soft_cap is None else spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
 
 
-def start(like: Float[Array, "*queries head_dim"], sinks: Float[Array, "*queries"] | None) -> Running:
-    """The state before any key, shaped (and, under shard_map, varying) like the queries.
+def blank(like: Float[Array, "..."], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Zeros to start a loop with: under shard_map they vary over the mesh axes that `like` varies over, as the loop's results will."""
+    seed = like.reshape(-1)[0]
+    return jnp.broadcast_to(jnp.where(seed == seed, 0, 0).astype(dtype), shape)
 
-    A sink is a score that takes its share of the softmax and brings no value (GPT-OSS): it is where the running sum starts.
+
+def start(like: Float[Array, "*queries head_dim"], sinks: Float[Array, "..."] | None) -> Running:
+    """The state before any key, shaped like the queries.
+
+    sinks broadcast to the queries: a sink is a score that takes its share of the softmax and brings no value (GPT-OSS), so it is
+    where the running sum starts.
     """
     wide = accumulation_dtype(like.dtype)
-    zeros = jnp.where(like == like, 0, 0).astype(wide)
+    zeros = blank(like, like.shape, wide)
     none = zeros[..., 0]
     if sinks is None:
         return Running(none + LOWEST, none, zeros)
-    return Running(none + sinks.astype(wide), none + 1, zeros)
+    return Running(none + jnp.broadcast_to(sinks.astype(wide), none.shape), none + 1, zeros)
 
 
 def absorb(

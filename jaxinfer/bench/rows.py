@@ -21,8 +21,9 @@ from types import TracebackType
 from typing import Any
 
 import jaxinfer
+from jaxinfer.console import redact
 
-STAMP = ("device", "device_count", "host", "jax", "jaxinfer", "commit", "date", "command")
+STAMP = ("device", "host", "jax", "jaxinfer", "commit", "date", "command")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +34,17 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repeat", type=int, default=3, metavar="N", help="measurements of each row; the median counts [3]")
 
 
-def stamp() -> dict[str, Any]:
-    """What a figure means nothing without: device, versions, commit, date, command. Starts jax's backend."""
-    import jax
+def stamp(device: str | None = None) -> dict[str, Any]:
+    """What a figure means nothing without: device, host, versions, commit, date, command. Unless the device is given, jax is asked,
+    which starts its backend."""
+    if device is None:
+        import jax
 
-    from jaxinfer import devices
+        from jaxinfer import devices
 
-    first = jax.devices()[0]
-    values = (
-        devices.label(first), jax.device_count(), host(), version("jax"), jaxinfer.__version__, commit(),
-        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "jaxinfer " + " ".join(sys.argv[1:]),
-    )  # fmt: skip
+        device = devices.label(jax.devices()[0])
+    date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), redact("jaxinfer " + " ".join(sys.argv[1:]))
+    values = (device, host(), version("jax"), jaxinfer.__version__, commit(), date, command)
     return dict(zip(STAMP, values, strict=True))
 
 
@@ -67,8 +68,8 @@ def commit() -> str | None:
 class Report:
     """Rows of one benchmark run; a context manager that prints the table when it is left without an error."""
 
-    def __init__(self, benchmark: str, args: argparse.Namespace) -> None:
-        self.stamp = {"benchmark": benchmark, **stamp()}
+    def __init__(self, benchmark: str, args: argparse.Namespace, device: str | None = None) -> None:
+        self.stamp = {"benchmark": benchmark, **stamp(device)}
         self.rows: list[dict[str, Any]] = []
         self._json: bool = args.json
         self._out: Path | None = args.out

@@ -1,6 +1,6 @@
 """Model files found by Hugging Face `model_type`: `llama` is `jaxinfer/models/llama.py`. Nothing is registered.
 
-A model file offers `Config.from_hf(fields)`, `Model(config, dtype)`, `WEIGHTS` (our name -> transform of the checkpoint's tensors),
+A model file offers `Config.from_hf(config_json)`, `Model(config, dtype)`, `WEIGHTS` (our name -> transform of the checkpoint's tensors),
 `ignored(config)` (patterns of tensors that may be left unread) and `TINY` (a config for tests).
 """
 

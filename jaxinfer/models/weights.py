@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Shaped
@@ -19,6 +19,7 @@ Slices = tuple[slice, ...]
 Split = Callable[[Any], tuple[tuple[int, ...], ...]]
 
 
+@runtime_checkable
 class Source(Protocol):
     """A tensor that is still in its file."""
 

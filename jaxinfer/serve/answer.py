@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -32,6 +32,7 @@ PING_SECONDS = 15.0
 CLIENT_GONE = 499  # nobody reads it; it stands in the log
 
 
+@runtime_checkable
 class Form(Protocol):
     """Chat or text: how outputs of a choice look as chunks, and all of them as a whole."""
 

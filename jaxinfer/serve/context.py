@@ -63,9 +63,8 @@ class Context:
     def check_model(self, name: str | None) -> None:
         """Compare a model's name with the one that is served; it is never opened."""
         if name is not None and name != self.model:
-            raise ApiError(
-                404, f"this server has no model of that name; it serves {self.model!r} (GET /v1/models)", param="model", code="model_not_found"
-            )
+            message = f"this server has no model of that name; it serves {self.model!r} (GET /v1/models)"
+            raise ApiError(404, message, param="model", code="model_not_found")
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run something slow (tokenising, rendering) off the event loop."""

@@ -160,7 +160,8 @@ def _check_choices(body: Sampling) -> None:
 def _logprobs(body: CompletionBody | ChatBody) -> int | None:
     if isinstance(body, CompletionBody):
         if body.echo and body.logprobs is not None:
-            raise refused("echo", "echo together with logprobs is not supported by this server yet; leave one of them out", "unsupported_parameter")
+            message = "echo together with logprobs is not supported by this server yet; leave one of them out"
+            raise refused("echo", message, "unsupported_parameter")
         return body.logprobs
     if body.top_logprobs is not None and not body.logprobs:
         raise refused("top_logprobs", "top_logprobs needs logprobs: true")

@@ -49,6 +49,7 @@ class Wall:
         self.counter = counter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer; see the class."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -89,7 +90,8 @@ class Counter:
 def _check_header_size(scope: Scope) -> None:
     size = sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope.get("raw_path") or b"") + len(scope["query_string"])
     if size > MAX_HEADER_BYTES:
-        raise ApiError(431, f"the request's headers have {size} bytes; at most {MAX_HEADER_BYTES} are accepted", headers={"connection": "close"})
+        message = f"the request's headers have {size} bytes; at most {MAX_HEADER_BYTES} are accepted"
+        raise ApiError(431, message, headers={"connection": "close"})
 
 
 class KeyGuard:
@@ -100,6 +102,7 @@ class KeyGuard:
         self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass what is allowed; see the class."""
         if self.key is not None and scope["type"] != "lifespan" and scope["path"] not in OPEN_PATHS and not self._allowed(scope):
             raise ApiError(
                 401,
@@ -122,6 +125,7 @@ class BodyGuard:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the checked body on; see the class."""
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return

@@ -14,18 +14,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from jaxinfer.request import Output, Request, RequestError
 from jaxinfer.serve.errors import ApiError
+from jaxinfer.serve.phase import Phase, Pulse, Stage
 from jaxinfer.serve.stream import Stream
 
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 8.0  # without forward progress for so long, the engine counts as hung
-STALL_FACTOR = 4.0  # but never sooner than this many times its slowest step so far
 IDLE_SECONDS = 1.0  # an idle thread shows that it lives this often
 
 Progress = Callable[[str, int, int], None]
@@ -34,48 +32,26 @@ Observer = Callable[[Sequence[Output], float], None]
 Job = Callable[[Any], None]
 
 
-class Phase(StrEnum):
-    """Where the engine's thread is in its life."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What loading is busy with: `done` of `total` of a step called `name`."""
-
-    name: str = "start"
-    done: int = 0
-    total: int = 0
-
-    def __str__(self) -> str:
-        verb = {"read": "reading weights", "shard": "placing weights", "compile": "compiling"}.get(self.name, "starting")
-        return f"{verb} {self.done} of {self.total}" if self.total else verb
-
-
 class EngineLoop:
     """Owns the thread that owns the engine.
 
     phase, stage: for /health. failure: what ended the engine. on_change: called from the engine's thread whenever phase or stage change.
+    observer: called on the event loop with the outputs of each step and the time (monotonic seconds).
     """
 
-    def __init__(self, factory: Factory, *, observer: Observer | None = None, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(self, factory: Factory, *, stall_seconds: float = STALL_SECONDS) -> None:
         self.phase = Phase.LOADING
         self.stage = Stage()
         self.failure: BaseException | None = None
         self.on_change: Callable[[EngineLoop], None] = _ignore
+        self.observer: Observer = _unobserved
         self._factory = factory
-        self._observer = observer
         self._stall_seconds = stall_seconds
         self._engine: Any = None
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._pulse = _Pulse()
+        self._pulse = Pulse()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -90,6 +66,11 @@ class EngineLoop:
         return self._engine
 
     @property
+    def loaded(self) -> Any:
+        """The engine, or None while there is none."""
+        return self._engine
+
+    @property
     def open_calls(self) -> int:
         """Calls that have not ended."""
         return len(set(map(id, self._streams.values())))
@@ -99,8 +80,7 @@ class EngineLoop:
         """Whether the engine has made no progress for too long while it should have."""
         if self.phase not in (Phase.READY, Phase.DRAINING):
             return False
-        limit = max(self._stall_seconds, STALL_FACTOR * self._pulse.slowest)
-        return not self._thread.is_alive() or time.monotonic() - self._pulse.last > limit
+        return not self._thread.is_alive() or self._pulse.quiet(self._stall_seconds)
 
     def start(self) -> None:
         """Begin to load; returns at once."""
@@ -159,12 +139,11 @@ class EngineLoop:
         for request_id in ids:
             self._streams.pop(request_id, None)
         if not stream.finished and self.phase in (Phase.READY, Phase.DRAINING):
-            self._jobs.put(lambda engine: [engine.abort(request_id) for request_id in ids] and None)
+            self._jobs.put(lambda engine: _abort(engine, ids))
 
     def _dispatch(self, outputs: Sequence[Output]) -> None:
         now = time.monotonic()
-        if self._observer is not None:
-            self._observer(outputs, now)
+        self.observer(outputs, now)
         batches: dict[str, list[Output]] = {}
         for output in outputs:
             batches.setdefault(output.request_id, []).append(output)
@@ -225,8 +204,7 @@ class EngineLoop:
             for request in stream.requests:
                 engine.add(request)
         except Exception as error:
-            for request_id in stream.ids:
-                engine.abort(request_id)
+            _abort(engine, stream.ids)
             if not isinstance(error, RequestError):
                 logger.exception("the engine failed to take a request")
             self._call_soon(stream.fail, _refusal(error))
@@ -254,17 +232,9 @@ class _Stop(Exception):
     """Ends the engine's thread."""
 
 
-class _Pulse:
-    """When the engine last made progress (monotonic seconds), and its slowest step."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-        self.slowest = 0.0
-
-    def beat(self, seconds: float = 0.0) -> None:
-        """Note progress, and how long the step took that made it."""
-        self.last = time.monotonic()
-        self.slowest = max(self.slowest, seconds)
+def _abort(engine: Any, ids: Sequence[str]) -> None:
+    for request_id in ids:
+        engine.abort(request_id)
 
 
 def _raise_stop(engine: Any) -> None:
@@ -277,15 +247,19 @@ def _accept(stream: Stream) -> None:
 
 
 def _refusal(error: Exception) -> Exception:
-    """What the client hears. A full queue is not the request's fault: it may come back."""
-    if type(error).__name__ == "QueueFull":
-        return ApiError(429, f"{error}; try again in a moment", code="overloaded")
+    """What the client hears. A full queue is not the request's fault: it may come back. (Told by its name: its module needs jax.)"""
+    if any(kind.__name__ == "QueueFull" for kind in type(error).__mro__):
+        return ApiError(429, f"{error}; this server is busy", code="overloaded")
     return error
 
 
 def _work_done(engine: Any) -> int:
     """A number that grows with every token that the engine computes, read or written."""
     return engine.metrics.prompt_tokens + engine.metrics.generation_tokens
+
+
+def _unobserved(outputs: Sequence[Output], now: float) -> None:
+    """Nobody measures."""
 
 
 def _ignore(loop: EngineLoop) -> None:

@@ -38,8 +38,9 @@ class Body(BaseModel):
 def _prompts(value: Any) -> list[str | list[int]]:
     """One list of prompts, each a text or token ids, out of the four forms that a prompt may have."""
     prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
-    if not isinstance(prompts, list) or not prompts or not (all(isinstance(p, str) for p in prompts) or all(_is_tokens(p) for p in prompts)):
-        raise refused("prompt", "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids; none may be empty")
+    texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+    if not prompts or not (texts or (isinstance(prompts, list) and all(_is_tokens(prompt) for prompt in prompts))):
+        raise refused("prompt", "prompt must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
     if len(prompts) > MAX_PROMPTS:
         raise refused("prompt", f"prompt has {len(prompts)} entries; at most {MAX_PROMPTS} are supported in one call")
     return prompts
@@ -49,12 +50,13 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
+_TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _PROMPT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}, "minItems": 1, "maxItems": MAX_PROMPTS},
+        _TOKENS_SCHEMA,
+        {"type": "array", "items": _TOKENS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
     ]
 }
 Prompts = Annotated[Any, AfterValidator(_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
@@ -72,7 +74,8 @@ def _content(value: Any) -> str | None:
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
             name = kind[:40] if isinstance(kind, str) and kind.isidentifier() else "unknown"
-            raise refused("messages", f"a content part of type {name} is not supported: this model reads text parts only", "unsupported_content")
+            message = f"a content part of type {name} is not supported: this model reads text parts only"
+            raise refused("messages", message, "unsupported_content")
         texts.append(text)
     return "\n".join(texts)
 

@@ -86,7 +86,7 @@ class ChatChunk(msgspec.Struct):
     model: str
     choices: list[ChatChunkChoice]
     object: str = "chat.completion.chunk"
-    usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class ChatMessage(msgspec.Struct):
@@ -136,7 +136,7 @@ class Completion(msgspec.Struct):
     model: str
     choices: list[CompletionChoice]
     object: str = "text_completion"
-    usage: Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
 def event(value: Any) -> bytes:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import AttentionSpec, rotate
+from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
 
 
@@ -31,7 +31,7 @@ def paged_attention(
     tokens, heads, _ = q.shape
     page, group, pages_per_row = kv.shape[3], heads // k.shape[1], metadata.page_tables.shape[1]
     if rope is not None:
-        q, k = rotate(q, positions, rope, spec.rope_scale), rotate(k, positions, rope, spec.rope_scale)
+        q, k = (_rotate(x, positions, rope, spec.rope_scale) for x in (q, k))
 
     # write
     token, starts = jnp.arange(tokens, dtype=jnp.int32)[:, None], metadata.query_starts[None]
@@ -56,3 +56,14 @@ def paged_attention(
     weights = jax.nn.softmax(scores, axis=-1)[..., : index.shape[1]]
     out = jnp.einsum("thc,thcd->thd", weights, jnp.where(seen[:, None, :, None], values, 0))
     return PagedResult(jnp.where(real[:, None, None], out, 0), kv)
+
+
+def _rotate(
+    x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float
+) -> Float[Array, "tokens heads head_dim"]:
+    wide = jnp.promote_types(x.dtype, rope.dtype)
+    angles = positions[:, None, None].astype(wide) * rope.astype(wide)[None, None]
+    half = rope.shape[0]
+    first, second, rest = (part.astype(wide) for part in jnp.split(x, (half, 2 * half), axis=-1))
+    cos, sin = jnp.cos(angles) * rope_scale, jnp.sin(angles) * rope_scale
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

@@ -1,30 +1,67 @@
 """Paged attention in plain XLA, for every platform: chunked over pages, decode rows and prefill rows apart.
 
-The new keys and values are scattered into the donated pool. Decode rows (one query each) then go together through chunks of their
-pages, as many chunks as the longest of them needs; the other rows' tokens are cut into query blocks that never span two rows, and one
-block after the other goes through the chunks it can see. Scores exist for one chunk at a time. What a row may not see is masked before
-and after the matmuls, so a row's result depends on nothing but the row.
+The new keys and values are scattered into the donated pool. A decode row (one query) is cut into work items, one for each chunk of its
+keys; the items of all rows stand in one list of which so many are taken at a time, and a row's partial results are combined in the
+order of its chunks: the work follows the sum of the lengths. The tokens of prefill rows are cut into blocks that never span two rows,
+and each block goes through the chunks it can see with a running softmax. Scores exist for the chunks at hand only. What a row may not
+see is masked before and after the matmuls, so a row's result depends on the row alone, bit for bit.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.attention import AttentionSpec, Running, absorb, accumulation_dtype, finish, rotate, shape_scores, start
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.attention import LOWEST, AttentionSpec, Running, absorb, accumulation_dtype, blank, finish, rope_table, rotate, shape_scores, start
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
 
-DIMS = ("pages", "kv_heads", "kv", "page", "head_dim")
-CHUNK_KEYS = 256
-BLOCK_QUERIES = 64
+State = TypeVar("State")
+Pool = Float[Array, "pages kv_heads 2 page head_dim"]
+MAX_CHUNKS = 32  # a row's partial results are kept for at most so many chunks; longer tables get longer chunks
 
 
 def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
     """A page holds, for each kv head, its tokens' keys and then its tokens' values."""
-    return KVLayout(DIMS, kv_heads, head_dim, dtype)
+    return KVLayout(("pages", "kv_heads", "kv", "page", "head_dim"), kv_heads, head_dim, dtype)
+
+
+class Sizes(NamedTuple):
+    """Block sizes: keys of a decode item, keys taken at a time, and a prefill step's queries, keys and blocks."""
+
+    decode_keys: int
+    decode_keys_at_once: int
+    prefill_queries: int
+    prefill_keys: int
+    prefill_blocks_at_once: int
+
+
+def tuning_key(kv: Pool, heads: int) -> dict[str, int | str]:
+    """What block sizes depend on."""
+    _, kv_heads, _, page_size, head_dim = kv.shape
+    return {"page_size": page_size, "kv_heads": kv_heads, "heads": heads, "head_dim": head_dim, "dtype": kv.dtype.name}
+
+
+def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
+    """Sizes that were never measured: blocks that stay in a CPU core's cache, or that fill an accelerator."""
+    token_bytes = int(key["kv_heads"]) * int(key["head_dim"]) * jnp.dtype(key["dtype"]).itemsize
+    if platform == "cpu":
+        return Sizes(128, max(128, 2**20 // token_bytes), 64, 256, 1)._asdict()
+    return Sizes(512, max(512, 2**28 // token_bytes), 128, 512, 16)._asdict()
+
+
+def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]:
+    """Sizes worth measuring."""
+    base = Sizes(**heuristic(platform, key))
+    grid = [base._replace(decode_keys=keys) for keys in (base.decode_keys // 2, base.decode_keys * 2)]
+    grid += [base._replace(prefill_keys=keys) for keys in (base.prefill_keys // 2, base.prefill_keys * 2)]
+    grid += [base._replace(prefill_queries=queries) for queries in (base.prefill_queries // 2, base.prefill_queries * 2)]
+    return [sizes._asdict() for sizes in (base, *grid)]
 
 
 def paged_attention(
@@ -32,7 +69,7 @@ def paged_attention(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     positions: Int32[Array, "tokens"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
@@ -42,18 +79,37 @@ def paged_attention(
     """See api.paged_attention."""
     tokens, heads, head_dim = q.shape
     kv_heads, decode = k.shape[1], metadata.decode_rows
+    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target_platform(), tuning_key(kv, heads)))
     if rope is not None:
-        q, k = rotate(q, positions, rope, spec.rope_scale), rotate(k, positions, rope, spec.rope_scale)
+        table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
+        q, k = rotate(q, table), rotate(k, table)
     kv = write(kv, k, v, positions, metadata)
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
     sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads)
     parts = []
     if decode:
-        parts.append(_decode(grouped[:decode], positions[:decode], kv, metadata, spec=spec, sinks=sinks))
+        parts.append(_decode(grouped[:decode], positions[:decode], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
     if tokens > decode:
-        parts.append(_prefill(grouped[decode:], positions[decode:], kv, metadata, spec=spec, sinks=sinks))
+        parts.append(_prefill(grouped[decode:], positions[decode:], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return PagedResult(out.reshape(tokens, heads, head_dim), kv)
+
+
+def write(
+    kv: Pool,
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    metadata: PagedMetadata,
+) -> Pool:
+    """The pool with the tokens' k and v in their slots; padding tokens land in the guard page. Donate kv: updated in place."""
+    page_size = kv.shape[3]
+    real = jnp.maximum(positions, 0)
+    page = _take(metadata.page_tables, row_of_token(metadata, k.shape[0]), lax.div(real, jnp.int32(page_size)))
+    page = jnp.where(positions >= 0, page, 0)
+    new = jnp.stack([k, v], axis=2)
+    slots = kv.at[page, :, :, lax.rem(real, jnp.int32(page_size))]
+    return slots.set(new, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def row_of_token(metadata: PagedMetadata, tokens: int) -> Int32[Array, "tokens"]:
@@ -65,153 +121,235 @@ def row_of_token(metadata: PagedMetadata, tokens: int) -> Int32[Array, "tokens"]
     index = jnp.arange(decode, tokens, dtype=jnp.int32)[:, None]
     starts, lengths = metadata.query_starts[None, decode:], metadata.query_lengths[None, decode:]
     owns = (index >= starts) & (index < starts + lengths)
-    return jnp.concatenate([rows, decode + jnp.argmax(owns, axis=1).astype(jnp.int32)])
+    return jnp.concatenate([rows, decode + lax.argmax(owns, 1, jnp.int32)])
 
 
-def write(
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    positions: Int32[Array, "tokens"],
-    metadata: PagedMetadata,
-) -> Float[Array, "pages kv_heads 2 page head_dim"]:
-    """The pool with the tokens' k and v in their slots; padding tokens land in the guard page. Updates kv in place when it is donated."""
-    page_size = kv.shape[3]
-    rows, real = row_of_token(metadata, k.shape[0]), jnp.maximum(positions, 0)
-    page = jnp.where(positions >= 0, metadata.page_tables[rows, real // page_size], 0)
-    return kv.at[page, :, :, real % page_size].set(jnp.stack([k, v], axis=2).astype(kv.dtype), mode="promise_in_bounds")
+def _take(array: Array, *indices: Int32[Array, "..."]) -> Array:
+    """array[indices], known to be inside."""
+    return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _chunk_pages(page_size: int, pages_per_row: int) -> int:
-    return min(max(CHUNK_KEYS // page_size, 1), pages_per_row)
+def _gather(
+    kv: Pool, pages: Int32[Array, "items pages_of_chunk"], which: int, seen: Bool[Array, "items keys"] | None
+) -> Float[Array, "items kv_heads keys head_dim"]:
+    """Keys (which=0) or values (1) of each item's pages, contiguous per kv head; 0 where not seen, since 0 * NaN is NaN."""
+    items, count = pages.shape
+    _, kv_heads, _, page_size, head_dim = kv.shape
+    numbers = lax.GatherDimensionNumbers(offset_dims=(1, 3, 4), collapsed_slice_dims=(0, 2), start_index_map=(0, 2))
+    at = jnp.stack([pages, jnp.full_like(pages, which)], axis=-1)
+    out = lax.gather(kv, at, numbers, (1, kv_heads, 1, page_size, head_dim), mode="promise_in_bounds")
+    out = out.reshape(items, kv_heads, count * page_size, head_dim)
+    return out if seen is None else jnp.where(seen[:, None, :, None], out, 0)
 
 
-def _pad_tables(tables: Int32[Array, "rows pages_per_row"], chunk_pages: int) -> Int32[Array, "rows padded"]:
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % chunk_pages)))
+def _ceil(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "..."]:
+    """Ceiling division of integers >= 0."""
+    return lax.div(numerator + (denominator - 1), jnp.full_like(numerator, denominator))
 
 
-def _through_chunks(step, state: Running, first: Int32[Array, ""], stop: Int32[Array, ""], chunks: int) -> Running:
-    """step(chunk, state) for the chunks in [first, stop); without a loop when there is only one."""
-    if chunks == 1:
-        return step(jnp.zeros((), jnp.int32), state)
-    return jax.lax.fori_loop(first, stop, step, state)
-
-
-def _visible(
-    keys: Int32[Array, "... 1 keys"], positions: Int32[Array, "... queries 1"], window: int | None
-) -> Bool[Array, "... queries keys"]:
-    seen = keys <= positions
-    return seen if window is None else seen & (keys > positions - window)
+def _chunked(tables: Int32[Array, "rows pages_per_row"], keys: int, page_size: int, *, bounded: bool) -> Int32[Array, "rows chunks pages_of_chunk"]:
+    """Page tables cut into chunks of about so many keys (never more pages than the table has); the guard page fills the last."""
+    rows, width = tables.shape
+    pages = max(keys // page_size, -(-width // MAX_CHUNKS) if bounded else 1, 1)
+    pages = min(pages, width)
+    return jnp.pad(tables, ((0, 0), (0, -width % pages))).reshape(rows, -1, pages)
 
 
 def _decode(
     q: Float[Array, "rows kv_heads group head_dim"],
     positions: Int32[Array, "rows"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "kv_heads group"] | None,
+    sizes: Sizes,
 ) -> Float[Array, "rows kv_heads group head_dim"]:
-    """One query per row; all rows together, chunk by chunk."""
-    rows, page_size, wide = q.shape[0], kv.shape[3], accumulation_dtype(q.dtype)
-    chunk_pages = _chunk_pages(page_size, metadata.page_tables.shape[1])
-    tables = _pad_tables(metadata.page_tables[:rows], chunk_pages)
-    lengths = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
-    floor = jnp.zeros_like(lengths) if spec.window is None else jnp.maximum(lengths - spec.window, 0)
-    chunk_keys = chunk_pages * page_size
+    """One query per row. Items (row, chunk) in row order go through the matmuls some at a time; then each row combines its own."""
+    rows, page_size = q.shape[0], kv.shape[3]
+    tables = _chunked(metadata.page_tables[:rows], sizes.decode_keys, page_size, bounded=True)
+    chunks, keys = tables.shape[1], tables.shape[2] * page_size
+    stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
+    floor = jnp.zeros_like(stop) if spec.window is None else jnp.maximum(stop - spec.window, 0)
+    first = lax.div(floor, jnp.int32(keys))
+    counts = _ceil(stop, keys) - first
+    ends = jnp.cumsum(counts)
+    begins = ends - counts
 
-    def step(chunk: Int32[Array, ""], state: Running) -> Running:
-        ids = jax.lax.dynamic_slice_in_dim(tables, chunk * chunk_pages, chunk_pages, axis=1)
-        pages = kv.at[ids].get(mode="promise_in_bounds")
-        keys = (chunk * chunk_keys + jnp.arange(chunk_keys, dtype=jnp.int32)).reshape(1, chunk_pages, page_size)
-        seen = (keys < lengths[:, None, None]) & (keys >= floor[:, None, None])
-        scores = jnp.einsum("rkgh,rpksh->rkgps", q, pages[:, :, :, 0], preferred_element_type=wide)
-        values = jnp.where(seen[:, :, None, :, None], pages[:, :, :, 1], 0)
+    at_once = min(max(sizes.decode_keys_at_once // keys, 1), rows * chunks)
+    if chunks > 1:
+        at_once = min(at_once, rows * max(1, 32 // rows)) if dispatch.target_platform() != "cpu" else min(at_once, rows)
+    groups = -(-rows * chunks // at_once)
+    item = jnp.arange(groups * at_once, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
+    chunk = jnp.clip(item - _take(begins, row) + _take(first, row), 0, chunks - 1)
+    pages, offset = _take(tables, row, chunk), chunk * keys
 
-        def weigh(weights: Float[Array, "rows kv_heads group keys"]) -> Float[Array, "rows kv_heads group head_dim"]:
-            weights = weights.astype(values.dtype).reshape(*weights.shape[:3], chunk_pages, page_size)
-            return jnp.einsum("rkgps,rpksh->rkgh", weights, values, preferred_element_type=wide)
+    def attend(group: Int32[Array, ""], state: Running) -> Running:
+        def own(x: Int32[Array, "items ..."]) -> Int32[Array, "items_at_once ..."]:
+            return lax.dynamic_slice_in_dim(x, group * at_once, at_once)
 
-        flat = shape_scores(scores, spec).reshape(*scores.shape[:3], chunk_keys)
-        return absorb(state, flat, seen.reshape(rows, 1, 1, chunk_keys), weigh)
+        index = own(offset)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
+        mine = own(row)
+        seen = (index < _take(stop, mine)[:, None]) & (index >= _take(floor, mine)[:, None])
+        part = _attend_once(_take(q, mine), kv, own(pages), seen, spec)
+        return jax.tree.map(lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, group * at_once, 0), state, part)
 
-    state = start(q, None if sinks is None else jnp.broadcast_to(sinks[None], q.shape[:3]))
-    first = jnp.min(jnp.where(lengths > 0, floor, jnp.iinfo(jnp.int32).max)) // chunk_keys
-    stop = (jnp.max(lengths) + chunk_keys - 1) // chunk_keys
-    state = _through_chunks(step, state, first, stop, tables.shape[1] // chunk_pages)
-    return jnp.where(lengths[:, None, None, None] > 0, finish(state), 0).astype(q.dtype)
+    wide = accumulation_dtype(q.dtype)
+    zeros = blank(q, (groups * at_once, *q.shape[1:]), wide)
+    state = Running(zeros[..., 0], zeros[..., 0], zeros)
+    state = _loop(attend, state, jnp.zeros((), jnp.int32), _ceil(ends[-1], at_once), groups)
+    return _combine(state, begins, counts, chunks, sinks).astype(q.dtype)
+
+
+def _attend_once(
+    q: Float[Array, "items kv_heads group head_dim"],
+    kv: Pool,
+    pages: Int32[Array, "items pages_of_chunk"],
+    seen: Bool[Array, "items keys"],
+    spec: AttentionSpec,
+) -> Running:
+    """One query over one chunk of keys, for each item: what its softmax would start with."""
+    wide = accumulation_dtype(q.dtype)
+    scores = jnp.einsum("iksh,ikgh->iksg", _gather(kv, pages, 0, None), q, preferred_element_type=wide).swapaxes(2, 3)
+    scores = jnp.where(seen[:, None, None], shape_scores(scores, spec), LOWEST)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
+    values = _gather(kv, pages, 1, seen)
+    weighted = jnp.einsum("ikgs,iksh->ikgh", weights.astype(values.dtype), values, preferred_element_type=wide)
+    return Running(top, jnp.sum(weights, axis=-1), weighted)
+
+
+def _combine(
+    state: Running,
+    begins: Int32[Array, "rows"],
+    counts: Int32[Array, "rows"],
+    chunks: int,
+    sinks: Float[Array, "kv_heads group"] | None,
+) -> Float[Array, "rows kv_heads group head_dim"]:
+    """The rows' softmax from their items' partial ones, in the order of the chunks; 0 for a row without any."""
+    chunk = jnp.arange(chunks, dtype=jnp.int32)[None]
+    item = jnp.minimum(begins[:, None] + chunk, state.top.shape[0] - 1)
+    has = (chunk < counts[:, None])[..., None, None]
+    tops = jnp.where(has, _take(state.top, item), LOWEST)
+    top = jnp.max(tops, axis=1)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks.astype(top.dtype)[None])
+    share = jnp.where(has, jnp.exp(tops - top[:, None]), 0)
+    totals, weighted = _take(state.total, item), _take(state.weighted, item)
+    total = jnp.zeros_like(top) if sinks is None else jnp.exp(sinks.astype(top.dtype)[None] - top)
+    mean = jnp.zeros_like(weighted[:, 0])
+    for index in range(chunks):  # unrolled: a fixed order, and one fusion where a reduction would wake XLA's thread pool
+        total = total + totals[:, index] * share[:, index]
+        mean = mean + weighted[:, index] * share[:, index, ..., None]
+    return jnp.where((counts > 0)[:, None, None, None], finish(Running(top, total, mean)), 0)
+
+
+def _loop(
+    step: Callable[[Int32[Array, ""], State], State], state: State, first: Int32[Array, ""], stop: Int32[Array, ""], most: int
+) -> State:
+    """step for every index in [first, stop); no loop when there can be only one."""
+    return step(jnp.zeros((), jnp.int32), state) if most == 1 else lax.fori_loop(first, stop, step, state)
+
+
+class Blocks(NamedTuple):
+    """Blocks of queries of one row each. token: index among the prefill tokens; position: -1 where the block has no query."""
+
+    row: Int32[Array, "blocks"]
+    token: Int32[Array, "blocks queries"]
+    position: Int32[Array, "blocks queries"]
+    place: Int32[Array, "tokens"]
+    count: Int32[Array, ""]
+
+
+def _cut(metadata: PagedMetadata, positions: Int32[Array, "tokens"], queries: int, multiple: int) -> Blocks:
+    """The prefill tokens cut into blocks of at most `queries`; there is room for as many as the tokens could ever need."""
+    decode, tokens = metadata.decode_rows, positions.shape[0]
+    starts, lengths = metadata.query_starts[decode:] - decode, metadata.query_lengths[decode:]
+    room = -(-tokens // queries) + lengths.shape[0]
+    room = -(-room // multiple) * multiple
+    counts = _ceil(lengths, queries)
+    ends = jnp.cumsum(counts)
+    begins = ends - counts
+    block = jnp.arange(room, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= block[:, None], axis=1, dtype=jnp.int32), lengths.shape[0] - 1)
+    offset = ((block - _take(begins, row)) * queries)[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
+    mine = (offset < _take(lengths, row)[:, None]) & (block < ends[-1])[:, None]
+    token = jnp.where(mine, _take(starts, row)[:, None] + offset, 0)
+    owner = row_of_token(metadata, decode + tokens)[decode:] - decode
+    within = jnp.arange(tokens, dtype=jnp.int32) - _take(starts, owner)
+    place = jnp.clip(_take(begins, owner) * queries + within, 0, room * queries - 1)
+    return Blocks(row + decode, token, jnp.where(mine, _take(positions, token), -1), place, ends[-1])
 
 
 def _prefill(
     q: Float[Array, "tokens kv_heads group head_dim"],
     positions: Int32[Array, "tokens"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "kv_heads group"] | None,
+    sizes: Sizes,
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """Blocks of queries of one row each, one after the other; as many as the rows really have."""
-    decode, tokens = metadata.decode_rows, q.shape[0]
-    block = min(BLOCK_QUERIES, tokens)
-    page_size = kv.shape[3]
-    chunk_pages = _chunk_pages(page_size, metadata.page_tables.shape[1])
-    tables = _pad_tables(metadata.page_tables[decode:], chunk_pages)
-    starts, lengths = metadata.query_starts[decode:] - decode, metadata.query_lengths[decode:]
-    ends = jnp.cumsum((lengths + block - 1) // block)
-    padded = jnp.pad(q, ((0, block), (0, 0), (0, 0), (0, 0)))
-    where = jnp.pad(positions, (0, block), constant_values=-1)
+    """Blocks of queries of one row each, some at a time and as many as there really are, each through the chunks it sees."""
+    tokens, kv_heads, group, head_dim = q.shape
+    queries = min(sizes.prefill_queries, tokens)
+    at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
+    blocks = _cut(metadata, positions, queries, at_once)
+    room = blocks.row.shape[0]
+    cut = _take(q, blocks.token).transpose(0, 2, 3, 1, 4)
+    tables = _chunked(metadata.page_tables, sizes.prefill_keys, kv.shape[3], bounded=False)
 
-    def one(index: Int32[Array, ""], out: Float[Array, "padded kv_heads group head_dim"]) -> Float[Array, "padded kv_heads group head_dim"]:
-        row = jnp.sum(ends <= index).astype(jnp.int32)
-        blocks = (lengths[row] + block - 1) // block
-        offset = (index - ends[row] + blocks) * block
-        first = starts[row] + offset
-        mine = jnp.arange(block, dtype=jnp.int32) < lengths[row] - offset
-        at = jnp.where(mine, jax.lax.dynamic_slice_in_dim(where, first, block), -1)
-        queries = jax.lax.dynamic_slice_in_dim(padded, first, block)
-        result = _block(queries, at, kv, tables[row], metadata.kv_lengths[decode + row], spec=spec, sinks=sinks)
-        before = jax.lax.dynamic_slice_in_dim(out, first, block)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None, None], result, before), first, axis=0)
+    def attend(index: Int32[Array, ""], out: Float[Array, "blocks kv_heads group queries head_dim"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
+        def own(x: Array) -> Array:
+            return lax.dynamic_slice_in_dim(x, index * at_once, at_once)
 
-    return jax.lax.fori_loop(jnp.zeros((), jnp.int32), ends[-1], one, jnp.where(padded == padded, 0, 0).astype(q.dtype))[:tokens]
+        rows = own(blocks.row)
+        part = _attend_blocks(own(cut), own(blocks.position), kv, _take(tables, rows), _take(metadata.kv_lengths, rows), spec=spec, sinks=sinks)
+        return lax.dynamic_update_slice_in_dim(out, part, index * at_once, 0)
+
+    out = _loop(attend, blank(q, cut.shape, q.dtype), jnp.zeros((), jnp.int32), _ceil(blocks.count, at_once), room // at_once)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(room * queries, kv_heads, group, head_dim)
+    return jnp.where((positions >= 0)[:, None, None, None], _take(out, blocks.place), 0)
 
 
-def _block(
-    q: Float[Array, "queries kv_heads group head_dim"],
-    positions: Int32[Array, "queries"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
-    table: Int32[Array, "padded"],
-    length: Int32[Array, ""],
+def _attend_blocks(
+    q: Float[Array, "blocks kv_heads group queries head_dim"],
+    positions: Int32[Array, "blocks queries"],
+    kv: Pool,
+    tables: Int32[Array, "blocks chunks pages_of_chunk"],
+    lengths: Int32[Array, "blocks"],
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "kv_heads group"] | None,
-) -> Float[Array, "queries kv_heads group head_dim"]:
-    """Queries of one row through the chunks of its pages that they can see; position -1 sees nothing."""
-    page_size, wide, blocks = kv.shape[3], accumulation_dtype(q.dtype), q.shape[0]
-    chunk_pages = _chunk_pages(page_size, table.shape[0])
-    chunk_keys = chunk_pages * page_size
-    stop = jnp.minimum(jnp.max(positions) + 1, length)
-    lowest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max))
-    floor = jnp.zeros_like(stop) if spec.window is None else jnp.maximum(lowest - spec.window + 1, 0)
-    by_head = q.transpose(1, 2, 0, 3)
+) -> Float[Array, "blocks kv_heads group queries head_dim"]:
+    """Blocks of queries through the chunks that any of them sees; position -1 sees nothing."""
+    blocks, kv_heads, group, queries, head_dim = q.shape
+    wide, keys = accumulation_dtype(q.dtype), tables.shape[2] * kv.shape[3]
+    stop = jnp.minimum(jnp.max(positions, axis=1) + 1, lengths)
+    floor = jnp.zeros_like(stop)
+    if spec.window is not None:
+        lowest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1)
+        floor = jnp.clip(lowest - (spec.window - 1), 0, stop)
+    flat = q.reshape(blocks, kv_heads, group * queries, head_dim)
 
     def step(chunk: Int32[Array, ""], state: Running) -> Running:
-        ids = jax.lax.dynamic_slice_in_dim(table, chunk * chunk_pages, chunk_pages)
-        pages = kv.at[ids].get(mode="promise_in_bounds")
-        keys = chunk * chunk_keys + jnp.arange(chunk_keys, dtype=jnp.int32)
-        known = (keys >= floor) & (keys < stop)
-        seen = _visible(keys[None], positions[:, None], spec.window) & known[None]
-        scores = jnp.einsum("kgqh,pksh->kgqps", by_head, pages[:, :, 0], preferred_element_type=wide)
-        values = jnp.where(known.reshape(chunk_pages, 1, page_size, 1), pages[:, :, 1], 0)
+        pages = lax.dynamic_index_in_dim(tables, chunk, 1, keepdims=False)
+        index = (chunk * keys + jnp.arange(keys, dtype=jnp.int32))[None]
+        known = (index >= floor[:, None]) & (index < stop[:, None])
+        seen = known[:, None] & (index[:, None] <= positions[..., None])
+        if spec.window is not None:
+            seen &= index[:, None] > positions[..., None] - spec.window
+        values = _gather(kv, pages, 1, known)
 
-        def weigh(weights: Float[Array, "kv_heads group queries keys"]) -> Float[Array, "kv_heads group queries head_dim"]:
-            weights = weights.astype(values.dtype).reshape(*weights.shape[:3], chunk_pages, page_size)
-            return jnp.einsum("kgqps,pksh->kgqh", weights, values, preferred_element_type=wide)
+        def weigh(weights: Float[Array, "blocks kv_heads group queries keys"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
+            weights = weights.astype(values.dtype).reshape(blocks, kv_heads, group * queries, keys)
+            return jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=wide).reshape(q.shape)
 
-        return absorb(state, shape_scores(scores, spec).reshape(*scores.shape[:3], chunk_keys), seen[None, None], weigh)
+        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None), preferred_element_type=wide)
+        return absorb(state, shape_scores(scores, spec).reshape(*q.shape[:4], keys), seen[:, None, None], weigh)
 
-    state = start(by_head, None if sinks is None else jnp.broadcast_to(sinks[..., None], by_head.shape[:3]))
-    state = _through_chunks(step, state, floor // chunk_keys, (stop + chunk_keys - 1) // chunk_keys, table.shape[0] // chunk_pages)
-    return finish(state).transpose(2, 0, 1, 3).astype(q.dtype)
+    state = start(q, None if sinks is None else sinks[None, ..., None])
+    first = lax.div(jnp.min(jnp.where(stop > floor, floor, jnp.iinfo(jnp.int32).max)), jnp.int32(keys))
+    return finish(_loop(step, state, first, _ceil(jnp.max(stop), keys), tables.shape[1])).astype(q.dtype)

@@ -1,0 +1,194 @@
+"""Time of a decode step and of a prefill through the real engine, beside the floor that the machine sets.
+
+`--shape NAME` takes random weights of a well-known model. A decode row is BATCHxCONTEXT: so many sequences of about so many tokens, a
+token each per step; its floor is (weights + KV read) / bandwidth. A prefill row is BATCHxPROMPT, from handing in to the last first token; its
+floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot hold are left out, said so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from statistics import median
+from typing import Any, NamedTuple
+
+from jaxinfer.bench.rows import Report, add_output_arguments
+from jaxinfer.config import EngineConfig, add_arguments as add_settings, from_arguments
+from jaxinfer.console import StageBar, remark, warn
+from jaxinfer.request import Request, SamplingParams
+
+HELP = "decode step and prefill time, beside their floors"
+
+
+class Load(NamedTuple):
+    """So many sequences of so many tokens each."""
+
+    batch: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}"
+
+
+DECODES = (Load(1, 600), Load(16, 600), Load(64, 600), Load(256, 600), Load(64, 4180))
+PREFILLS = (Load(1, 2048), Load(1, 8000), Load(8, 4096))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    parser.add_argument("--shape", metavar="NAME", help="random weights of a well-known model (see `jaxinfer models`), instead of --model")
+    parser.add_argument("--decode", action="append", type=_load, metavar="BxC", help=f"decode rows; may be repeated [{_list(DECODES)}]")
+    parser.add_argument("--prefill", action="append", type=_load, metavar="BxP", help=f"prefill rows; may be repeated [{_list(PREFILLS)}]")
+    parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement [32]")
+    add_output_arguments(parser)
+    add_settings(parser, EngineConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure every row that fits."""
+    from jaxinfer.bench import ceilings
+    from jaxinfer.engine.engine import Engine
+
+    with StageBar() as bar:
+        engine = Engine(_settings(args), progress=bar)
+    with Report("latency", args) as report, _closing(engine):
+        ceiling = ceilings.measure(engine.info.dtype)
+        report.add(row="ceiling", dtype=ceiling.dtype, read_bytes_per_second=ceiling.bandwidth, matmul_operations_per_second=ceiling.matmul)
+        about = {"model": engine.info.model, "dtype": engine.info.dtype, "mesh": engine.info.mesh}
+        for load in _fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
+            report.add(row="decode", load=str(load), **about, **_decode(engine, load, args, ceiling))
+        for load in _fitting(engine, _prefills(args), 1):
+            report.add(row="prefill", load=str(load), **about, **_prefill(engine, load, args, ceiling))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> EngineConfig:
+    """The engine's settings; the context is no longer than the rows need, since page tables are as wide as the context."""
+    values = vars(args)
+    if args.shape is not None:
+        longest = max([load.tokens + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
+        values = {"max_model_len": longest, **values, "model": args.shape, "load_format": "random"}
+    return from_arguments(EngineConfig, values)
+
+
+def _decodes(args: argparse.Namespace) -> Sequence[Load]:
+    return args.decode or (() if args.prefill else DECODES)
+
+
+def _prefills(args: argparse.Namespace) -> Sequence[Load]:
+    return args.prefill or (() if args.decode else PREFILLS)
+
+
+def _fitting(engine: Any, loads: Sequence[Load], outputs: int) -> Iterator[Load]:
+    config, info = engine.program.config, engine.info
+    for load in loads:
+        length = load.tokens + outputs
+        if length > info.max_model_len or load.batch > config.max_sequences or load.batch * length > info.kv_tokens:
+            warn(f"{load} is left out: the engine holds {config.max_sequences} x {info.max_model_len} tokens, {info.kv_tokens} in all")
+        else:
+            remark(f"measuring {load}")
+            yield load
+
+
+def _decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
+    """Fill the engine until every sequence decodes, then time steps.
+
+    Raises:
+        RuntimeError: a timed step did not decode all of them.
+    """
+    for request in _requests(engine, load, 1 << 20):
+        engine.add(request)
+    while len({output.request_id for output in engine.step()}) < load.batch or engine.scheduler.waiting:
+        pass
+    runs, lengths = [], []
+    for _ in range(args.repeat + 1):  # the first warms up
+        start = time.perf_counter()
+        outputs = [engine.step() for _ in range(args.steps)]
+        runs.append((time.perf_counter() - start) / args.steps)
+        if any(len(step) != load.batch for step in outputs):
+            raise RuntimeError(f"{load}: a sequence did not decode in every step; the engine preempted or ended it")
+        lengths.append(sum(output.prompt_tokens + output.output_tokens for output in outputs[args.steps // 2]) / load.batch)
+    _clear(engine)
+    context = sum(lengths[1:]) / args.repeat
+    floor = ceiling.decode_floor(_weights_read(engine) + load.batch * context * _kv_bytes(engine)) / engine.info.device_count
+    seconds = median(runs[1:])
+    return {"context": round(context), "tokens_per_second": load.batch / seconds, **_timed(seconds, floor, runs[1:])}
+
+
+def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
+    """Time from handing prompts in to the last of their first tokens."""
+    runs = []
+    for _ in range(args.repeat + 1):
+        for request in _requests(engine, load, 1):
+            engine.add(request)
+        start = time.perf_counter()
+        while engine.has_work:
+            engine.step()
+        runs.append(time.perf_counter() - start)
+    seconds, floor = median(runs[1:]), ceiling.compute_floor(_prefill_operations(engine, load)) / engine.info.device_count
+    return {"context": load.tokens, "tokens_per_second": load.batch * load.tokens / seconds, **_timed(seconds, floor, runs[1:])}
+
+
+def _timed(seconds: float, floor: float, runs: list[float]) -> dict[str, Any]:
+    return {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "share_of_floor": floor / seconds, "runs": runs}
+
+
+def _requests(engine: Any, load: Load, outputs: int) -> Iterator[Request]:
+    draw, vocab = random.Random(load.tokens), engine.program.config.graph.config.vocab_size
+    room = engine.info.max_model_len - load.tokens
+    params = SamplingParams.of(temperature=0.0, max_tokens=min(outputs, room), ignore_eos=True)
+    for number in range(load.batch):
+        yield Request(f"bench-{number}", tuple(draw.randrange(vocab) for _ in range(load.tokens)), params)
+
+
+def _clear(engine: Any) -> None:
+    """End whatever still runs, so that the next row starts from an empty engine."""
+    for number in range(engine.scheduler.running):
+        engine.abort(f"bench-{number}")
+    while engine.has_work:
+        engine.step()
+
+
+def _weights_read(engine: Any) -> int:
+    """Bytes of weights that a decode step reads: all but an embedding table of its own (a few rows of it)."""
+    graph = engine.program.config.graph
+    sizes = dict(zip(graph.names, (spec.nbytes for spec in graph.specs), strict=True))
+    return sum(sizes.values()) - (sizes["embedding.weight"] if "lm_head.weight" in sizes else 0)
+
+
+def _kv_bytes(engine: Any) -> float:
+    """Bytes of keys and values of one token, over all layers."""
+    config = engine.program.config
+    return sum(spec.nbytes for spec in config.kv_specs) / (config.pool.all_pages * config.pool.page_size)
+
+
+def _prefill_operations(engine: Any, load: Load) -> float:
+    """Multiplies and adds of the matmuls with weights and of causal attention (half of the score matrix)."""
+    graph = engine.program.config.graph
+    weights = zip(graph.names, graph.specs, graph.contracting, strict=True)
+    dense = sum(prod(spec.shape) for name, spec, contracting in weights if contracting and name != "lm_head.weight")
+    attention = sum(2 * shape.heads * shape.head_dim * load.tokens**2 for shape in graph.config.attention_shapes)
+    return load.batch * (2 * dense * load.tokens + attention)
+
+
+@contextmanager
+def _closing(engine: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        engine.shutdown()
+
+
+def _load(text: str) -> Load:
+    batch, _, tokens = text.partition("x")
+    if not batch.isdigit() or not tokens.isdigit() or not int(batch) or not int(tokens):
+        raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxTOKENS; write for example 16x600")
+    return Load(int(batch), int(tokens))
+
+
+def _list(loads: Sequence[Load]) -> str:
+    return " ".join(map(str, loads))
