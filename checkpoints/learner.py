@@ -20,7 +20,7 @@ from checkpoints.network import Network, Params
 
 @dataclass(frozen=True)
 class Recipe:
-    """What does not change during a run; lengths in tokens, rows in windows per step."""
+    """What does not change during a run; lengths in tokens, rows in windows per step, `chat_tokens` how much chat is generated."""
 
     prose_rows: int = 32
     prose_length: int = 2048
@@ -28,6 +28,7 @@ class Recipe:
     chat_length: int = 1024
     chat_share: float = 0.4
     dialogue_share: float = 1 / 3
+    chat_tokens: int = 150_000_000
     learning_rate: float = 2e-3
     draft_learning_rate: float = 4e-3
     distilled_share: float = 0.5
@@ -48,7 +49,9 @@ class Recipe:
         return 0.5 * (1 + float(np.cos(np.pi * done)))
 
 
-POLISH = Recipe(16, 2048, 96, 1024, 0.6, 0.15, learning_rate=8e-4, draft_learning_rate=2e-3, distilled_share=0.8, warmup=0.05, seed=1)
+POLISH = Recipe(
+    16, 2048, 96, 1024, 0.6, 0.15, 90_000_000, learning_rate=8e-4, draft_learning_rate=2e-3, distilled_share=0.8, warmup=0.05, seed=1
+)
 
 
 class State(NamedTuple):

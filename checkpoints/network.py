@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from checkpoints.export import Shape
@@ -19,10 +20,10 @@ Params = dict[str, jax.Array]
 class Weight(nnx.Module):
     """One float32 matrix [out, in] (or vector) called `weight`."""
 
-    def __init__(self, rngs: nnx.Rngs, size: tuple[int, ...], scale: float) -> None:
+    def __init__(self, rng: np.random.Generator, size: tuple[int, ...], scale: float) -> None:
         """Draw from a normal distribution of standard deviation `scale`; a vector starts at one."""
-        ones = jnp.ones(size, jnp.float32)
-        self.weight = nnx.Param(ones if len(size) == 1 else scale * jax.random.normal(rngs.params(), size, jnp.float32))
+        draw = np.ones(size) if len(size) == 1 else rng.normal(0.0, scale, size)
+        self.weight = nnx.Param(jnp.asarray(draw.astype(np.float32)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Multiply [..., in] by the matrix into [..., out], in x's dtype."""
@@ -32,9 +33,9 @@ class Weight(nnx.Module):
 class RMSNorm(Weight):
     """Division by the root mean square, computed in float32, times a learned scale."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: Shape) -> None:
+    def __init__(self, rng: np.random.Generator, shape: Shape) -> None:
         """A scale of one for every hidden dimension."""
-        super().__init__(rngs, (shape.hidden_size,), 1.0)
+        super().__init__(rng, (shape.hidden_size,), 1.0)
         self.epsilon = shape.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,13 +58,13 @@ def rope(x: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
     """Causal attention with grouped keys and values."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: Shape, implementation: str) -> None:
+    def __init__(self, rng: np.random.Generator, shape: Shape, implementation: str) -> None:
         """`implementation` is what jax.nn.dot_product_attention takes: 'xla' or 'cudnn'."""
         queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = Weight(rngs, (queries, shape.hidden_size), 0.02)
-        self.k_proj = Weight(rngs, (keys, shape.hidden_size), 0.02)
-        self.v_proj = Weight(rngs, (keys, shape.hidden_size), 0.02)
-        self.o_proj = Weight(rngs, (shape.hidden_size, queries), 0.02 / (2 * shape.num_hidden_layers) ** 0.5)
+        self.q_proj = Weight(rng, (queries, shape.hidden_size), 0.02)
+        self.k_proj = Weight(rng, (keys, shape.hidden_size), 0.02)
+        self.v_proj = Weight(rng, (keys, shape.hidden_size), 0.02)
+        self.o_proj = Weight(rng, (shape.hidden_size, queries), 0.02 / (2 * shape.num_hidden_layers) ** 0.5)
         self.shape, self.implementation = shape, implementation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -78,11 +79,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """The gated feed-forward layer: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: Shape) -> None:
+    def __init__(self, rng: np.random.Generator, shape: Shape) -> None:
         """Three matrices; the last starts small, as every write into the residual stream does."""
-        self.gate_proj = Weight(rngs, (shape.intermediate_size, shape.hidden_size), 0.02)
-        self.up_proj = Weight(rngs, (shape.intermediate_size, shape.hidden_size), 0.02)
-        self.down_proj = Weight(rngs, (shape.hidden_size, shape.intermediate_size), 0.02 / (2 * shape.num_hidden_layers) ** 0.5)
+        self.gate_proj = Weight(rng, (shape.intermediate_size, shape.hidden_size), 0.02)
+        self.up_proj = Weight(rng, (shape.intermediate_size, shape.hidden_size), 0.02)
+        self.down_proj = Weight(rng, (shape.hidden_size, shape.intermediate_size), 0.02 / (2 * shape.num_hidden_layers) ** 0.5)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform [..., hidden]."""
@@ -92,12 +93,12 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention and feed-forward, each behind a norm and added to the stream."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: Shape, implementation: str) -> None:
+    def __init__(self, rng: np.random.Generator, shape: Shape, implementation: str) -> None:
         """Named as Hugging Face's LlamaDecoderLayer names its parts."""
-        self.input_layernorm = RMSNorm(rngs, shape)
-        self.self_attn = Attention(rngs, shape, implementation)
-        self.post_attention_layernorm = RMSNorm(rngs, shape)
-        self.mlp = MLP(rngs, shape)
+        self.input_layernorm = RMSNorm(rng, shape)
+        self.self_attn = Attention(rng, shape, implementation)
+        self.post_attention_layernorm = RMSNorm(rng, shape)
+        self.mlp = MLP(rng, shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Transform [rows, length, hidden]."""
@@ -108,11 +109,11 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, blocks, final norm; the head is the embedding."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: Shape, implementation: str) -> None:
+    def __init__(self, rng: np.random.Generator, shape: Shape, implementation: str) -> None:
         """Named as Hugging Face's LlamaModel names its parts."""
-        self.embed_tokens = Weight(rngs, (shape.vocab_size, shape.hidden_size), 0.02)
-        self.layers = nnx.List([Block(rngs, shape, implementation) for _ in range(shape.num_hidden_layers)])
-        self.norm = RMSNorm(rngs, shape)
+        self.embed_tokens = Weight(rng, (shape.vocab_size, shape.hidden_size), 0.02)
+        self.layers = nnx.List([Block(rng, shape, implementation) for _ in range(shape.num_hidden_layers)])
+        self.norm = RMSNorm(rng, shape)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Hidden states [rows, length, hidden] in bfloat16 for token ids [rows, length]."""
@@ -148,7 +149,7 @@ def tensor_name(path: tuple[Any, ...]) -> str:
 
 def make(shape: Shape, seed: int, implementation: str) -> tuple[Network, Params]:
     """A network and its first weights: float32, under Hugging Face's names."""
-    graph, state = nnx.split(Llama(nnx.Rngs(seed), shape, implementation))
+    graph, state = nnx.split(Llama(np.random.default_rng(seed), shape, implementation))
     flat = list(nnx.to_flat_state(state))
     params = {tensor_name(path): jnp.asarray(variable[...]) for path, variable in flat}
     return Network(shape, graph, tuple(path for path, _ in flat)), params

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from checkpoints.learner import Learner, Recipe, State
 
 
+SAVE_SECONDS = 60.0
+
+
 @dataclass(frozen=True)
 class Settings:
     """One run: sizes, where things are, when to stop (after `steps` when that is not 0, else after `minutes` of training)."""
@@ -42,11 +45,10 @@ class Settings:
     polish: Path | None = None
     minutes: float = 8.0
     steps: int = 0
-    chat_tokens: int = 230_000_000
     workers: int = 0
     attention: str = "xla"
-    save_seconds: float = 60.0
     instances: int = 400
+    sample_tokens: int = 100
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,7 +63,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="minutes of training, compiling and measuring not counted")
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead of some minutes")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the data")
-    parser.add_argument("--chat-tokens", type=int, default=230_000_000, help="tokens of conversations to generate")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="what jax.nn.dot_product_attention uses")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and generated texts, for tests")
     parser.add_argument("--tokenizer-only", action="store_true", help="write the tokenizer to OUT and stop")
@@ -74,19 +75,24 @@ def settings_from(options: argparse.Namespace) -> Settings:
 
     if options.smoke:
         tiny = Shape(1024, 64, 128, 2, 2, 1, 32, 256)
-        recipe = Recipe(4, 128, 8, 128, learning_rate=5e-3, draft_learning_rate=5e-3)
+        recipe = Recipe(4, 128, 8, 128, learning_rate=5e-3, draft_learning_rate=5e-3, chat_tokens=30_000)
         draft = replace(tiny, hidden_size=32, num_hidden_layers=1)
-        run = Settings(tiny, draft, recipe, options.out, chat_tokens=30_000, instances=8, steps=options.steps or 60)
+        run = Settings(tiny, draft, recipe, options.out, instances=2, sample_tokens=8, steps=options.steps or 40)
     elif options.data is None:
         raise SystemExit("--data DIR is needed (or --smoke, which generates its texts)")
     else:
         recipe = POLISH if options.polish else Recipe()
-        run = Settings(DEMO, DRAFT, recipe, options.out, options.data, chat_tokens=options.chat_tokens, steps=options.steps)
+        run = Settings(DEMO, DRAFT, recipe, options.out, options.data, steps=options.steps)
     return replace(
         run,
-        tokenizer=options.tokenizer, state=options.state or options.out / "state", resume=options.resume,
-        polish=options.polish,        minutes=options.minutes, workers=options.workers, attention=options.attention,
-    )  # fmt: skip
+        tokenizer=options.tokenizer or (options.polish and options.polish / "demo" / "tokenizer.json"),
+        state=options.state or options.out / "state",
+        resume=options.resume,
+        polish=options.polish,
+        minutes=options.minutes,
+        workers=options.workers,
+        attention=options.attention,
+    )
 
 
 def prepare(run: Settings) -> tuple[corpus.Texts, Path]:
@@ -145,7 +151,7 @@ def train(run: Settings, learner: "Learner", state: "State", pools: corpus.Pools
             curve.append({"step": done, "seconds": round(before + time.monotonic() - started, 1), **row})
         if done % 200 == 0:
             print(json.dumps(curve[-1]), f"{(done - first) * recipe.step_tokens / (time.monotonic() - started):.0f} tokens/s", flush=True)
-        if time.monotonic() - saved > run.save_seconds:
+        if time.monotonic() - saved > SAVE_SECONDS:
             export(run, state)
             saved = time.monotonic()
     jax.block_until_ready(state.demo)
@@ -177,7 +183,7 @@ def evaluate(run: Settings, learner: "Learner", state: "State", texts: corpus.Te
     print(json.dumps(report), flush=True)
     length = min(512, run.demo.max_position_embeddings)
     decoder = evaluation.Decoder(learner.demo, demo, min(400, run.instances), length)
-    report["samples"] = evaluation.samples(decoder, tokenizer, 100)
+    report["samples"] = evaluation.samples(decoder, tokenizer, run.sample_tokens)
     report["skills"] = evaluation.skill_accuracy(decoder, tokenizer, run.instances)
     for name, row in report["skills"].items():
         print(f"{name:16} {row['accuracy']:7.2%} of {row['instances']}", flush=True)
@@ -197,7 +203,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     from checkpoints.learner import Learner
 
     recipe = run.recipe
-    cut = corpus.PoolSettings(recipe.prose_length, recipe.chat_length, run.chat_tokens, recipe.dialogue_share, run.workers, recipe.seed)
+    cut = corpus.PoolSettings(recipe.prose_length, recipe.chat_length, recipe.chat_tokens, recipe.dialogue_share, run.workers, recipe.seed)
     with ThreadPoolExecutor(1) as background, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         began = time.monotonic()
         pools = background.submit(corpus.make_pools, texts, tokenizer_file, cut)

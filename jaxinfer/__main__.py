@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(rest)
     if unknown:
         flags = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", parser.format_help())
-        return _complain(f"{name} does not know {unknown[0]!r}{_nearest(unknown[0].partition('=')[0], flags)}; see `jaxinfer {name} --help`")
+        nearest = _nearest(unknown[0].partition("=")[0], flags)
+        return _complain(f"{name} does not know {unknown[0]!r}{nearest}; see `{prog} --help`")
     return _guarded(command.run, args)
 
 
@@ -91,7 +92,7 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        sys.stderr.write("\n")
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains once more at exit
@@ -103,7 +104,7 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace)
 
 
 def _complain(message: str) -> int:
-    print(f"jaxinfer: error: {message}", file=sys.stderr)
+    sys.stderr.write(f"jaxinfer: error: {message}\n")
     return ExitCode.USAGE
 
 

@@ -37,8 +37,11 @@ class Completion:
     error: str | None = None
 
 
+Completions = Completion | list[Completion]
+
+
 class Desk:
-    """Lets threads and open streams share one engine: whoever waits for tokens drives a step, and what it yields goes into its owner's box."""
+    """Lets threads and open streams share one engine: whoever waits for tokens drives a step; what it yields goes to its owner's box."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -121,7 +124,7 @@ class LLM:
         llm._enter(engine)
         return llm
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any) -> Completion | list[Completion]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any) -> Completions:
         """Complete one prompt (text or token ids) or a list of them, all in one batch, with `params` or with flat names
         (`max_tokens=40, temperature=0, stop="\\n"`) over the model's own defaults.
 
@@ -131,14 +134,12 @@ class LLM:
             RequestError: a bad value, or a prompt that does not fit.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and _is_token(prompts[0]))
-        requests = [self.request(prompt, params, **sampling) for prompt in ([prompts] if single else prompts)]
-        return _unwrap(list(self.complete(requests)), single)
+        return self._run_all([prompts] if single else prompts, params, sampling, single)
 
-    def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None, **sampling: Any) -> Completion | list[Completion]:
+    def chat(self, messages: Messages | Sequence[Messages], params: SamplingParams | None = None, **sampling: Any) -> Completions:
         """Answer one conversation (a list of {"role", "content"}) or a list of conversations; otherwise like `generate`."""
         single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        requests = [self.request(talk, params, **sampling) for talk in ([messages] if single else messages)]
-        return _unwrap(list(self.complete(requests)), single)
+        return self._run_all([messages] if single else messages, params, sampling, single)
 
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None, **sampling: Any) -> Iterator[Output]:
         """Complete one prompt or answer one conversation and yield each delta (`text`, `token_ids`, `logprobs`, `index`) as it comes.
@@ -186,7 +187,11 @@ class LLM:
         self._desk = Desk(engine)
         self._ids = itertools.count()
 
-    def _encode(self, prompt: Prompt | Messages) -> Sequence[int]:
+    def _run_all(self, prompts: Any, params: SamplingParams | None, sampling: dict[str, Any], single: bool) -> Completions:
+        completions = list(self.complete(self.request(prompt, params, **sampling) for prompt in prompts))
+        return completions[0] if single and len(completions) == 1 else completions
+
+    def _encode(self, prompt: Any) -> Sequence[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         if len(prompt) > 0 and isinstance(prompt[0], Mapping):
@@ -198,7 +203,7 @@ class LLM:
 
 def generate(
     prompts: Prompt | Sequence[Prompt], *, model: str = "demo", mesh: Any = None, dtype: str = "auto", **sampling: Any
-) -> Completion | list[Completion]:
+) -> Completions:
     """Complete one prompt or a list of them; the engine is kept, so that the next call with the same model starts at once.
 
     `sampling` takes OpenAI's names (`max_tokens`, `temperature`, `top_p`, `seed`, `stop`, `n`, `logprobs`, ...). Other settings of the
@@ -269,7 +274,7 @@ _KEPT = _KeptEngine()
 
 
 def _settings() -> dict[str, Any]:
-    sections = [type(section.default) for section in fields(EngineConfig)]
+    sections: list[Any] = [type(section.default) for section in fields(EngineConfig)]
     return {item.name: item for section in sections for item in fields(section)}
 
 
@@ -289,7 +294,3 @@ def _read(name: str, item: Any, value: Any) -> Any:
 
 def _is_token(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _unwrap(completions: list[Completion], single: bool) -> Completion | list[Completion]:
-    return completions[0] if single and len(completions) == 1 else completions

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "random")
+IMPLEMENTATIONS = ("auto", "xla", "reference")
+SWITCH = ("on", "off")
 
 
 class MeshShape(NamedTuple):
@@ -65,7 +68,7 @@ def parse_mesh(text: str) -> MeshShape:
     sizes = MeshShape()._asdict()
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
-        if axis.strip() not in sizes or not size.strip().isdigit() or int(size) < 1:
+        if axis.strip() not in sizes or not (size.isascii() and size.strip().isdigit()) or int(size) < 1:
             raise ConfigError(f"--mesh {text!r}: write AXIS=SIZE with axes {', '.join(MeshShape._fields)}, for example data=2,tensor=4")
         sizes[axis.strip()] = int(size)
     return MeshShape(**sizes)
@@ -74,6 +77,11 @@ def parse_mesh(text: str) -> MeshShape:
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), parse: Callable[[str], Any] | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
     return field(default=default, metadata={"help": help, "choices": choices, "parse": parse})
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"--{flag} {value!r} is not one of {', '.join(choices)}")
 
 
 def _at_least(flag: str, value: int | None, low: int) -> None:
@@ -89,14 +97,12 @@ class ModelConfig:
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face repository")
     dtype: str = option("auto", "weights and activations; auto is bfloat16 on accelerators, float32 on CPUs", choices=DTYPES)
     quantize: str | None = option(None, "quantise the weights at load, for example int8")
-    load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=("auto", "random"))
+    load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=LOAD_FORMATS)
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's own)", parse=parse_count)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.load_format not in ("auto", "random"):
-            raise ConfigError(f"--load-format {self.load_format!r} is neither auto nor random")
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("load-format", self.load_format, LOAD_FORMATS)
         _at_least("max-model-len", self.max_model_len, 2)
 
 
@@ -120,8 +126,10 @@ class CacheConfig:
 class SchedulerConfig:
     """How requests share a step."""
 
-    max_sequences: int | None = option(None, "sequences that run at once, per data replica (default: 16 on CPUs, 256 on accelerators)")
-    max_step_tokens: int | None = option(None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count)
+    max_sequences: int | None = option(None, "sequences that run at once, per data replica (default: 32 on CPUs, 256 on accelerators)")
+    max_step_tokens: int | None = option(
+        None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count
+    )
     max_waiting: int = option(4096, "requests that may wait; more are refused")
     policy: str = option("fcfs", "order in which waiting requests are admitted")
 
@@ -136,13 +144,15 @@ class ExecutionConfig:
     """Where and how programs run."""
 
     mesh: MeshShape = option(MeshShape(), "device mesh, for example data=2,tensor=4", parse=parse_mesh)
-    implementation: str = option("auto", "attention and matmul kernels", choices=("auto", "xla", "reference"))
+    implementation: str = option("auto", "attention and matmul kernels", choices=IMPLEMENTATIONS)
     compile_threads: int = option(0, "programs compiled at once (default: one per core)")
-    compilation_cache: str = option("on", "keep compiled programs between starts", choices=("on", "off"))
+    compilation_cache: str = option("on", "keep compiled programs between starts", choices=SWITCH)
 
     def __post_init__(self) -> None:
         if min(self.mesh) < 1:
             raise ConfigError(f"mesh {self.mesh}: every size must be at least 1")
+        _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        _one_of("compilation-cache", self.compilation_cache, SWITCH)
         _at_least("compile-threads", self.compile_threads, 0)
 
 

@@ -49,7 +49,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `SAMPLING_FLAGS`; what is not given is left to the model's own defaults."""
     group = parser.add_argument_group("sampling", "Defaults are the model's own (generation_config.json), otherwise OpenAI's.")
     for flag in SAMPLING_FLAGS:
-        name, shared = "--" + flag.name.replace("_", "-"), {"dest": flag.name, "default": argparse.SUPPRESS, "help": flag.help}
+        name = "--" + flag.name.replace("_", "-")
+        shared: dict[str, Any] = {"dest": flag.name, "default": argparse.SUPPRESS, "help": flag.help}
         if flag.kind == "switch":
             group.add_argument(name, action="store_true", **shared)
         elif flag.kind == "list":
@@ -73,7 +74,7 @@ def remark(text: str) -> None:
 
 def warn(text: str) -> None:
     """Tell on stderr what went wrong while the command goes on."""
-    print(f"jaxinfer: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"jaxinfer: {text}\n")
 
 
 def redact(text: str) -> str:
@@ -83,7 +84,7 @@ def redact(text: str) -> str:
 
 
 class StageBar:
-    """Shows on stderr, if that is a terminal, how far a model is read, sharded and compiled; a context manager and an engine's `progress`."""
+    """An engine's `progress`: shows on stderr, if that is a terminal, how far a model is read, sharded and compiled."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -34,10 +34,14 @@ class RequestError(ValueError):
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RequestError(f"{name} must be a finite number, got {type(value).__name__}", name)
-    if not low <= value <= high:
-        raise RequestError(f"{name} must be between {low:g} and {high:g}, got {value:g}", name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not low <= number <= high:
+        raise RequestError(f"{name} must be between {low:g} and {high:g}, got {number:g}", name)
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
@@ -45,7 +49,13 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
         raise RequestError(f"{name} must be an integer, got {type(value).__name__}", name)
     if value < low or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise RequestError(f"{name} must be {bounds}, got {value}", name)
+        found = str(value) if abs(value) < 1 << SEED_BITS else "a number beyond 64 bits"  # Python prints only so many digits
+        raise RequestError(f"{name} must be {bounds}, got {found}", name)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {type(value).__name__}", name)
 
 
 class FinishReason(StrEnum):
@@ -81,14 +91,22 @@ class StopRules:
             raise RequestError(f"stop_token_ids has {len(self.token_ids)} ids; at most {MAX_STOP_TOKENS} are supported", "stop_token_ids")
         for token in self.token_ids:
             _check_int("stop_token_ids", token, 0, None)
+        _check_flag("include_stop_str_in_output", self.include_in_output)
+        _check_flag("ignore_eos", self.ignore_eos)
 
     @classmethod
-    def of(cls, value: StopRules | str | Sequence[str] | None) -> StopRules:
-        """Accept what users write: nothing, one string, a list of strings, or the rules themselves."""
+    def of(cls, value: object) -> StopRules:
+        """Accept what users write: nothing, one string, a list of strings, or the rules themselves.
+
+        Raises:
+            RequestError: anything else.
+        """
         if isinstance(value, StopRules):
             return value
         if value is None:
             return cls()
+        if not isinstance(value, Sequence):
+            raise RequestError(f"stop must be a string or a list of strings, got {type(value).__name__}", "stop")
         return cls(strings=(value,) if isinstance(value, str) else tuple(value))
 
 
@@ -140,8 +158,12 @@ class SamplingParams:
             _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
         _check_int("n", self.n, 1, MAX_CHOICES)
+        _check_flag("skip_special_tokens", self.skip_special_tokens)
 
     def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias must map token ids to numbers, got {type(self.logit_bias).__name__}", "logit_bias")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # a copy: the caller may change its own
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise RequestError(f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are supported", "logit_bias")
         for token, bias in self.logit_bias.items():
@@ -162,8 +184,10 @@ class SamplingParams:
         """
         rules = StopRules.of(values.pop("stop", None))
         renamed = {"stop_token_ids": "token_ids", "ignore_eos": "ignore_eos", "include_stop_str_in_output": "include_in_output"}
-        given = {new: values.pop(old) for old, new in renamed.items() if values.get(old) is not None}
+        given = {new: value for old, new in renamed.items() if (value := values.pop(old, None)) is not None}
         if "token_ids" in given:
+            if not isinstance(given["token_ids"], Sequence) or isinstance(given["token_ids"], str):
+                raise RequestError("stop_token_ids must be a list of token ids", "stop_token_ids")
             given["token_ids"] = tuple(given["token_ids"])
         known = {f.name for f in fields(cls)}
         for name in values:

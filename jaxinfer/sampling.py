@@ -66,9 +66,7 @@ class Sampled:
     top_logprobs: Float[Array, "rows top"]
 
 
-def sample(
-    logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows vocab"], settings: RowSettings
-) -> Sampled:  # fmt: skip
+def sample(logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows vocab"], settings: RowSettings) -> Sampled:
     """Draw one token per row from `adjusted` (logits after penalties and biases); log probabilities come from `logits`."""
     finite = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
     greedy = likeliest(adjusted)
@@ -84,16 +82,19 @@ def penalised(
     logits: Float[Array, "rows vocab"], counts: Int[Array, "rows vocab"], in_prompt: Bool[Array, "rows vocab"], settings: RowSettings
 ) -> Float[Array, "rows vocab"]:  # fmt: skip
     """Apply the repetition penalty (Keskar et al. 2019: prompt and output) and OpenAI's presence and frequency penalties (output)."""
-    seen = in_prompt | (counts > 0)
+    produced = counts > 0
     repetition = settings.repetition[:, None]
-    logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
-    return logits - settings.frequency[:, None] * counts.astype(logits.dtype) - settings.presence[:, None] * (counts > 0).astype(logits.dtype)
+    logits = jnp.where(in_prompt | produced, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+    return logits - settings.frequency[:, None] * counts.astype(logits.dtype) - settings.presence[:, None] * produced.astype(logits.dtype)
 
 
 def filtered(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float[Array, "rows vocab"]:
-    """Logits over temperature, with -inf where top-k, top-p (Holtzman et al. 2020) or min-p (Nguyen et al. 2024) exclude a token."""
+    """Logits over temperature, with -inf where top-k, top-p (Holtzman et al. 2020) or min-p (Nguyen et al. 2024) exclude a token.
+
+    The likeliest token is moved to 0 first: so a tiny temperature sends the others to -inf and nothing to +inf.
+    """
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
-    scaled = logits / temperature[:, None]
+    scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
     wanted = jnp.any((settings.top_k > 0) | (settings.top_p < 1.0) | (settings.min_p > 0.0))
     return jax.lax.cond(wanted, lambda: _filter(scaled, settings), lambda: scaled)
 
@@ -123,16 +124,16 @@ def _noise(seed: UInt32[Array, " 2"], position: Int[Array, ""], vocab: int) -> F
 
 
 def _filter(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float[Array, "rows vocab"]:
-    """Top-k first, top-p over what is left, then min-p relative to the likeliest token; ties at a threshold are kept."""
+    """Top-k first, top-p over what is left, then min-p relative to the likeliest token, whose logit is 0; ties at a threshold are kept."""
     vocab = logits.shape[-1]
     keys = _ordered_bits(logits)
     k = jnp.where(settings.top_k > 0, settings.top_k, vocab)[:, None]
     keep = keys >= _largest(lambda bound: jnp.sum(keys >= bound, axis=-1, keepdims=True) >= k, keys)
-    weights = jnp.where(keep, jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
+    weights = jnp.where(keep, jnp.exp(logits), 0.0)
     target = settings.top_p[:, None] * jnp.sum(weights, axis=-1, keepdims=True)
     nucleus = keys >= _largest(lambda bound: jnp.sum(jnp.where(keys >= bound, weights, 0.0), axis=-1, keepdims=True) >= target, keys)
     keep = keep & (nucleus | (settings.top_p >= 1.0)[:, None])
-    keep = keep & (weights >= settings.min_p[:, None] * jnp.max(weights, axis=-1, keepdims=True))
+    keep = keep & (weights >= settings.min_p[:, None])
     return jnp.where(keep, logits, NEVER)
 
 

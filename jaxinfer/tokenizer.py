@@ -9,7 +9,8 @@ This file does not know about requests, stop strings or the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,11 +18,14 @@ from typing import Any
 
 import jinja2
 import tokenizers
+from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers.decoders import DecodeStream
 
 MAX_RENDERED = 16 << 20
+MAX_EOS = 16
 
 
 class TokenizerError(ValueError):
@@ -37,11 +41,11 @@ class Tokenizer:
     def __init__(self, core: tokenizers.Tokenizer, settings: Mapping[str, Any], eos_ids: Sequence[int] = ()) -> None:
         self._core = core
         self._specials = {name: _token_text(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        self.vocab_size = core.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(core.get_vocab(with_added_tokens=True).values(), default=-1)
         self.bos_id = self._id(self._specials["bos_token"])
         self.pad_id = self._id(self._specials["pad_token"])
         own = self._id(self._specials["eos_token"])
-        self.eos_ids = tuple(dict.fromkeys([*eos_ids, *([] if own is None else [own])]))
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos_ids, *([] if own is None else [own])]))
         self.chat_template = _template_text(settings.get("chat_template"))
 
     @classmethod
@@ -63,9 +67,8 @@ class Tokenizer:
         settings = _read_json(folder / "tokenizer_config.json")
         template = folder / "chat_template.jinja"
         if template.is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
-        ids = _read_json(folder / "generation_config.json").get("eos_token_id") or _read_json(folder / "config.json").get("eos_token_id")
-        return cls(core, settings, [ids] if isinstance(ids, int) else (ids or []))
+            settings["chat_template"] = _read_text(template)
+        return cls(core, settings, _read_eos(folder))
 
     def _id(self, text: str | None) -> int | None:
         return None if text is None else self._core.token_to_id(text)
@@ -89,10 +92,10 @@ class Tokenizer:
             return b""
         if token in self._added:
             return raw.encode()
-        if raw.startswith("<0x") and len(raw) == 6:
-            return bytes([int(raw[3:5], 16)])
-        if all(character in self._byte_of for character in raw) and self._byte_level:
+        if self._byte_level and all(character in self._byte_of for character in raw):
             return bytes(self._byte_of[character] for character in raw)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", raw):
+            return bytes.fromhex(byte[1])
         return raw.replace("\u2581", " ").encode()
 
     @cached_property
@@ -119,9 +122,13 @@ class Tokenizer:
         return self._core.to_str()
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, add_generation_prompt: bool = True,
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
         **variables: Any,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Text of a conversation, ready for `encode(text, special=False)`.
 
         Raises:
@@ -131,12 +138,11 @@ class Tokenizer:
             raise TokenizerError("the model has no chat template; use plain completions, or a model made for chat")
         special = {name: text for name, text in self._specials.items() if text is not None}
         try:
-            text = _compiled(self.chat_template).render(
-                **{**special, **variables}, messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt
-            )
+            given = {"messages": messages, "tools": tools or None, "add_generation_prompt": add_generation_prompt}
+            text = _compiled(self.chat_template).render({**special, **variables, **given})
         except jinja2.TemplateError as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError, RecursionError):
+        except Exception:  # a template is a program: it can fail in any way
             raise TokenizerError("the chat template failed on these messages; check their roles and contents") from None
         if len(text) > MAX_RENDERED:
             raise TokenizerError(f"the rendered conversation has {len(text)} characters; at most {MAX_RENDERED} are supported")
@@ -174,9 +180,9 @@ class Detokenizer:
 class _GenerationTag(Extension):
     """`{% generation %}` marks the assistant's words for training; while serving it is only its contents."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
@@ -184,15 +190,23 @@ class _GenerationTag(Extension):
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
     """Hugging Face's conventions for chat templates: trimmed blocks, loop controls, tojson without HTML escapes."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag])
+    extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment.from_string(template)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Hugging Face's filter, argument by argument: unlike Jinja's own it leaves HTML and other scripts as they are."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
@@ -200,24 +214,45 @@ def _refuse(message: str) -> None:
 
 
 def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, Mapping) else value
+    text = value.get("content") if isinstance(value, Mapping) else value
+    if text is not None and not isinstance(text, str):
+        raise TokenizerError(f"tokenizer_config.json: a special token is {type(text).__name__}; it must be text")
+    return text
 
 
 def _template_text(value: Any) -> str | None:
     if isinstance(value, list):  # several named templates: take the default one
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, Mapping)}
-        return named.get("default")
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, Mapping)}.get("default")
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"tokenizer_config.json: chat_template is {type(value).__name__}; it must be text")
     return value
+
+
+def _read_eos(folder: Path) -> list[int]:
+    """End-of-sequence ids from generation_config.json, else from config.json."""
+    found = (_read_json(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json"))
+    ids = next((value for value in found if value is not None), [])
+    ids = ids if isinstance(ids, list) else [ids]
+    if len(ids) > MAX_EOS or not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise TokenizerError(f"{folder.name}: eos_token_id must be a token id or a list of at most {MAX_EOS}")
+    return ids
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    read: Callable[[str], Any] = json.loads
+    text = _read_text(path)
     try:
-        value = read(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path.name} holds no JSON object")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path.name} cannot be read: {error}") from None

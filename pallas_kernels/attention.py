@@ -5,8 +5,6 @@ online softmax; `finish` divides once in the end. A block in which a query sees 
 was, so a result never depends on how many blocks its neighbours needed. Knows nothing of pages, batches or devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -5,21 +5,34 @@ choice is logged once. Whatever was asked for by name and is not there is an err
 name and looks at no array.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
-import importlib.util
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import jax
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
-PREFERENCES = {"cpu": ("xla",), "cuda": ("gpu", "xla"), "rocm": ("xla",), "tpu": ("tpu", "xla")}
+PREFERENCES = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
 
 _logger = logging.getLogger("pallas_kernels.dispatch")
+
+
+class Target(NamedTuple):
+    """What programs are being traced for: the platform ("cpu", "gpu" or "tpu") and the device kind, as in "NVIDIA H200"."""
+
+    platform: str
+    device: str
+
+
+def target() -> Target:
+    """The chip named by `jax.sharding.use_abstract_mesh` (as when compiling for hardware that is not there), else jax's default device."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    found = jax.local_devices()[0] if described is None else described
+    platform = "gpu" if found.platform in ("cuda", "rocm") else found.platform
+    return Target(platform, found.device_kind)
 
 
 def ops() -> tuple[str, ...]:
@@ -35,39 +48,33 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(name for name in IMPLEMENTATIONS if (folder / f"{name}.py").exists())
 
 
-def target_platform() -> str:
-    """The platform that programs are being traced for: "cpu", "cuda", "rocm" or "tpu".
-
-    The chip named by `jax.sharding.use_abstract_mesh` when one is (compiling for hardware that is not there), else jax's default backend.
-    """
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    platform = described.platform if described is not None and described.platform else jax.default_backend()
-    return "cuda" if platform == "gpu" else platform
-
-
 def resolve(op: str, implementation: str, platform: str) -> ModuleType:
     """The module that implements op.
 
-    implementation: "auto" or one of IMPLEMENTATIONS; platform: as named by `target_platform`.
+    implementation: "auto" or one of IMPLEMENTATIONS; platform: "cpu", "gpu" or "tpu".
     Raises ValueError for an unknown op or implementation and NotImplementedError for one that does not exist for this op.
     """
-    return importlib.import_module(f"pallas_kernels.{op}.{_choose(op, implementation, platform)}")
+    return importlib.import_module(f"pallas_kernels.{op}.{choose(op, implementation, platform)}")
 
 
 @functools.cache
-def _choose(op: str, implementation: str, platform: str) -> str:
+def choose(op: str, implementation: str, platform: str) -> str:
+    """The name that `resolve` imports; logged the first time "auto" decides for a platform. Raises as `resolve` does."""
     existing = implementations(op)
     if implementation == "auto":
         preferred = PREFERENCES.get(platform, ("xla",))
         choice = next((name for name in preferred if name in existing), None)
         if choice is None:
-            raise NotImplementedError(f"{op} has no implementation for platform {platform!r} (wanted {preferred}, there are {existing})")
-        _logger.info("%s: implementation %r on platform %r", op, choice, platform)
+            raise NotImplementedError(f"{op} has no implementation for platform {platform!r}: wanted {preferred}, there are {existing}")
+        missing = preferred[: preferred.index(choice)]
+        note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""
+        _logger.info("%s runs its %r implementation on platform %r%s", op, choice, platform, note)
         return choice
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r} for {op}: use 'auto' or one of {', '.join(existing)}")
     if implementation not in existing:
         raise NotImplementedError(
-            f"implementation={implementation!r} does not exist for {op}: there are {', '.join(existing)}; 'auto' picks the one for the platform"
+            f"implementation={implementation!r} does not exist for {op}: there are {', '.join(existing)}; "
+            "'auto' picks the one for the platform"
         )
     return implementation

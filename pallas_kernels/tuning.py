@@ -1,4 +1,192 @@
-from pallas_kernels import dispatch
+"""Block sizes: from a table of measured rows, else from the implementation's heuristic, else an error. And the tuner that measures.
+
+A row says for which op, implementation and key (shapes and dtype) which sizes were fastest, on which device, with which jax, when, and
+how many microseconds they took. Rows stand in `tuned/<device>/<op>.json` of this package and in the user's cache folder, which wins.
+
+    python -m pallas_kernels.tuning --op paged_attention [--implementation xla] [--case NAME] [--out FILE]
+
+runs every candidate of the implementation over the op's tuning cases and writes the fastest ones. Knows no op by name: an
+implementation offers `heuristic(platform, key)` and `candidates(platform, key)`, the op's cases.py offers `TUNING`, a tuple of cases.
+"""
+
+import argparse
+import datetime
+import functools
 import importlib
-def sizes(op, implementation, platform, key):
-    return importlib.import_module(f"pallas_kernels.{op}.{implementation}").heuristic(platform, key)
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallas_kernels import dispatch
+
+Sizes = dict[str, int]
+Key = dict[str, int | str]
+Measure = Callable[[Any, str, Sizes], float]
+
+_forced: ContextVar[Sizes | None] = ContextVar("pallas_kernels_forced_sizes", default=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: the sizes that were fastest for a key, and where, with what, when, and how fast."""
+
+    op: str
+    implementation: str
+    key: Key
+    sizes: Sizes
+    device: str
+    jax: str
+    date: str
+    microseconds: float
+
+
+def sizes(op: str, implementation: str, target: dispatch.Target, key: Key) -> Sizes:
+    """Block sizes for a key: measured ones, else the heuristic's. Raises NotImplementedError when neither has any."""
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    for row in table(op, target.device):
+        if row.implementation == implementation and row.key == key:
+            return row.sizes
+    guess = _module(op, implementation).heuristic(target.platform, key)
+    if guess is None:
+        raise NotImplementedError(
+            f"{op}: the {implementation!r} implementation has no block sizes for {key} on {target.device}; "
+            f"measure them: python -m pallas_kernels.tuning --op {op} --implementation {implementation}"
+        )
+    return guess
+
+
+@contextmanager
+def forced(chosen: Sizes) -> Iterator[None]:
+    """Inside, every op is traced with these sizes."""
+    token = _forced.set(chosen)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def user_folder() -> Path:
+    """Where the tuner writes by default and where rows are looked for first."""
+    return Path.home() / ".cache" / "jaxinfer" / "tuned"
+
+
+def table_file(folder: Path, device: str, op: str) -> Path:
+    """The file of a folder that holds the rows of one device and op."""
+    return folder / "-".join(device.lower().split()) / f"{op}.json"
+
+
+@functools.cache
+def table(op: str, device: str) -> tuple[Row, ...]:
+    """All rows known for a device and op, the user's first. Raises ValueError for a file that does not hold rows."""
+    folders = (user_folder(), Path(__file__).parent / "tuned")
+    return tuple(row for folder in folders for row in read(table_file(folder, device, op)))
+
+
+def read(file: Path) -> tuple[Row, ...]:
+    """The rows of one file; none when there is no such file. Raises ValueError naming the file when it holds anything else."""
+    if not file.exists():
+        return ()
+    try:
+        return tuple(Row(**row) for row in json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} does not hold rows of measured block sizes ({error}); delete it and measure again") from error
+
+
+def write(file: Path, rows: Sequence[Row]) -> None:
+    """Put rows into a file, over those it had for the same device, op, implementation and key."""
+    kept = {_identity(row): row for row in (*read(file), *rows)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps([asdict(row) for row in kept.values()], indent=1) + "\n")
+
+
+def measure(case: Any, implementation: str, chosen: Sizes) -> float:
+    """Microseconds of one call of a case's op with these sizes: median of 5 rounds of 10 calls. What the case donates goes around."""
+    inputs = case.make(0)
+    state = {name: inputs.pop(name) for name in case.donates}
+    with forced(chosen):
+        call = jax.jit(lambda state, inputs: case.run(state | inputs, implementation), donate_argnums=0).lower(state, inputs).compile()
+    rounds = []
+    for _ in range(6):  # the first one warms up
+        begin = time.perf_counter()
+        for _ in range(10):
+            result = call(state, inputs)
+            state = {name: getattr(result, name) for name in case.donates}
+        jax.block_until_ready(result)
+        rounds.append((time.perf_counter() - begin) / 10 * 1e6)
+    return statistics.median(rounds[1:])
+
+
+def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:
+    """The fastest candidate for each key that the cases have; cases of one key are measured together."""
+    target, module = dispatch.target(), _module(op, implementation)
+    grouped: dict[str, list[Any]] = {}
+    for case in cases:
+        grouped.setdefault(json.dumps(case.tuning_key(), sort_keys=True), []).append(case)
+    rows = []
+    for text, same in grouped.items():
+        key = json.loads(text)
+        timed = []
+        for candidate in module.candidates(target.platform, key):
+            timed.append((sum(measure(case, implementation, candidate) for case in same), candidate))
+            _say(f"{op} {key} {candidate}: {timed[-1][0]:.1f} us")
+        microseconds, best = min(timed, key=lambda pair: pair[0])
+        today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+        rows.append(Row(op, implementation, key, best, target.device, jax.__version__, today, round(microseconds, 1)))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with a message for an op, implementation or case that does not exist or has nothing to tune."""
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description="Measure block sizes on this machine's device.")
+    parser.add_argument("--op", required=True, choices=dispatch.ops())
+    parser.add_argument("--implementation", default="auto", help="default: what 'auto' picks here")
+    parser.add_argument("--case", action="append", help="measure only the named tuning case (may be repeated)")
+    parser.add_argument("--out", type=Path, help=f"file to write; default: in {user_folder()}")
+    options = parser.parse_args(arguments)
+    target = dispatch.target()
+    try:
+        implementation = dispatch.choose(options.op, options.implementation, target.platform)
+        cases = _named(options.op, options.case)
+    except (ValueError, NotImplementedError) as error:
+        parser.error(str(error))
+    if not hasattr(_module(options.op, implementation), "candidates"):
+        parser.error(f"the {implementation!r} implementation of {options.op} has no block sizes to tune")
+    out = options.out or table_file(user_folder(), target.device, options.op)
+    write(out, tune(options.op, implementation, cases))
+    _say(f"wrote {out}")
+
+
+def _named(op: str, names: Sequence[str] | None) -> list[Any]:
+    known = {case.name: case for case in _module(op, "cases").TUNING}
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"{op} has no tuning case {', '.join(unknown)}; there are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def _identity(row: Row) -> str:
+    return json.dumps([row.op, row.implementation, row.device, sorted(row.key.items())])
+
+
+def _module(op: str, name: str) -> Any:
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """Time of a decode step and of a prefill through the real engine, beside the floor that the machine sets.
 
-`--shape NAME` takes random weights of a well-known model. A decode row is BATCHxCONTEXT: so many sequences of about so many tokens, a
-token each per step; its floor is (weights + KV read) / bandwidth. A prefill row is BATCHxPROMPT, from handing in to the last first token; its
-floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot hold are left out, said so.
+`--shape NAME` takes random weights of a well-known model. A decode row is BATCHxCONTEXT: so many sequences of about so many tokens,
+one new token each in a step; its floor is (weights + KV read) / bandwidth. A prefill row is BATCHxPROMPT, from handing in to the last
+first token; its floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot hold are
+left out with a word on stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from jaxinfer.bench.rows import Report, add_output_arguments
-from jaxinfer.config import EngineConfig, add_arguments as add_settings, from_arguments
+from jaxinfer.config import EngineConfig, from_arguments
+from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, remark, warn
 from jaxinfer.request import Request, SamplingParams
 

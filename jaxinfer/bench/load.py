@@ -15,9 +15,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import ConfigError
@@ -25,7 +25,7 @@ from jaxinfer.console import remark
 
 HELP = "open-loop HTTP load on a running server: latency percentiles"
 PERCENTILES = (50, 90, 99)
-WORDS = "once upon a time there was a small boat that went far over the sea and came home with a story".split()
+WORDS = ("once", "upon", "a", "time", "there", "was", "small", "boat", "that", "went", "far", "over", "the", "sea", "home", "story")
 
 
 class Address(NamedTuple):
@@ -145,12 +145,18 @@ def _address(args: argparse.Namespace) -> Address:
 
 def _server_info(args: argparse.Namespace) -> dict[str, Any]:
     """What the server says about itself; this process must not touch the device that the server uses."""
-    headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    address, headers = _address(args), {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    connection = HTTPConnection(address.host, address.port, timeout=10)
     try:
-        with urlopen(Request(args.url.rstrip("/") + "/server_info", headers=headers), timeout=10) as answer:
-            return json.loads(answer.read())
+        connection.request("GET", "/server_info", headers=headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise OSError(f"status {answer.status}")
+        return json.loads(answer.read())
     except (OSError, ValueError) as error:
         raise ConfigError(f"--url {args.url}: no jaxinfer server answers there ({error}); start one with `jaxinfer serve`") from None
+    finally:
+        connection.close()
 
 
 def _http(address: Address, body: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -57,9 +58,8 @@ def commit() -> str | None:
     """The commit of the source tree, with "-dirty" if files differ from it; None outside of one."""
     folder = Path(jaxinfer.__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=folder, capture_output=True, text=True, timeout=10
-        )
+        command = [shutil.which("git") or "git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)  # noqa: S603  nothing of it comes from outside
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -68,7 +68,7 @@ class PagePool:
             ValueError: a page that nobody owns, the guard page among them.
         """
         for page in pages:
-            if not self._owned[page]:
+            if not GUARD_PAGE < page < self.size or not self._owned[page]:
                 raise ValueError(f"page {page} is released but nobody owns it")
             self._owned[page] = 0
             self._free.append(page)

@@ -11,12 +11,13 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
-from jaxinfer.config import ConfigError, EngineConfig, add_arguments as add_settings, from_arguments
+from jaxinfer.config import ConfigError, EngineConfig, from_arguments
+from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, add_sampling_arguments, remark, sampling_of, warn
 from jaxinfer.request import FinishReason, SamplingParams
 
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         if llm.tokenizer.chat_template is None:
             raise ConfigError(f"{llm.engine.info.model} has no chat template; use `jaxinfer generate`, or a model made for chat")
         info = llm.engine.info
-        remark(f"{info.model} on {info.device}, {info.dtype}, context {info.max_model_len} tokens. /help lists commands, Ctrl-C stops an answer.")
+        remark(f"{info.model} on {info.device}, {info.dtype}, context {info.max_model_len} tokens.")
+        remark("/help lists commands, Ctrl-C stops an answer.")
         talk(Conversation(llm, sampling_of(args), args.system))
     return 0
 
@@ -98,7 +100,7 @@ class Conversation:
             dropped += gone
         return dropped
 
-    def ask(self, text: str) -> Iterator[Any]:
+    def ask(self, text: str) -> Generator[Any]:
         """Add a message, yield the answer's deltas, and remember what was said even if the listener stops early."""
         self.messages.append({"role": "user", "content": text})
         dropped = self.make_room()

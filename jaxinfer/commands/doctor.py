@@ -172,7 +172,8 @@ def port(args: argparse.Namespace) -> Iterator[Finding]:
         try:
             probe.bind((config.ServerConfig.host, args.port))
         except OSError as error:
-            yield Finding("port", Status.WARN, f"{args.port}: {error.strerror}", "start the server with another --port, or end what uses this one")
+            fix = "start the server with another --port, or end what uses this one"
+            yield Finding("port", Status.WARN, f"{args.port}: {error.strerror}", fix)
         else:
             yield Finding("port", Status.OK, f"{args.port} is free")
 

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxinfer.config import ConfigError, EngineConfig, add_arguments as add_settings, from_arguments
+from jaxinfer.config import ConfigError, EngineConfig, from_arguments
+from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, add_sampling_arguments, sampling_of, warn
 from jaxinfer.request import FinishReason, Output, SamplingParams, TokenLogprob
 
@@ -24,13 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     group = parser.add_argument_group("prompts", "Without any, stdin is read as one prompt.")
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
-    group.add_argument(
-        "--input", metavar="FILE", help='JSON lines, "-" for stdin: a string, or {"prompt" or "messages", "id"?, sampling fields?} on each line'
-    )
+    lines = 'JSON lines ("-" for stdin): strings, or {"prompt" or "messages", "id"?, sampling fields?}'
+    group.add_argument("--input", metavar="FILE", help=lines)
     group.add_argument("--chat", action="store_true", help="take each prompt as a user's message in the model's chat format")
     output = parser.add_argument_group("output", "stdout carries the result alone.")
     output.add_argument("--n", type=int, default=argparse.SUPPRESS, help="completions of each prompt")
-    output.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="K", help="with --json: log probabilities and K alternatives")
+    output.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="K", help="with --json: K alternatives of each token")
     output.add_argument("--json", action="store_true", help="one JSON object per completion (with --stream: per step)")
     output.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
     add_sampling_arguments(parser)
@@ -126,18 +126,18 @@ def _logprob(llm: Any, item: TokenLogprob) -> dict[str, Any]:
 
 
 def _stream(llm: Any, task: dict[str, Any], args: argparse.Namespace) -> int:
-    last: Output | None = None
-    for last in llm.stream(_prompt(task, args), **task["sampling"]):
+    failed = 0
+    for output in llm.stream(_prompt(task, args), **task["sampling"]):
         if args.json:
-            _write_json(sys.stdout, _delta(llm, task, last))
+            _write_json(sys.stdout, _delta(llm, task, output))
         else:
-            print(last.text, end="", flush=True)
+            print(output.text, end="", flush=True)
+        if output.finish_reason is FinishReason.ERROR:
+            failed += 1
+            warn(f"prompt {task['id']}: {output.error}")
     if not args.json:
         print(flush=True)
-    if last is not None and last.finish_reason is FinishReason.ERROR:
-        warn(f"prompt {task['id']}: {last.error}")
-        return 1
-    return 0
+    return min(failed, 1)
 
 
 def _delta(llm: Any, task: dict[str, Any], output: Output) -> dict[str, Any]:

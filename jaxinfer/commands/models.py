@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list."""
-    found = {"architectures": find.model_types(), "embedded": _embedded(), "shapes": {name: _size(it) for name, it in find.known_shapes().items()}}
+    shapes = {name: _size(values) for name, values in find.known_shapes().items()}
+    found = {"architectures": find.model_types(), "embedded": _embedded(), "shapes": shapes}
     print(json.dumps(found) if args.json else _text(found))
     return 0
 

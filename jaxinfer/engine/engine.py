@@ -20,9 +20,9 @@ from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
-from jaxinfer.engine.setup import EngineInfo, Progress, build
+from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
-from jaxinfer.request import FinishReason, Output, Request, RequestError, TokenLogprob
+from jaxinfer.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.inputs import Packed, pack
 
@@ -68,7 +68,7 @@ class Engine:
         self.config = config
         self.tokenizer = built.tokenizer
         self.info = built.info
-        self.defaults: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0} | built.defaults
+        self.defaults: dict[str, Any] = {name: getattr(SamplingParams(), name) for name in SAMPLING_DEFAULTS} | built.defaults
         self.metrics = EngineMetrics(compile_seconds=built.program.compile_seconds)
         self.scheduler = built.scheduler
         self.program = built.program
@@ -95,11 +95,13 @@ class Engine:
         text = OutputText(detokenizer, request.params.stop)
         self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed)
         self.metrics.prompt_tokens += len(request.prompt)
+        self._gauge()
 
     def abort(self, request_id: str) -> None:
         """End every sequence of a request and free what it holds; an id that is not here is ignored."""
         for sequence in self.scheduler.find(request_id):
             self._pending.append(self._end(self._active[sequence.request.key], FinishReason.ABORT))
+        self._gauge()
 
     def step(self) -> list[Output]:
         """Schedule one batch, run it on the devices, commit what it produced; [] when there is nothing to do."""
@@ -225,14 +227,19 @@ class Engine:
                 "max_tokens",
             )
         limit = longest - length if params.max_tokens is None else params.max_tokens
+        if params.min_tokens > limit:
+            raise RequestError(f"min_tokens {params.min_tokens} exceeds the {limit} tokens that still fit; lower it", "min_tokens")
         return limit
 
     def _measure(self, batch: Batch, packed: Packed, begun: float) -> None:
         now = time.perf_counter()
         gap = begun - self._last_step_end if self._last_step_end else 0.0
-        self._last_step_end = now
+        self._last_step_end = now if self._active else 0.0  # waiting for work is no gap
         padded = packed.shapes.bucket.tokens * packed.shapes.replicas
         self.metrics.record(StepRecord("mixed" if batch.prefills else "decode", now - begun, gap, batch.tokens, padded))
+        self._gauge()
+
+    def _gauge(self) -> None:
         self.metrics.running, self.metrics.waiting = self.scheduler.running, self.scheduler.waiting
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 

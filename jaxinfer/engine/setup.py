@@ -27,9 +27,10 @@ from jaxinfer.checkpoint import hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
-from jaxinfer.models.layers import Placement
 from jaxinfer.models.graph import Graph, Quantization, random_weights
+from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Demand, MemoryPlan, plan_memory
+from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 from jaxinfer.step.buckets import buckets
 from jaxinfer.step.program import Program, ProgramConfig
@@ -98,20 +99,17 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     use_compilation_cache(config.execution.compilation_cache)
     model = _describe(config)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
+    defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
+    limits = _limits(config)
+    pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
+    scheduler = Scheduler(limits, pools, config.scheduler.policy)
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
         program.compile(progress)
         program.load(weights.result())
-    settings = program.config
-    limits = _limits(config)
-    pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
-    defaults = read.read_json(model.folder / "generation_config.json") if model.folder is not None else {}
-    return Built(
-        info=_info(config, model, settings, memory), tokenizer=tokenizer, program=program,
-        scheduler=Scheduler(limits, pools, config.scheduler.policy),
-        defaults={name: defaults[name] for name in SAMPLING_DEFAULTS if defaults.get(name) is not None},
-    )  # fmt: skip
+    info = _info(config, model, program.config, memory)
+    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
 
 
 def use_compilation_cache(mode: str) -> None:
@@ -119,9 +117,24 @@ def use_compilation_cache(mode: str) -> None:
     if mode == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _sampling_defaults(folder: Path | None) -> dict[str, Any]:
+    """What the model's authors recommend in generation_config.json, checked as a request's own values would be."""
+    path = None if folder is None else folder / "generation_config.json"
+    if path is None or not path.is_file():
+        return {}
+    values = read.read_json(path)
+    given = {name: values[name] for name in SAMPLING_DEFAULTS if values.get(name) is not None}
+    try:
+        SamplingParams(**given)
+    except RequestError as error:
+        raise ConfigError(f"{path.name} of {path.parent.name}: {error}") from None
+    return given
 
 
 def _mesh(config: EngineConfig) -> Mesh:

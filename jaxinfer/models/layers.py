@@ -21,9 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from jaxinfer.models.rope import Rope
-from jaxinfer.quant.matmul import matmul
-from jaxinfer.quant.qarray import QArray
-from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Axes, Rules, constrain
+from jaxinfer.quant.matmul import sharded_matmul
+from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules, constrain
 from pallas_kernels import AttentionSpec, KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
 
 
@@ -78,9 +77,21 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens *into"], placement: Placement) -> Float[Array, "tokens *out"]:
         """x @ weight.T + bias in x's dtype, summed in float32; the weight may be quantised."""
-        weight: Array | QArray = self.weight.get_value()
-        y = matmul(x, weight, out_dtype=x.dtype, implementation=placement.implementation)
+        y = project(x, self.weight, placement, out_dtype=x.dtype)
         return y if self.bias is None else y + self.bias.get_value()[None]
+
+
+def project(x: Float[Array, "tokens *into"], weight: nnx.Param[Any], placement: Placement, *, out_dtype: np.dtype) -> Float[Array, "tokens *out"]:
+    """x times a described weight, bound to an array or a quantised one, each device with its shard."""
+    return sharded_matmul(
+        x,
+        weight.get_value(),
+        weight.spec.axes,
+        mesh=placement.mesh,
+        rules=placement.rules,
+        out_dtype=out_dtype,
+        implementation=placement.implementation,
+    )
 
 
 class RMSNorm(nnx.Module):
@@ -117,12 +128,12 @@ class Head(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
         """Logits in float32."""
-        return logits(hidden, self.weight.get_value(), placement)
+        return logits(hidden, self.weight, placement)
 
 
-def logits(hidden: Float[Array, "rows embed"], weight: Array | QArray, placement: Placement) -> Float[Array, "rows vocab"]:
+def logits(hidden: Float[Array, "rows embed"], weight: nnx.Param[Any], placement: Placement) -> Float[Array, "rows vocab"]:
     """Float32 logits of hidden states, whole on every device of the tensor axis."""
-    out = matmul(hidden, weight, out_dtype=jnp.dtype(jnp.float32), implementation=placement.implementation)
+    out = project(hidden, weight, placement, out_dtype=np.dtype(np.float32))
     return constrain(out, ("rows", None), placement.mesh, placement.rules)
 
 

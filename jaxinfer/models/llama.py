@@ -118,7 +118,7 @@ class Model(nnx.Module):
     def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
         """Float32 logits of hidden states that `__call__` returned."""
         if self.lm_head is None:
-            return logits(hidden, self.embedding.weight.get_value(), placement)
+            return logits(hidden, self.embedding.weight, placement)
         return self.lm_head(hidden, placement)
 
 

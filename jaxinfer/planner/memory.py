@@ -1,7 +1,7 @@
 """How much KV cache fits: arithmetic over described arrays, before anything is allocated.
 
-Memory per device = weights + slots + what a program needs beside them + KV pages. Everything but the pages is known from shapes, so the pool takes what
-is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. This file allocates nothing.
+Memory per device = weights + slots + what a program needs beside them + KV pages. Everything but the pages is known from shapes, so the
+pool takes what is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. This file allocates nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Demand:
     tokens: int
 
 
-def plan_memory(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int) -> MemoryPlan:
+def plan_memory(
+    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int
+) -> MemoryPlan:
     """Size the pool (the given one's `pages` are replaced); `device_memory` is in bytes per device.
 
     Raises:
@@ -63,18 +65,15 @@ def plan_memory(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfi
 
 
 def _slot_bytes(vocab: int, sequences: int) -> int:
-    """Counts (4 bytes) and prompt marks (1 byte) per token of the vocabulary, and the logits of a full step in float32, a few times over."""
+    """Counts (4 bytes) and prompt marks (1 byte) per token of the vocabulary, and a full step's float32 logits, a few times over."""
     return vocab * (5 * (sequences + 1) + 4 * 4 * sequences)
 
 
 def _too_small(cache: CacheConfig, *, pages: int, row: int, left: int) -> str:
-    page_size = cache.page_size
-    if cache.kv_tokens is not None and cache.kv_tokens < row * page_size:
-        return (
-            f"--kv-tokens {cache.kv_tokens} holds {pages * page_size} tokens, but one sequence may have {row * page_size};"
-            " raise it or lower --max-model-len"
-        )
+    fit, needed = pages * cache.page_size, row * cache.page_size
+    if cache.kv_tokens is not None and cache.kv_tokens < needed:
+        return f"--kv-tokens {cache.kv_tokens} holds {fit} tokens, but one sequence may have {needed}; raise it or lower --max-model-len"
     return (
-        f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {pages * page_size} tokens fit, but one sequence may have {row * page_size};"
-        f" use --max-model-len {max(page_size, pages * page_size)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
+        f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {fit} tokens fit, but one sequence may have {needed};"
+        f" use --max-model-len {max(cache.page_size, fit)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
     )

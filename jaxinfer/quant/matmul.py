@@ -1,6 +1,9 @@
 """The one matmul of activations with weights: picks the arithmetic by what the weight is, so that model files need not know.
 
-Weights are [out.., in..] and are never transposed or reshaped across a sharded dimension boundary that is not the leading one.
+Weights are [out.., into..] and every device multiplies its own shard of one as a plain matrix [out, into]: a dot over several
+dimensions would be transposed first by XLA (the whole weight, every step, on CPUs). On a mesh this happens inside shard_map, where
+merging dimensions is local whatever is sharded, kernels see ordinary arrays, and the only communication is the one sum over shards of
+the contracted dimensions.
 """
 
 from __future__ import annotations
@@ -10,34 +13,62 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxinfer.quant.qarray import QArray
+from jaxinfer.sharding import Axes, Rules, partition
 from pallas_kernels import quantized_matmul
+
+Weight = Array | QArray
 
 
 def matmul(
-    x: Float[Array, "tokens *into"], weight: Array | QArray, *, out_dtype: np.dtype, implementation: str = "auto"
+    x: Float[Array, "tokens *into"], weight: Weight, *, out_dtype: np.dtype, implementation: str = "auto"
 ) -> Float[Array, "tokens *out"]:
     """Sum x over its dimensions after the first against the weight's trailing ones; float32 accumulation, result in out_dtype."""
+    out_shape, tokens, into = weight.shape[: len(weight.shape) - x.ndim + 1], x.shape[0], math.prod(x.shape[1:])
+    flat = x.reshape(tokens, into)
     if isinstance(weight, QArray):
-        return _quantized(x, weight, out_dtype, implementation)
-    return _dense(x, weight, out_dtype)
+        wide = flat.astype(out_dtype) if jnp.dtype(out_dtype).itemsize > x.dtype.itemsize else flat
+        values, scales = weight.values.reshape(-1, into), weight.scales.reshape(-1)
+        out = quantized_matmul(wide, values, scales, implementation=implementation).astype(out_dtype)
+    else:
+        out = _dense(flat, weight.reshape(-1, into), out_dtype)
+    return out.reshape(tokens, *out_shape)
 
 
-def _dense(x: Array, weight: Array, out_dtype: np.dtype) -> Array:
-    """The dot's own result dtype is out_dtype: units accumulate in float32 anyway, and a sharded sum then travels in out_dtype."""
-    contracting = x.ndim - 1
-    into_x, into_weight = tuple(range(1, x.ndim)), tuple(range(weight.ndim - contracting, weight.ndim))
+def sharded_matmul(
+    x: Float[Array, "tokens *into"],
+    weight: Weight,
+    axes: Axes,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    out_dtype: np.dtype,
+    implementation: str = "auto",
+) -> Float[Array, "tokens *out"]:
+    """`matmul` on every device with its own tokens and its own shard of the weight, whose logical axes are `axes`.
+
+    The result is sharded like the weight's output dimensions; shards of contracted dimensions are summed, in out_dtype.
+    """
+    if mesh.size == 1:
+        return matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
+    parts = partition(weight.shape, axes, mesh, rules)
+    tokens = partition(x.shape[:1], ("tokens",), mesh, rules)
+    out, into = parts[: len(axes) - x.ndim + 1], parts[len(axes) - x.ndim + 1 :]
+    summed = tuple(axis for axis in into if axis is not None and mesh.shape[axis] > 1)
+
+    def local(x: Array, weight: Weight) -> Array:
+        product = matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
+        return jax.lax.psum(product, summed) if summed else product
+
+    of_weight = jax.tree.unflatten(jax.tree.structure(weight), [PartitionSpec(*parts), PartitionSpec(*out)][: len(jax.tree.leaves(weight))])
+    specs = (PartitionSpec(*tokens, *into), of_weight)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*tokens, *out), check_vma=False)(x, weight)
+
+
+def _dense(x: Float[Array, "tokens into"], weight: Float[Array, "out into"], out_dtype: np.dtype) -> Float[Array, "tokens out"]:
+    """The dot's own result dtype is out_dtype: matrix units accumulate in float32 anyway. float32 means float32, not TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, weight, ((into_x, into_weight), ((), ())), precision=precision, preferred_element_type=out_dtype)
-
-
-def _quantized(x: Array, weight: QArray, out_dtype: np.dtype, implementation: str) -> Array:
-    out_shape, tokens = weight.scales.shape, x.shape[0]
-    into = math.prod(x.shape[1:])
-    wide = x.astype(out_dtype) if jnp.dtype(out_dtype).itemsize > x.dtype.itemsize else x
-    flat = quantized_matmul(
-        wide.reshape(tokens, into), weight.values.reshape(-1, into), weight.scales.reshape(-1), implementation=implementation
-    )
-    return flat.reshape(tokens, *out_shape).astype(out_dtype)
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype)

@@ -60,6 +60,11 @@ class QSpec:
     scheme: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight that this stands for."""
+        return self.values.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both arrays."""
         return self.values.nbytes + self.scales.nbytes

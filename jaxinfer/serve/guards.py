@@ -30,6 +30,7 @@ MAX_BODY_BYTES = 8 << 20
 MAX_HEADER_BYTES = 16 << 10
 THREAD_BODY_BYTES = 256 << 10  # larger bodies are checked in a thread, so that the event loop goes on
 OPEN_PATHS = frozenset({"/health", "/v1/health", "/ping", "/"})  # "/" is the chat page: static, it asks for the key itself
+QUIET_PATHS = frozenset({"/health", "/v1/health", "/ping", "/metrics", "/load"})  # asked every few seconds; logged for debugging only
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=@-]{1,128}")
 _JSON_TYPE = re.compile(rb"application/([\w.-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 
@@ -77,8 +78,9 @@ class Wall:
                 await answer.response()(scope, receive, sender)
         finally:
             self.counter.open -= 1
-            path = ascii(scope["path"][:200])[1:-1]
-            logger.info("%s %s %d %.1f ms %s", scope["method"], path, status, 1e3 * (time.perf_counter() - start), request_id)
+            path, took = ascii(scope["path"][:200])[1:-1], 1e3 * (time.perf_counter() - start)
+            level = logging.DEBUG if path in QUIET_PATHS else logging.INFO
+            logger.log(level, "%s %s %d %.1f ms %s", scope["method"], path, status, took, request_id)
 
 
 class Counter:

@@ -35,7 +35,8 @@ Job = Callable[[Any], None]
 class EngineLoop:
     """Owns the thread that owns the engine.
 
-    phase, stage: for /health. failure: what ended the engine. on_change: called from the engine's thread whenever phase or stage change.
+    phase, stage: for /health. failure: what ended the engine. on_change: called with each new phase and each report of a stage,
+    from whatever thread it comes.
     observer: called on the event loop with the outputs of each step and the time (monotonic seconds).
     """
 
@@ -43,10 +44,11 @@ class EngineLoop:
         self.phase = Phase.LOADING
         self.stage = Stage()
         self.failure: BaseException | None = None
-        self.on_change: Callable[[EngineLoop], None] = _ignore
+        self.on_change: Callable[[Phase | Stage], None] = _ignore
         self.observer: Observer = _unobserved
         self._factory = factory
         self._stall_seconds = stall_seconds
+        self._stages: dict[str, Stage] = {}
         self._engine: Any = None
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._streams: dict[str, Stream] = {}
@@ -193,7 +195,7 @@ class EngineLoop:
             if not self._engine.has_work:
                 self._pulse.beat()
             try:
-                job = self._jobs.get(timeout=IDLE_SECONDS)
+                job = self._jobs.get(timeout=min(IDLE_SECONDS, self._stall_seconds / 4))
             except queue.Empty:
                 continue
             job(self._engine)
@@ -212,12 +214,15 @@ class EngineLoop:
             self._call_soon(_accept, stream)
 
     def _report(self, name: str, done: int, total: int) -> None:
-        self.stage = Stage(name, done, total)
-        self.on_change(self)
+        """Note progress; of stages that run side by side the one reported last is shown until it is done."""
+        self._stages[name] = Stage(name, done, total)
+        unfinished = [stage for stage in self._stages.values() if stage.done < stage.total]
+        self.stage = self._stages[name] if done < total or not unfinished else unfinished[0]
+        self.on_change(self._stages[name])
 
     def _enter(self, phase: Phase) -> None:
         self.phase = phase
-        self.on_change(self)
+        self.on_change(phase)
 
     def _call_soon(self, callback: Callable[..., None], *values: Any) -> None:
         if self._loop is None:
@@ -262,5 +267,5 @@ def _unobserved(outputs: Sequence[Output], now: float) -> None:
     """Nobody measures."""
 
 
-def _ignore(loop: EngineLoop) -> None:
+def _ignore(change: Phase | Stage) -> None:
     """Nobody listens."""

@@ -32,7 +32,9 @@ class Stage:
 
     def __str__(self) -> str:
         verb = {"read": "reading weights", "shard": "placing weights", "compile": "compiling"}.get(self.name, "starting")
-        return f"{verb} {self.done} of {self.total}" if self.total else verb
+        if not self.total:
+            return verb
+        return f"{verb} {self.done} of {self.total}" if self.name == "compile" else f"{verb} {100 * self.done // self.total} %"
 
 
 class Pulse:

@@ -26,11 +26,12 @@ from jaxinfer.serve.app import create_app
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.loop import EngineLoop, Factory, Progress
 from jaxinfer.serve.metrics import Metrics
-from jaxinfer.serve.phase import Phase
+from jaxinfer.serve.phase import Phase, Stage
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 STOP_SECONDS = 5.0  # how long the engine's thread may take to end
 KEEP_ALIVE_SECONDS = 75
+BACKLOG = 2048
 
 logger = logging.getLogger(__name__)
 
@@ -59,18 +60,20 @@ def bind(host: str, port: int) -> socket.socket:
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
-    except PermissionError:
-        raise ConfigError(f"port {port} may not be used without privileges; choose one above 1023 with --port") from None
     except socket.gaierror:
         raise ConfigError(f"--host {host!r} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all it has") from None
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+        listening.setblocking(False)
     except OSError as error:
-        advice = "stop what uses it, or choose another with --port"
-        raise ConfigError(f"cannot listen on {host} port {port}: {(error.strerror or 'refused').lower()}; {advice}") from None
-    listening.setblocking(False)
+        listening.close()
+        if isinstance(error, PermissionError):
+            raise ConfigError(f"port {port} may not be used without privileges; choose one above 1023 with --port") from None
+        reason = (error.strerror or "refused").lower()
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; stop what uses it, or choose another with --port") from None
     return listening
 
 
@@ -98,14 +101,14 @@ class Teller:
         self._server = server
         self._begun = time.monotonic()
 
-    def __call__(self, engine: EngineLoop) -> None:
-        """The phase or the stage has changed (called from the engine's thread)."""
-        if engine.phase is Phase.LOADING:
-            self._bar(engine.stage.name, engine.stage.done, engine.stage.total)
-        elif engine.phase is Phase.READY:
+    def __call__(self, change: Phase | Stage) -> None:
+        """The phase has changed, or a stage moved on (called from the engine's threads)."""
+        if isinstance(change, Stage):
+            self._bar(change.name, change.done, change.total)
+        elif change is Phase.READY:
             self._bar.__exit__(None, None, None)
             banner.ready(self._context, self._server.port, time.monotonic() - self._begun)
-        elif engine.phase is Phase.FAILED:
+        elif change is Phase.FAILED:
             self._server.should_exit = True
 
 
@@ -115,7 +118,7 @@ class Server(uvicorn.Server):
     def __init__(self, context: Context, listening: socket.socket) -> None:
         config = uvicorn.Config(
             create_app(context), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1, proxy_headers=False, backlog=2048,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1, proxy_headers=False, backlog=BACKLOG,
         )  # fmt: skip
         super().__init__(config)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

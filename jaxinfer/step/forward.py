@@ -36,7 +36,7 @@ class Step:
     def __call__(self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"]) -> Any:
         """(kv, slots, sampled) after one step. Donates `kv` and `slots`."""
         inputs = unpack(buffer, self.shapes)
-        model = self.graph.bind(leaves)
+        model: Any = self.graph.bind(leaves)
         hidden, kv = forward(model, kv, slots, inputs, self)
         slots, sampled = sample(model.head(hidden, self.placement), slots, inputs, self.shapes.spare_slot)
         return kv, slots, sampled

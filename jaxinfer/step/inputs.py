@@ -28,6 +28,7 @@ class Shapes:
     bucket: Bucket
     replicas: int
     pages_per_row: int
+    page_size: int
     spare_slot: int
 
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -93,12 +94,12 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     for row in batch.decodes:
         index = decodes[row.replica]
         decodes[row.replica] += 1
-        _place(parts[row.replica], row, index, index)
+        _place(parts[row.replica], row, index, index, shapes.page_size)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     for row in batch.prefills:
         index = shapes.bucket.decode_rows + prefills[row.replica]
         prefills[row.replica] += 1
-        _place(parts[row.replica], row, index, shapes.bucket.decode_rows + tokens[row.replica])
+        _place(parts[row.replica], row, index, shapes.bucket.decode_rows + tokens[row.replica], shapes.page_size)
         tokens[row.replica] += len(row.tokens)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     return Packed(shapes, buffer, tuple(placed))
@@ -117,10 +118,10 @@ def _views(part: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     return {name: part[slice(*offsets[name])].reshape(shape) for name, shape in shapes.fields().items()}
 
 
-def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int) -> None:
+def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int, page_size: int) -> None:
     count = len(row.tokens)
-    if len(row.pages) == 0 or GUARD_PAGE in row.pages:
-        raise ValueError(f"row {index} has pages {row.pages}: none, or the guard page")
+    if len(row.pages) * page_size < row.kv_length or GUARD_PAGE in row.pages:
+        raise ValueError(f"row {index} has {row.kv_length} tokens in pages {row.pages}: too few, or the guard page")
     part["tokens"][first_token : first_token + count] = row.tokens
     part["positions"][first_token : first_token + count] = range(row.start, row.start + count)
     part["page_tables"][index, : len(row.pages)] = row.pages

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jaxinfer.batch import Admission
+from jaxinfer.batch import Admission, Batch
 from jaxinfer.cache import kv as kv_cache
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Graph
@@ -62,7 +62,8 @@ class ProgramConfig:
 
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
-        return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // self.pool.page_size), self.spare_slot)
+        page_size = self.pool.page_size
+        return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot)
 
 
 class Program:
@@ -109,10 +110,9 @@ class Program:
         config = self.config
         self._leaves = tuple(leaves)
         self._kv = kv_cache.allocate(config.kv_specs, config.placement.mesh, config.placement.rules)
-        described = slot_state.describe(config.spare_slot + 1, config.vocab)
-        self._slots = jax.tree.map(lambda spec: jax.device_put(np.zeros(spec.shape, spec.dtype), self._replicated), described)
+        self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
 
-    def bucket_for(self, batch: Any) -> Shapes:
+    def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""
         return self.config.shapes(choose(self.config.buckets, occupancy(batch, self.config.pool.replicas)))
 

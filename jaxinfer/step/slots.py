@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,15 @@ def describe(slots: int, vocab: int) -> Slots:
     }.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def neutral(slots: int, vocab: int) -> Slots:
+    """The state of slots that nobody uses, on the host: padding rows read it, and must not wake the sampler's optional work."""
+    state = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), describe(slots, vocab))
+    state.numbers[:, NUMBERS.index("top_p")] = state.numbers[:, NUMBERS.index("repetition_penalty")] = 1.0
+    state.integers[:, INTEGERS.index("logprobs")] = -1
+    state.bias_tokens[:] = state.held_tokens[:] = NO_TOKEN
+    return state
 
 
 def admission_words(max_tokens: int) -> int:
@@ -117,7 +127,9 @@ def settings(slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " ro
     )  # fmt: skip
 
 
-def biased(logits: Float[Array, "rows vocab"], slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " rows"]) -> Float[Array, "rows vocab"]:
+def biased(
+    logits: Float[Array, "rows vocab"], slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " rows"]
+) -> Float[Array, "rows vocab"]:
     """Add each row's logit biases and exclude its held tokens while its output is shorter than its `min_tokens`."""
     index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     logits = logits.at[index, slots.bias_tokens[rows]].add(slots.bias_values[rows], mode="drop")
@@ -138,7 +150,7 @@ def record(slots: Slots, rows: Int[Array, " rows"], tokens: Int[Array, " rows"])
     )  # fmt: skip
 
 
-def _cut(words: np.ndarray | Array) -> tuple[np.ndarray | Array, ...]:
+def _cut(words: np.ndarray | Array) -> tuple[Any, ...]:
     """The parts of an admission buffer behind its integers: numbers, bias tokens, bias values, held tokens, tokens."""
     parts, at = [], len(INTEGERS)
     for size in (len(NUMBERS), MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, HELD):

@@ -3,8 +3,6 @@
 q, k and v come in already rotated and leave as attention outputs; nothing is cached or written. Knows no pages and no mesh.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from pallas_kernels.checks import describe, require, require_dtype, require_shap
 OP = "flash_attention"
 
 
-def flash_attention(
+def flash_attention(  # noqa: PLR0913
     q: Float[Array, "batch queries heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
     v: Float[Array, "batch keys kv_heads head_dim"],
@@ -37,25 +35,30 @@ def flash_attention(
     h // (heads / kv_heads). A query that sees no key gets 0. Raises ValueError when the arguments do not fit together.
     """
     check(q, k, v, causal=causal, spec=spec, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
-    module = dispatch.resolve(OP, implementation, dispatch.target_platform())
+    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
     return module.flash_attention(q, k, v, spec=spec, causal=causal, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
 
 
 def check(
-    q: object,
-    k: object,
-    v: object,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
     causal: str,
     spec: AttentionSpec,
-    kv_lengths: object = None,
-    query_offsets: object = None,
-    sinks: object = None,
+    kv_lengths: Array | None = None,
+    query_offsets: Array | None = None,
+    sinks: Array | None = None,
 ) -> None:
     """Refuse arguments that do not fit together (ValueError)."""
     require(causal in ("causal", "full"), OP, f"causal={causal!r}", "use 'causal' or 'full'")
     require(causal == "causal" or spec.window is None, OP, f"window={spec.window} with causal='full'", "a window looks back: use 'causal'")
-    require(causal == "causal" or query_offsets is None, OP, "query_offsets with causal='full'", "offsets only move the causal edge: leave them away")
+    require(
+        causal == "causal" or query_offsets is None,
+        OP,
+        "query_offsets with causal='full'",
+        "offsets only move the causal edge: leave them away",
+    )
     require(q.ndim == 4, OP, f"q is {describe(q)}", "it must have shape [batch, queries, heads, head_dim]")
     require(k.ndim == 4, OP, f"k is {describe(k)}", "it must have shape [batch, keys, kv_heads, head_dim]")
     batch, _, heads, head_dim = q.shape

@@ -1,7 +1,5 @@
 """What flash attention means, slowly: the whole matrix of scores, in the inputs' own precision."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import jax

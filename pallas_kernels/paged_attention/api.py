@@ -6,10 +6,8 @@ layout of the pool belongs to the implementation: others learn it from `kv_layou
 under shard_map the page ids are those of the local pool.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +39,12 @@ class PagedMetadata:
     kv_lengths: Int32[Array, "rows"]
     decode_rows: int
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[object, object], ...], int]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int]:
         """Four leaves; decode_rows is static."""
         return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _LEAVES), self.decode_rows
 
     @classmethod
-    def tree_unflatten(cls, decode_rows: int, leaves: tuple[object, ...]) -> PagedMetadata:
+    def tree_unflatten(cls, decode_rows: int, leaves: tuple[Any, ...]) -> "PagedMetadata":
         """Rebuilt without checks: jax puts other things than arrays in here while it transforms."""
         self = object.__new__(cls)
         for name, leaf in zip((*_LEAVES, "decode_rows"), (*leaves, decode_rows), strict=True):
@@ -86,16 +84,16 @@ class PagedResult(NamedTuple):
     kv: Float[Array, "..."]
 
 
-def kv_layout(implementation: str, *, kv_heads: int, head_dim: int, dtype: object) -> KVLayout:
+def kv_layout(implementation: str, *, kv_heads: int, head_dim: int, dtype: Any) -> KVLayout:
     """The layout of the pool that `paged_attention` with the same implementation name reads and writes.
 
     Raises ValueError for an unknown implementation and NotImplementedError for one that does not exist.
     """
-    module = dispatch.resolve(OP, implementation, dispatch.target_platform())
+    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
     return module.kv_layout(kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype))
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
@@ -117,20 +115,28 @@ def paged_attention(
 
     Donate kv: it is updated in place. Raises ValueError when shapes or dtypes do not fit together.
     """
-    module = dispatch.resolve(OP, implementation, dispatch.target_platform())
+    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
     layout = module.kv_layout(kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype)
-    check(q, k, v, positions, kv, metadata, heads=(rope, sinks), layout=layout)
+    check(q, k, v, positions, kv, metadata, extras=(rope, sinks), layout=layout)
     return module.paged_attention(q, k, v, positions, kv, metadata, spec=spec, rope=rope, sinks=sinks)
 
 
 def check(
-    q: object, k: object, v: object, positions: object, kv: object, metadata: PagedMetadata, *, heads: tuple[object, object], layout: KVLayout
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    kv: Array,
+    metadata: PagedMetadata,
+    *,
+    extras: tuple[Array | None, Array | None],
+    layout: KVLayout,
 ) -> None:
-    """Refuse arguments that do not fit together (ValueError); heads is the pair (rope, sinks), layout what kv must look like."""
+    """Refuse arguments that do not fit together (ValueError); extras is the pair (rope, sinks), layout what kv must look like."""
     _check_tokens(q, k, v, positions)
     _check_pool(kv, k, layout)
     _check_metadata(metadata, q.shape[0])
-    rope, sinks = heads
+    rope, sinks = extras
     if rope is not None:
         require(
             rope.ndim == 1 and 2 * rope.shape[0] <= q.shape[2],
@@ -143,7 +149,7 @@ def check(
         require_shape(OP, "sinks", sinks, (q.shape[1],), "one score per query head")
 
 
-def _check_tokens(q: object, k: object, v: object, positions: object) -> None:
+def _check_tokens(q: Array, k: Array, v: Array, positions: Array) -> None:
     require(q.ndim == 3, OP, f"q is {describe(q)}", "it must have shape [tokens, heads, head_dim]")
     require(k.ndim == 3, OP, f"k is {describe(k)}", "it must have shape [tokens, kv_heads, head_dim]")
     tokens, heads, head_dim = q.shape
@@ -157,7 +163,7 @@ def _check_tokens(q: object, k: object, v: object, positions: object) -> None:
     require_dtype(OP, "positions", positions, jnp.int32, "-1 marks padding")
 
 
-def _check_pool(kv: object, k: object, layout: KVLayout) -> None:
+def _check_pool(kv: Array, k: Array, layout: KVLayout) -> None:
     words = f"{layout.dtype.name} with dimensions {', '.join(layout.dims)}"
     remedy = f"make it as kv_layout(...).shape(pages, page_size) says: {words}, kv_heads={k.shape[1]}, head_dim={k.shape[2]}"
     require(kv.ndim == len(layout.dims) and kv.dtype == layout.dtype, OP, f"kv is {describe(kv)}", remedy)

@@ -1,7 +1,5 @@
 """What paged attention means, slowly: every token against the whole gathered context of its row, in the inputs' own precision."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -15,7 +13,7 @@ def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
     return KVLayout(("pages", "kv_heads", "kv", "page", "head_dim"), kv_heads, head_dim, dtype)
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],

@@ -7,8 +7,6 @@ and each block goes through the chunks it can see with a running softmax. Scores
 see is masked before and after the matmuls, so a row's result depends on the row alone, bit for bit.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +16,19 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import LOWEST, AttentionSpec, Running, absorb, accumulation_dtype, blank, finish, rope_table, rotate, shape_scores, start
+from pallas_kernels.attention import (
+    LOWEST,
+    AttentionSpec,
+    Running,
+    absorb,
+    accumulation_dtype,
+    blank,
+    finish,
+    rope_table,
+    rotate,
+    shape_scores,
+    start,
+)
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
 
 State = TypeVar("State")
@@ -32,9 +42,11 @@ def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
 
 
 class Sizes(NamedTuple):
-    """Block sizes: keys of a decode item, keys taken at a time, and a prefill step's queries, keys and blocks."""
+    """Block sizes. Decode: keys of an item (a chunk of a row), chunks per row and keys in all taken at a time. Prefill: queries of a
+    block, keys of a chunk, blocks taken at a time."""
 
     decode_keys: int
+    decode_chunks_at_once: int
     decode_keys_at_once: int
     prefill_queries: int
     prefill_keys: int
@@ -48,11 +60,11 @@ def tuning_key(kv: Pool, heads: int) -> dict[str, int | str]:
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
-    """Sizes that were never measured: blocks that stay in a CPU core's cache, or that fill an accelerator."""
-    token_bytes = int(key["kv_heads"]) * int(key["head_dim"]) * jnp.dtype(key["dtype"]).itemsize
+    """Sizes that were never measured: what stays in a CPU core's cache; on an accelerator few loop steps, each worth its launch."""
+    token_bytes = int(key["kv_heads"]) * int(key["head_dim"]) * jnp.dtype(str(key["dtype"])).itemsize
     if platform == "cpu":
-        return Sizes(128, max(128, 2**20 // token_bytes), 64, 256, 1)._asdict()
-    return Sizes(512, max(512, 2**28 // token_bytes), 128, 512, 16)._asdict()
+        return Sizes(128, 1, 2**19 // token_bytes, 64, 256, 1)._asdict()
+    return Sizes(512, MAX_CHUNKS, 2**26 // token_bytes, 128, 512, 16)._asdict()
 
 
 def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]:
@@ -64,7 +76,7 @@ def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]
     return [sizes._asdict() for sizes in (base, *grid)]
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
@@ -79,7 +91,7 @@ def paged_attention(
     """See api.paged_attention."""
     tokens, heads, head_dim = q.shape
     kv_heads, decode = k.shape[1], metadata.decode_rows
-    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target_platform(), tuning_key(kv, heads)))
+    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target(), tuning_key(kv, heads)))
     if rope is not None:
         table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
         q, k = rotate(q, table), rotate(k, table)
@@ -147,7 +159,9 @@ def _ceil(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "...
     return lax.div(numerator + (denominator - 1), jnp.full_like(numerator, denominator))
 
 
-def _chunked(tables: Int32[Array, "rows pages_per_row"], keys: int, page_size: int, *, bounded: bool) -> Int32[Array, "rows chunks pages_of_chunk"]:
+def _chunked(
+    tables: Int32[Array, "rows pages_per_row"], keys: int, page_size: int, *, bounded: bool
+) -> Int32[Array, "rows chunks pages_of_chunk"]:
     """Page tables cut into chunks of about so many keys (never more pages than the table has); the guard page fills the last."""
     rows, width = tables.shape
     pages = max(keys // page_size, -(-width // MAX_CHUNKS) if bounded else 1, 1)
@@ -176,9 +190,7 @@ def _decode(
     ends = jnp.cumsum(counts)
     begins = ends - counts
 
-    at_once = min(max(sizes.decode_keys_at_once // keys, 1), rows * chunks)
-    if chunks > 1:
-        at_once = min(at_once, rows * max(1, 32 // rows)) if dispatch.target_platform() != "cpu" else min(at_once, rows)
+    at_once = min(max(sizes.decode_keys_at_once // keys, 1), rows * min(chunks, sizes.decode_chunks_at_once))
     groups = -(-rows * chunks // at_once)
     item = jnp.arange(groups * at_once, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
@@ -259,7 +271,7 @@ class Blocks(NamedTuple):
     token: Int32[Array, "blocks queries"]
     position: Int32[Array, "blocks queries"]
     place: Int32[Array, "tokens"]
-    count: Int32[Array, ""]
+    total: Int32[Array, ""]
 
 
 def _cut(metadata: PagedMetadata, positions: Int32[Array, "tokens"], queries: int, multiple: int) -> Blocks:
@@ -301,15 +313,19 @@ def _prefill(
     cut = _take(q, blocks.token).transpose(0, 2, 3, 1, 4)
     tables = _chunked(metadata.page_tables, sizes.prefill_keys, kv.shape[3], bounded=False)
 
-    def attend(index: Int32[Array, ""], out: Float[Array, "blocks kv_heads group queries head_dim"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
+    def attend(
+        index: Int32[Array, ""], out: Float[Array, "blocks kv_heads group queries head_dim"]
+    ) -> Float[Array, "blocks kv_heads group queries head_dim"]:
         def own(x: Array) -> Array:
             return lax.dynamic_slice_in_dim(x, index * at_once, at_once)
 
         rows = own(blocks.row)
-        part = _attend_blocks(own(cut), own(blocks.position), kv, _take(tables, rows), _take(metadata.kv_lengths, rows), spec=spec, sinks=sinks)
+        part = _attend_blocks(
+            own(cut), own(blocks.position), kv, _take(tables, rows), _take(metadata.kv_lengths, rows), spec=spec, sinks=sinks
+        )
         return lax.dynamic_update_slice_in_dim(out, part, index * at_once, 0)
 
-    out = _loop(attend, blank(q, cut.shape, q.dtype), jnp.zeros((), jnp.int32), _ceil(blocks.count, at_once), room // at_once)
+    out = _loop(attend, blank(q, cut.shape, q.dtype), jnp.zeros((), jnp.int32), _ceil(blocks.total, at_once), room // at_once)
     out = out.transpose(0, 3, 1, 2, 4).reshape(room * queries, kv_heads, group, head_dim)
     return jnp.where((positions >= 0)[:, None, None, None], _take(out, blocks.place), 0)
 

@@ -3,8 +3,6 @@
 Weights are stored [out, in], as the fast kernels read them; they stay int8 in memory. Knows nothing of how they were quantised.
 """
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -26,11 +24,11 @@ def quantized_matmul(
     Raises ValueError when shapes or dtypes do not fit together.
     """
     check(x, weight, scales)
-    module = dispatch.resolve(OP, implementation, dispatch.target_platform())
+    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
     return module.quantized_matmul(x, weight, scales)
 
 
-def check(x: object, weight: object, scales: object) -> None:
+def check(x: Array, weight: Array, scales: Array) -> None:
     """Refuse arguments that do not fit together (ValueError)."""
     require(x.ndim == 2, OP, f"x is {describe(x)}", "it must have shape [tokens, in]; flatten leading dimensions")
     require(jnp.issubdtype(x.dtype, jnp.floating), OP, f"x is {describe(x)}", "it must be of a floating dtype")

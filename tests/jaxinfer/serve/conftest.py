@@ -27,7 +27,9 @@ def error_of(response):
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert isinstance(body["error"]["message"], str)
     assert len(body["error"]["message"]) > 10
-    assert not any(word in body["error"]["message"] for word in ("/root", "/home", "/usr", "/secret", "site-packages", "Traceback", " at 0x"))
+    assert not any(
+        word in body["error"]["message"] for word in ("/root", "/home", "/usr", "/secret", "site-packages", "Traceback", " at 0x")
+    )
     return body["error"]
 
 

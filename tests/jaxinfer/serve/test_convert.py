@@ -51,7 +51,12 @@ def test_all_sampling_fields_arrive():
     params = convert.sampling(body, {}, LIMITS)
     assert (params.top_p, params.top_k, params.seed, params.presence_penalty, params.frequency_penalty) == (0.5, 3, -5, 1, -1)
     assert (params.repetition_penalty, params.min_tokens, params.max_tokens, params.n, params.logprobs) == (1.5, 2, 9, 3, 4)
-    assert (params.stop.strings, params.stop.token_ids, params.stop.include_in_output, params.stop.ignore_eos) == (("a", "b"), (7,), True, True)
+    assert (params.stop.strings, params.stop.token_ids, params.stop.include_in_output, params.stop.ignore_eos) == (
+        ("a", "b"),
+        (7,),
+        True,
+        True,
+    )
     assert (dict(params.logit_bias), params.skip_special_tokens) == ({5: -100.0, 6: 1.5}, False)
 
 
@@ -110,7 +115,9 @@ def test_a_call_of_prompts_and_choices():
 
 
 def test_echo_of_token_ids():
-    assert convert.tokens_of_prompts(text(prompt=[[71, 72]], echo=True), TOKENIZER, LIMITS) == Ready(((71, 72),), (TOKENIZER.decode([71, 72]),))
+    assert convert.tokens_of_prompts(text(prompt=[[71, 72]], echo=True), TOKENIZER, LIMITS) == Ready(
+        ((71, 72),), (TOKENIZER.decode([71, 72]),)
+    )
 
 
 def test_conversations_become_text():

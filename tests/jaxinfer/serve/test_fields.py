@@ -11,14 +11,14 @@ from jaxinfer.serve import fields
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.schema import ChatBody, CompletionBody
 
-VLLM = """
-    best_of use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output ignore_eos min_tokens
-    skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs allowed_token_ids bad_words echo
-    add_generation_prompt continue_final_message add_special_tokens documents chat_template chat_template_kwargs mm_processor_kwargs
-    structured_outputs guided_json guided_regex guided_choice guided_grammar priority request_id logits_processors
-    return_tokens_as_token_ids return_token_ids cache_salt kv_transfer_params vllm_xargs include_reasoning thinking_token_budget
-    prompt_embeds structural_tag media_io_kwargs reasoning_effort
-""".split()
+VLLM_FIELDS = (
+    "best_of use_beam_search top_k min_p repetition_penalty length_penalty stop_token_ids include_stop_str_in_output "
+    "ignore_eos min_tokens skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens prompt_logprobs "
+    "allowed_token_ids bad_words echo add_generation_prompt continue_final_message add_special_tokens documents chat_template "
+    "chat_template_kwargs mm_processor_kwargs structured_outputs guided_json guided_regex guided_choice guided_grammar "
+    "priority request_id logits_processors return_tokens_as_token_ids return_token_ids cache_salt kv_transfer_params "
+    "vllm_xargs include_reasoning thinking_token_budget prompt_embeds structural_tag media_io_kwargs reasoning_effort "
+)
 
 
 def known(params, base):
@@ -29,8 +29,10 @@ def known(params, base):
     return names | set(base.__annotations__)
 
 
-CHAT = known(chat_params.CompletionCreateParams, chat_params.CompletionCreateParamsBase) | set(VLLM)
-TEXT = known(completion_create_params.CompletionCreateParams, completion_create_params.CompletionCreateParamsBase) | set(VLLM)
+CHAT = known(chat_params.CompletionCreateParams, chat_params.CompletionCreateParamsBase) | set(VLLM_FIELDS.split())
+TEXT = known(completion_create_params.CompletionCreateParams, completion_create_params.CompletionCreateParamsBase) | set(
+    VLLM_FIELDS.split()
+)
 
 
 @pytest.mark.parametrize(("names", "body"), [(CHAT, ChatBody), (TEXT, CompletionBody)])

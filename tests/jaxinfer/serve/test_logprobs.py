@@ -25,7 +25,9 @@ def test_chat_tokens_have_text_bytes_and_alternatives():
 
 def test_the_sampled_token_is_always_among_a_completions_alternatives():
     h, x, y = ids("hxy")
-    lists = logprobs.CompletionWriter(TOKENIZER).write([TokenLogprob(h, -3.25, ((x, -0.5), (y, -1.0))), TokenLogprob(x, -0.5, ((x, -0.5),))])
+    lists = logprobs.CompletionWriter(TOKENIZER).write(
+        [TokenLogprob(h, -3.25, ((x, -0.5), (y, -1.0))), TokenLogprob(x, -0.5, ((x, -0.5),))]
+    )
     assert lists.tokens == ["h", "x"]
     assert lists.token_logprobs == [-3.25, -0.5]
     assert lists.top_logprobs == [{"x": -0.5, "y": -1.0, "h": -3.25}, {"x": -0.5}]

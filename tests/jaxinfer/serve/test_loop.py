@@ -115,7 +115,7 @@ def test_an_engine_that_raises_ends_every_call():
     changes = []
 
     async def scenario(loop):
-        loop.on_change = lambda changed: changes.append(changed.phase)
+        loop.on_change = changes.append
         engine.step_seconds = 0.01
         stream = await loop.submit([request(ignore_eos=True, max_tokens=200)])
         await anext(stream)
@@ -140,12 +140,14 @@ def test_while_it_loads_and_when_loading_fails():
 
     def factory(progress):
         progress("compile", 3, 12)
+        progress("read", 40, 50)
+        progress("read", 50, 50)
         gate.wait(10)
         raise ValueError("no such model")
 
     loop = EngineLoop(factory)
     loop.start()
-    until(lambda: loop.stage.total)
+    until(lambda: loop.stage.name == "compile" and len(loop._stages) == 2)
     assert "compiling 3 of 12" in str(loop.unavailable())
     assert not loop.stalled
     with pytest.raises(ApiError):

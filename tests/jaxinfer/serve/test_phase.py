@@ -11,7 +11,7 @@ from jaxinfer.serve.phase import Pulse, Stage
         (Stage(), "starting"),
         (Stage("compile", 3, 12), "compiling 3 of 12"),
         (Stage("read", 0, 0), "reading weights"),
-        (Stage("shard", 1, 2), "placing weights 1 of 2"),
+        (Stage("shard", 1, 2), "placing weights 50 %"),
     ],
 )
 def test_stages(stage, words):

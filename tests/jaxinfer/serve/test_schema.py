@@ -26,7 +26,8 @@ def test_prompts_of_no_form(given):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", "1"), ("temperature", True), ("max_tokens", 1.5), ("max_tokens", True), ("n", "2"), ("stream", 1), ("stream", "true"),
+        ("temperature", "1"), ("temperature", True), ("max_tokens", 1.5), ("max_tokens", True), ("n", "2"), ("stream", 1),
+        ("stream", "true"),
         ("stop", 3), ("stop", [3]), ("stop_token_ids", ["1"]), ("stop_token_ids", [True]), ("logit_bias", {"1": "x"}), ("seed", 1.0),
         ("stream_options", {"include_usage": "yes"}), ("logprobs", 1),
     ],

@@ -1,0 +1,182 @@
+"""Named shapes of paged attention, shared by the contract test, the benchmarks and the tuner; `make` fills one with data.
+
+The data is as hostile as a serving step can be: page tables are shuffled, every slot that belongs to no row (the guard page too) and
+every padding token holds NaN, and ragged lengths are drawn from the edges: empty, 1, whole pages, one more and one less, full.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
+
+CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled shape and the arithmetic it runs; extras names the optional inputs it has."""
+
+    name: str
+    decode_rows: int = 0
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
+    page_size: int = 16
+    pages_per_row: int = 8
+    kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 64
+    dtype: str = "float32"
+    window: int | None = None
+    soft_cap: float | None = None
+    extras: frozenset[Literal["rope", "sinks"]] = frozenset({"rope"})
+    lengths: Literal["ragged", "full"] = "ragged"
+
+    donates: ClassVar[tuple[str, ...]] = ("kv",)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The static arithmetic."""
+        return AttentionSpec(self.head_dim**-0.5, window=self.window, soft_cap=self.soft_cap, rope_scale=1.1)
+
+    def tuning_key(self) -> dict[str, int | str]:
+        """The key that block sizes for this case are looked up by."""
+        heads = self.kv_heads * self.group
+        return {
+            "page_size": self.page_size,
+            "kv_heads": self.kv_heads,
+            "heads": heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+        }
+
+    def layout(self, implementation: str) -> KVLayout:
+        """The layout of this case's pool for an implementation."""
+        return kv_layout(implementation, kv_heads=self.kv_heads, head_dim=self.head_dim, dtype=self.dtype)
+
+    def make(self, seed: int, implementation: str = "reference") -> dict[str, Any]:
+        """Inputs of `run`, the pool in the implementation's layout."""
+        rng = np.random.default_rng(seed)
+        rows = self.decode_rows + self.prefill_rows
+        query_lengths, kv_lengths = self._lengths(rng)
+        starts = np.concatenate([np.arange(self.decode_rows), self.decode_rows + np.cumsum(query_lengths[self.decode_rows :])])
+        starts = np.concatenate([starts[: self.decode_rows], [self.decode_rows], starts[self.decode_rows : -1]])[:rows]
+        positions = np.full(self.decode_rows + self.prefill_tokens, -1)
+        for start, queries, length in zip(starts, query_lengths, kv_lengths, strict=True):
+            positions[start : start + queries] = np.arange(length - queries, length)
+        tables = rng.permutation(rows * self.pages_per_row).reshape(rows, -1) + 1
+        tables[np.arange(self.pages_per_row) * self.page_size >= kv_lengths[:, None]] = 0
+        metadata = PagedMetadata(*(jnp.asarray(x, jnp.int32) for x in (tables, starts, query_lengths, kv_lengths)), self.decode_rows)
+        made = {"kv": self._pool(rng, tables, kv_lengths).transpose(*self._order(implementation)), "positions": positions}
+        for name, heads in (("q", self.kv_heads * self.group), ("k", self.kv_heads), ("v", self.kv_heads)):
+            made[name] = np.where(positions[:, None, None] >= 0, _normal(rng, len(positions), heads, self.head_dim), np.nan)
+        if "sinks" in self.extras:
+            made["sinks"] = _normal(rng, self.kv_heads * self.group)
+        arrays = {name: jnp.asarray(x, jnp.int32 if name == "positions" else self.dtype) for name, x in made.items()}
+        if "rope" in self.extras:
+            arrays["rope"] = jnp.asarray(10000.0 ** -np.linspace(0, 1, self.head_dim // 2), jnp.float32)
+        return arrays | {"metadata": metadata}
+
+    def run(self, inputs: dict[str, Any], implementation: str) -> PagedResult:
+        """The op on what `make` gave for the same implementation."""
+        optional = {"rope": None} | {name: inputs[name] for name in ("rope", "sinks") if name in inputs}
+        required = [inputs[name] for name in ("q", "k", "v", "positions", "kv", "metadata")]
+        return paged_attention(*required, spec=self.spec, implementation=implementation, **optional)
+
+    def canonical(self, kv: Any, implementation: str) -> Any:
+        """An implementation's pool with its dimensions in CANONICAL order."""
+        return kv.transpose(*np.argsort(self._order(implementation)))
+
+    def _order(self, implementation: str) -> list[int]:
+        return [CANONICAL.index(name) for name in self.layout(implementation).dims]
+
+    def _lengths(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Query and kv lengths per row."""
+        capacity, page = self.page_size * self.pages_per_row, self.page_size
+        decode, prefill = np.ones(self.decode_rows, int), np.zeros(self.prefill_rows, int)
+        if self.lengths == "full":
+            prefill[:] = min(self.prefill_tokens // max(self.prefill_rows, 1), capacity)
+            return np.concatenate([decode, prefill]), np.full(len(decode) + len(prefill), capacity)
+        decode[rng.random(len(decode)) < 0.2] = 0
+        left = self.prefill_tokens
+        for row in rng.permutation(self.prefill_rows):
+            prefill[row] = min(rng.choice([0, 1, page, page + 1, rng.integers(1, self.prefill_tokens + 1)]), left, capacity)
+            left -= prefill[row]
+        queries = np.concatenate([decode, prefill])
+        whole = page * rng.integers(1, self.pages_per_row + 1, len(queries))
+        wanted = np.choose(
+            rng.integers(0, 7, len(queries)),
+            [
+                queries,
+                whole - 1,
+                whole,
+                whole + 1,
+                np.full_like(queries, capacity),
+                rng.integers(1, capacity + 1, len(queries)),
+                2 * queries,
+            ],
+        )
+        return queries, np.where(queries > 0, np.clip(wanted, queries, capacity), 0)
+
+    def _pool(self, rng: np.random.Generator, tables: np.ndarray, kv_lengths: np.ndarray) -> np.ndarray:
+        """A pool in CANONICAL order: data where a row has tokens, NaN elsewhere."""
+        pool = _normal(rng, tables.size + 1, self.kv_heads, 2, self.page_size, self.head_dim)
+        used = np.zeros((tables.size + 1, self.page_size), bool)
+        slots = np.arange(self.pages_per_row * self.page_size).reshape(1, self.pages_per_row, self.page_size)
+        used[tables] = slots < kv_lengths[:, None, None]
+        used[0] = False
+        return np.where(used[:, None, None, :, None], pool, np.float32(np.nan))
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+CASES = (
+    Case("decode", decode_rows=4, pages_per_row=24),
+    Case("decode_one", decode_rows=1, page_size=32, pages_per_row=3, group=4, dtype="float16"),
+    Case("decode_group8", decode_rows=3, page_size=64, pages_per_row=4, kv_heads=1, group=8, head_dim=128, dtype="bfloat16", soft_cap=5.0),
+    Case("prefill", prefill_rows=3, prefill_tokens=150, pages_per_row=20, group=1, window=37),
+    Case(
+        "mixed",
+        decode_rows=3,
+        prefill_rows=3,
+        prefill_tokens=70,
+        pages_per_row=20,
+        group=4,
+        soft_cap=8.0,
+        extras=frozenset({"rope", "sinks"}),
+    ),
+    Case(
+        "mixed_window",
+        decode_rows=3,
+        prefill_rows=2,
+        prefill_tokens=40,
+        page_size=8,
+        pages_per_row=40,
+        window=50,
+        extras=frozenset({"sinks"}),
+    ),
+    Case("mixed_bfloat16", decode_rows=2, prefill_rows=2, prefill_tokens=40, dtype="bfloat16"),
+)
+
+TUNING = (
+    Case("demo_decode", decode_rows=16, page_size=64, pages_per_row=8, lengths="full"),
+    Case("demo_prefill", prefill_rows=2, prefill_tokens=512, page_size=64, pages_per_row=8, lengths="full"),
+    Case("8b_decode", decode_rows=16, page_size=64, pages_per_row=16, kv_heads=8, group=4, head_dim=128, dtype="bfloat16", lengths="full"),
+    Case(
+        "8b_prefill",
+        prefill_rows=1,
+        prefill_tokens=1024,
+        page_size=64,
+        pages_per_row=16,
+        kv_heads=8,
+        group=4,
+        head_dim=128,
+        dtype="bfloat16",
+        lengths="full",
+    ),
+)

@@ -1,0 +1,39 @@
+"""Model files are found by model_type, well-known shapes by name."""
+
+import dataclasses
+
+import pytest
+from jaxinfer.config import ConfigError
+from jaxinfer.models import find, llama
+
+
+def test_finds_the_file():
+    assert "llama" in find.model_types()
+    assert find.find("llama") is llama
+
+
+@pytest.mark.parametrize("name", find.model_types())
+def test_every_model_file_offers_the_same(name):
+    module = find.find(name)
+    assert dataclasses.is_dataclass(module.Config) and isinstance(module.TINY, module.Config)
+    assert callable(module.Config.from_hf) and callable(module.Model) and callable(module.ignored) and module.WEIGHTS
+    assert module.TINY.attention_shapes
+
+
+@pytest.mark.parametrize("name", ["graph", "layers", "../llama", "jaxinfer.models.llama", "", None, 7])
+def test_what_is_not_a_model_is_refused_with_the_list(name):
+    with pytest.raises(ConfigError, match="is not implemented; there are: .*llama"):
+        find.find(name)
+
+
+def test_the_nearest_name_is_offered():
+    with pytest.raises(ConfigError, match="did you mean 'llama'"):
+        find.find("lama")
+    with pytest.raises(ConfigError, match=r"did you mean 'llama-3.1-8b'"):
+        find.find_shape("llama3.1-8b")
+
+
+@pytest.mark.parametrize("name", sorted(find.known_shapes()))
+def test_known_shapes_are_configs_of_models_that_exist(name):
+    shape = find.find_shape(name)
+    assert find.find(shape["model_type"]).Config.from_hf(shape).vocab_size == shape["vocab_size"]
