@@ -53,7 +53,7 @@ class Decoder:
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int, temperature: float = 0.0) -> list[list[int]]:
         """Up to `new` tokens after each prompt (end tokens left out); raises ValueError when one does not fit into the buffer."""
-        longest = max(map(len, prompts))
+        longest = max(map(len, prompts), default=0)
         if longest + new > self.length:
             raise ValueError(f"a prompt of {longest} tokens and {new} new ones do not fit into {self.length}")
         return [
@@ -91,7 +91,7 @@ def prompt_and_answer(exchange: Exchange) -> tuple[str, str]:
 
 
 def skill_accuracy(decoder: Decoder, tokenizer: Tokenizer, number: int) -> dict[str, dict[str, object]]:
-    """Per skill: the share of held-out instances whose greedy answer is exactly right, how many there were, and up to three failures."""
+    """Per skill: the share of held-out instances whose greedy answer is exactly right, how many fit the buffer, and three failures."""
     table: dict[str, dict[str, object]] = {}
     for name in conversations.SKILLS:
         pairs = [prompt_and_answer(exchange) for exchange in conversations.held_out_exchanges(name, number)]
@@ -101,7 +101,11 @@ def skill_accuracy(decoder: Decoder, tokenizer: Tokenizer, number: int) -> dict[
         replies = tokenizer.decode_batch(decoder.generate([prompts[i] for i in fitting], new), skip_special_tokens=False)
         wrong = [(pairs[i], reply) for i, reply in zip(fitting, replies, strict=True) if reply != pairs[i][1]]
         failures = [{"prompt": pair[0], "expected": pair[1], "found": reply} for pair, reply in wrong[:3]]
-        table[name] = {"accuracy": round(1 - len(wrong) / len(fitting), 4), "instances": len(fitting), "failures": failures}
+        table[name] = {
+            "accuracy": round(1 - len(wrong) / len(fitting), 4) if fitting else 0.0,
+            "instances": len(fitting),
+            "failures": failures,
+        }
     return table
 
 

@@ -51,7 +51,7 @@ class Recipe:
 
 POLISH = Recipe(
     16, 2048, 96, 1024, 0.6, 0.15, 90_000_000, learning_rate=8e-4, draft_learning_rate=2e-3, distilled_share=0.8, warmup=0.05, seed=1
-)
+)  # fmt: skip
 
 
 class State(NamedTuple):
@@ -73,12 +73,17 @@ class Losses(NamedTuple):
     divergence: jax.Array
 
 
+def _is_matrix(params: Any) -> dict[str, bool]:
+    """Which weights are decayed: matrices, not the scales of norms."""
+    return {name: array.ndim > 1 for name, array in params.items()}
+
+
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW without its learning rate, which every step brings along; vectors are not decayed."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
-        optax.add_decayed_weights(recipe.weight_decay, mask=lambda params: {name: array.ndim > 1 for name, array in params.items()}),
+        optax.add_decayed_weights(recipe.weight_decay, mask=_is_matrix),
     )
 
 
@@ -127,7 +132,7 @@ class Learner:
 
         def updated(params: Params, moments: Any, gradient: Params, peak: float) -> tuple[Params, Any]:
             updates, moments = optimizer.update(gradient, moments, params)
-            return {name: params[name] - peak * rate * updates[name] for name in params}, moments  # pyright: ignore[reportIndexIssue]
+            return jax.tree.map(lambda weight, update: weight - peak * rate * update, params, updates), moments
 
         demo, demo_moments = updated(state.demo, state.demo_moments, gradients[0], self.recipe.learning_rate)
         draft, draft_moments = updated(state.draft, state.draft_moments, gradients[1], self.recipe.draft_learning_rate)

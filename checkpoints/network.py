@@ -72,7 +72,7 @@ class Attention(nnx.Module):
         rows, length, _ = x.shape
         q, k, v = (projection(x).reshape(rows, length, -1, self.shape.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, self.shape.rope_theta), rope(k, self.shape.rope_theta)
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)  # pyright: ignore[reportArgumentType]
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)  # pyright: ignore[reportCallIssue, reportArgumentType]
         return self.o_proj(out.reshape(rows, length, -1))
 
 

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
 from jaxinfer.engine.engine import Engine, Progress, QueueFull
 from jaxinfer.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob, choices
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 Messages = Sequence[Mapping[str, Any]]
 
 

@@ -39,7 +39,8 @@ from jaxinfer import generate
 print(generate("Once upon a time", max_tokens=40, temperature=0).text)
 
 # %% [markdown]
-# Several prompts run in one batch, results in the same order. With `n` each prompt gets several completions; a `seed` makes samples repeatable.
+# Several prompts run in one batch, results in the same order. With `n` each prompt gets several completions; a `seed` makes samples
+# repeatable.
 
 # %%
 for completion in generate(["The old man", "The little boat"], n=2, seed=7, max_tokens=24):
@@ -63,8 +64,8 @@ print(answer.text, f"({answer.prompt_tokens} tokens in, {len(answer.token_ids)} 
 
 # %% [markdown]
 # ## How sure is the model?
-# `logprobs=k` reports the log probability of every token and of the `k` most likely ones. Here the colour of a token shows how likely it was;
-# hover to see what else the model thought of.
+# `logprobs=k` reports the log probability of every token and of the `k` most likely ones. Here the colour of a token shows how likely it
+# was; hover to see what else the model thought of.
 
 # %%
 from html import escape

@@ -50,7 +50,7 @@ class Running(NamedTuple):
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype sums are kept in: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def rope_table(positions: Int[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float) -> Float[Array, "tokens rotary"]:

@@ -7,7 +7,6 @@ like the real one, so what the doors do with it is what they do with a model.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import Counter, deque
@@ -209,7 +208,7 @@ class LiveServer:
         until(lambda: self.server.started)
 
     def _run(self, listening: Any) -> None:
-        asyncio.run(self.server.serve(sockets=[listening]))
+        self.server.run(sockets=[listening])
 
     def client(self, **options: Any) -> httpx2.Client:
         """A plain HTTP client of this server."""

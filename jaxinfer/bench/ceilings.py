@@ -26,6 +26,10 @@ class Ceilings:
     matmul: float
     dtype: str
 
+    def fields(self) -> dict[str, Any]:
+        """As fields of a row."""
+        return {"dtype": self.dtype, "read_bytes_per_second": self.bandwidth, "matmul_operations_per_second": self.matmul}
+
     def decode_floor(self, nbytes: float) -> float:
         """Seconds that reading so many bytes takes at least."""
         return nbytes / self.bandwidth

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         engine = Engine(_settings(args), progress=bar)
     with Report("latency", args) as report, _closing(engine):
         ceiling = ceilings.measure(engine.info.dtype)
-        report.add(row="ceiling", dtype=ceiling.dtype, read_bytes_per_second=ceiling.bandwidth, matmul_operations_per_second=ceiling.matmul)
+        report.add(row="ceiling", **ceiling.fields())
         about = {"model": engine.info.model, "dtype": engine.info.dtype, "mesh": engine.info.mesh}
         for load in _fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
             report.add(row="decode", load=str(load), **about, **_decode(engine, load, args, ceiling))

@@ -13,6 +13,7 @@ import os
 import random
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -176,8 +177,7 @@ class Peer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._process.terminate()
-        self._process.communicate()
+        self._end()
 
     def _ask(self, message: dict[str, Any]) -> Any:
         jobs, answers = self._process.stdin, self._process.stdout
@@ -187,5 +187,13 @@ class Peer:
             print(json.dumps(message), file=jobs, flush=True)
             return json.loads(answers.readline())
         except (BrokenPipeError, ValueError):
-            self._process.wait()
+            self._end()
             raise ConfigError(f"--peer {self._python} failed; it must have torch and transformers") from None
+
+    def _end(self) -> None:
+        self._process.terminate()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self._process.wait()

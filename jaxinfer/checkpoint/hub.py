@@ -26,12 +26,14 @@ def resolve(name: str, revision: str | None = None) -> Path:
     if name in EMBEDDED:
         return _embedded(name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or REPOSITORY.fullmatch(name) is None:
-        raise CheckpointError(f"{name}: no such folder, and not the name of a Hugging Face repository (owner/name); embedded: {', '.join(EMBEDDED)}")
+        raise CheckpointError(
+            f"{name}: no such folder, and not the name of a Hugging Face repository (owner/name); embedded: {', '.join(EMBEDDED)}"
+        )
     return _download(name, revision)
 
 
@@ -50,7 +52,9 @@ def _download(name: str, revision: str | None) -> Path:
 
     at = f" at revision {revision!r}" if revision is not None else ""
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(SKIPPED)))
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(SKIPPED))
+        )
     except errors.GatedRepoError:
         why = "its owner asks for consent: accept the terms on its page and set HF_TOKEN"
     except errors.RevisionNotFoundError:
@@ -58,7 +62,7 @@ def _download(name: str, revision: str | None) -> Path:
     except errors.RepositoryNotFoundError:
         why = "no such folder, and no such Hugging Face repository, or a private one: check the name, set HF_TOKEN"
     except errors.LocalEntryNotFoundError:
-        why = "not on this machine, and the Hugging Face hub cannot be reached or is switched off (HF_HUB_OFFLINE): fetch it first or name a folder"
+        why = "not on this machine, and the Hugging Face hub cannot be reached or is off (HF_HUB_OFFLINE): fetch it first or name a folder"
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
         why = f"fetching it failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     raise CheckpointError(f"model {name!r}{at}: {why}")

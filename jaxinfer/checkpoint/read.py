@@ -48,9 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def load(
-    folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, progress: Progress | None = None
-) -> dict[str, Weight]:
+def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, progress: Progress | None = None) -> dict[str, Weight]:
     """Read a model's weights onto the mesh, in the graph's dtype or quantised as the graph says.
 
     progress is called with (bytes of weights done, bytes in all), from any thread.
@@ -59,7 +57,7 @@ def load(
         CheckpointError: a missing, extra, misshapen or damaged tensor or file; one message names file, tensor, expected and found.
     """
     with WeightFiles(folder) as files:
-        loaders = _plan(folder, graph, files.tensors)
+        loaders = _plan(files.listing, graph, files.tensors)
         done, total = 0, graph.nbytes
         weights: dict[str, Weight] = {}
         with ThreadPoolExecutor(THREADS) as pool:
@@ -126,7 +124,9 @@ class _Loader:
         with np.errstate(over="ignore"):
             cast = piece.astype(dtype)
         if float(ml_dtypes.finfo(dtype).max) < float(ml_dtypes.finfo(piece.dtype).max) and not _finite(cast) and _finite(piece):
-            raise broken(self._where(), f"numbers that {dtype.name} can hold", f"larger ones in {piece.dtype.name}", remedy="use --dtype bfloat16")
+            raise broken(
+                self._where(), f"numbers that {dtype.name} can hold", f"larger ones in {piece.dtype.name}", remedy="use --dtype bfloat16"
+            )
         return cast
 
     def _where(self) -> str:
@@ -156,14 +156,14 @@ def _assemble(spec: ArraySpec, mesh: Mesh, rules: Rules, piece: Callable[[Slices
     return jax.make_array_from_callback(spec.shape, named(spec, mesh, rules), callback)
 
 
-def _plan(folder: Path, graph: Graph, tensors: Mapping[str, LazyTensor]) -> list[_Loader]:
+def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor]) -> list[_Loader]:
     """Look every weight up and check that the checkpoint holds exactly what the model needs."""
     loaders, used = [], set()
     for name, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
         transform, layer = transform_of(name, graph.module.WEIGHTS)
         needs = transform.needs(graph.config, (spec.values if isinstance(spec, QSpec) else spec).shape, layer)
         for tensor, shape in needs.items():
-            _check_tensor(folder, tensor, shape, tensors)
+            _check_tensor(listing, tensor, shape, tensors)
         used.update(needs)
         sources = {tensor: tensors[tensor] for tensor in needs}
         loaders.append(_Loader(name, spec, transform, layer, graph.config, contracting, sources))
@@ -171,9 +171,9 @@ def _plan(folder: Path, graph: Graph, tensors: Mapping[str, LazyTensor]) -> list
     return loaders
 
 
-def _check_tensor(folder: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> None:
+def _check_tensor(listing: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> None:
     if name not in tensors:
-        raise broken(folder, f"shape {list(shape)} as config.json asks for", "no such tensor in any file", tensor=name)
+        raise broken(listing, f"shape {list(shape)} as config.json asks for", "no such tensor", tensor=name)
     tensor = tensors[name]
     if tensor.shape != shape:
         raise broken(tensor.file.path, f"shape {list(shape)} as config.json asks for", f"{list(tensor.shape)}", tensor=name)
@@ -186,7 +186,9 @@ def _check_extra(tensors: Mapping[str, LazyTensor], used: set[str], ignored: tup
     extra = sorted(name for name in set(tensors) - used if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored))
     if extra:
         more = f" ({len(extra) - 1} more like it)" if len(extra) > 1 else ""
-        raise broken(tensors[extra[0]].file.path, "only tensors that the model uses", f"one that config.json does not ask for{more}", tensor=extra[0])
+        raise broken(
+            tensors[extra[0]].file.path, "only tensors that the model uses", f"one that config.json does not ask for{more}", tensor=extra[0]
+        )
 
 
 def _finite(piece: np.ndarray) -> bool:

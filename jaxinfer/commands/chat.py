@@ -103,11 +103,11 @@ class Conversation:
     def ask(self, text: str) -> Generator[Any]:
         """Add a message, yield the answer's deltas, and remember what was said even if the listener stops early."""
         self.messages.append({"role": "user", "content": text})
-        dropped = self.make_room()
-        if dropped:
-            remark(f"[the context is full: the oldest {dropped} messages are forgotten]")
         said: list[str] = []
         try:
+            dropped = self.make_room()
+            if dropped:
+                remark(f"[the context is full: the oldest {dropped} messages are forgotten]")
             with closing(self.llm.stream(self.messages, **self.sampling)) as outputs:
                 for output in outputs:
                     said.append(output.text)

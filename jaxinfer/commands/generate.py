@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
@@ -104,7 +104,7 @@ def _print_all(llm: Any, tasks: list[dict[str, Any]], args: argparse.Namespace) 
             failed += 1
             warn(f"prompt {task['id']}: {completion.error}")
         if args.json:
-            _write_json(sys.stdout, _record(llm, task, completion))
+            _print_json(_record(llm, task, completion))
         else:
             heading = f"==> {task['id']}{f', choice {completion.index}' if completion.index else ''} <==\n" if len(owners) > 1 else ""
             print(heading + completion.text, flush=True)
@@ -129,7 +129,7 @@ def _stream(llm: Any, task: dict[str, Any], args: argparse.Namespace) -> int:
     failed = 0
     for output in llm.stream(_prompt(task, args), **task["sampling"]):
         if args.json:
-            _write_json(sys.stdout, _delta(llm, task, output))
+            _print_json(_delta(llm, task, output))
         else:
             print(output.text, end="", flush=True)
         if output.finish_reason is FinishReason.ERROR:
@@ -146,5 +146,5 @@ def _delta(llm: Any, task: dict[str, Any], output: Output) -> dict[str, Any]:
     return record | logprobs | {"finish_reason": output.finish_reason}
 
 
-def _write_json(stream: TextIO, record: dict[str, Any]) -> None:
-    print(json.dumps(record, ensure_ascii=False), file=stream, flush=True)
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, ensure_ascii=False), flush=True)

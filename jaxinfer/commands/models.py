@@ -45,7 +45,7 @@ def _size(values: Mapping[str, Any]) -> dict[str, Any]:
 
     module = find.find(values.get("model_type"))
     config = module.Config.from_hf(values)
-    return {"parameters": Graph.of(module, config, jnp.bfloat16).nbytes // 2, "context": config.max_position_embeddings}
+    return {"parameters": Graph.of(module, config, jnp.bfloat16).nbytes // 2, "context": config.max_positions}
 
 
 def _text(found: dict[str, Any]) -> str:

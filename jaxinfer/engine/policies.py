@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxinfer.config import ConfigError
 from jaxinfer.request import Request
 
 
+@runtime_checkable
 class Waiting(Protocol):
     """What a policy may look at: the request, and every token that has to be computed for it."""
 

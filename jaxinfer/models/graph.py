@@ -94,7 +94,10 @@ class Graph:
         if len(leaves) != len(self.arrays):
             raise ValueError(f"the model has {len(self.arrays)} arrays, found {len(leaves)}")
         rest = iter(leaves)
-        return {name: QArray(next(rest), next(rest)) if isinstance(spec, QSpec) else next(rest) for name, spec in zip(self.names, self.specs)}
+        return {
+            name: QArray(next(rest), next(rest)) if isinstance(spec, QSpec) else next(rest)
+            for name, spec in zip(self.names, self.specs, strict=True)
+        }
 
     def bind(self, leaves: Sequence[Array]) -> nnx.Module:
         """The model with these arrays as its weights; for use inside a trace."""

@@ -94,7 +94,7 @@ class Fields:
             value = self.values.get(name)
             if name not in self.read and not any(value is known or (value == known and type(value) is type(known)) for known in unused):
                 raise ConfigError(
-                    f"{self.where}: {name} = {_short(value)} is not implemented for model_type {self.values.get('model_type')!r}, and ignoring "
+                    f"{self.where}: {name} = {_short(value)} is not implemented for {self.values.get('model_type')!r}, and ignoring "
                     f"it would change the model's outputs; use a checkpoint without it"
                 )
         unknown = sorted(set(self.values) - self.read - HARMLESS - set(UNUSED_VALUES))
@@ -105,7 +105,9 @@ class Fields:
         self.read.add(name)
         value = self.values.get(name)
         if value is None and default is None:
-            raise ConfigError(f"{self.where} has no {name}: the model's shape is unknown without it; is this the folder of a complete model?")
+            raise ConfigError(
+                f"{self.where} has no {name}: the model's shape is unknown without it; is this the folder of a complete model?"
+            )
         return default if value is None else value
 
     def _wrong(self, name: str, expected: str, found: object) -> ConfigError:

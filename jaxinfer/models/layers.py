@@ -81,7 +81,9 @@ class Projection(nnx.Module):
         return y if self.bias is None else y + self.bias.get_value()[None]
 
 
-def project(x: Float[Array, "tokens *into"], weight: nnx.Param[Any], placement: Placement, *, out_dtype: np.dtype) -> Float[Array, "tokens *out"]:
+def project(
+    x: Float[Array, "tokens *into"], weight: nnx.Param[Any], placement: Placement, *, out_dtype: np.dtype
+) -> Float[Array, "tokens *out"]:
     """x times a described weight, bound to an array or a quantised one, each device with its shard."""
     return sharded_matmul(
         x,
@@ -212,7 +214,8 @@ def attend(
     heads = _heads_axis(k.shape[1], placement)
     of_tokens, of_pool = PartitionSpec(data, heads, None), _pool_partition(layout, heads, data)
     inputs = (of_tokens, of_tokens, of_tokens, PartitionSpec(data), of_pool, PartitionSpec(data))
-    sharded = jax.shard_map(local, mesh=placement.mesh, in_specs=inputs, out_specs=PagedResult(of_tokens, of_pool), check_vma=False)
+    outputs = PagedResult._make((of_tokens, of_pool))
+    sharded = jax.shard_map(local, mesh=placement.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
     return sharded(q, k, v, context.positions, kv, context.metadata)
 
 

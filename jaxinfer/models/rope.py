@@ -45,7 +45,9 @@ class Rope:
         """
         new, old = fields.table("rope_parameters"), fields.table("rope_scaling")
         if new is not None and old is not None and dict(new) != dict(old):
-            raise ConfigError(f"{fields.where} describes rope twice and differently, in rope_parameters and rope_scaling; remove one of them")
+            raise ConfigError(
+                f"{fields.where} describes rope twice and differently, in rope_parameters and rope_scaling; remove one of them"
+            )
         theta = fields.number("rope_theta", default=cls.theta)
         given = new if new is not None else old
         return cls(theta) if given is None else cls._scaled(Fields(given, f"{fields.where}: rope"), given, theta)
@@ -56,7 +58,9 @@ class Rope:
         kind = rope.choice(name, TYPES, default="default")
         theta = rope.number("rope_theta", default=theta)
         if given.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise ConfigError(f"{rope.where}: partial_rotary_factor {given['partial_rotary_factor']} is not implemented; only whole heads are rotated")
+            raise ConfigError(
+                f"{rope.where}: partial_rotary_factor {given['partial_rotary_factor']} is not implemented; only whole heads are rotated"
+            )
         if kind == "default":
             return cls(theta)
         factor = rope.number("factor")

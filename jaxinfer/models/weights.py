@@ -23,8 +23,15 @@ Split = Callable[[Any], tuple[tuple[int, ...], ...]]
 class Source(Protocol):
     """A tensor that is still in its file."""
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype in the file."""
+        ...
 
     def read(self, index: Slices) -> np.ndarray:
         """The values of one slice per dimension (start and stop given, step 1)."""
@@ -51,7 +58,9 @@ class Part:
         """The tensor's name in the checkpoint and the shape that it must have."""
         return {self.name.replace("*", layer): tuple(math.prod(group) for group in self.groups(config, target))}
 
-    def read(self, sources: Mapping[str, Source], config: Any, target: tuple[int, ...], layer: str, index: Slices) -> Shaped[np.ndarray, "..."]:
+    def read(
+        self, sources: Mapping[str, Source], config: Any, target: tuple[int, ...], layer: str, index: Slices
+    ) -> Shaped[np.ndarray, "..."]:
         """The slice `index` of our view of the tensor."""
         remaining, runs = index, []
         for group in self.groups(config, target):
@@ -97,7 +106,9 @@ class Joined:
             needed.update(part.needs(config, target, layer))
         return needed
 
-    def read(self, sources: Mapping[str, Source], config: Any, target: tuple[int, ...], layer: str, index: Slices) -> Shaped[np.ndarray, "..."]:
+    def read(
+        self, sources: Mapping[str, Source], config: Any, target: tuple[int, ...], layer: str, index: Slices
+    ) -> Shaped[np.ndarray, "..."]:
         """The slice `index` of the joined array; parts that it does not touch are not read."""
         wanted, start, pieces = index[self.axis], 0, []
         for part in self.parts:

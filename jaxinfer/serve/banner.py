@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxinfer.serve.context import Context
 from jaxinfer.serve.convert import effective_defaults
 
 EVERYWHERE = ("0.0.0.0", "::", "")  # noqa: S104 - compared, not bound
+ALWAYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DEMO = "demo"
 DEMO_NOTE = "this is the small demo model that comes with jaxinfer; --model takes a folder or a Hugging Face name"
 
@@ -35,7 +35,7 @@ def lines(context: Context, port: int, seconds: float) -> list[str]:
     """The banner, line by line."""
     config, engine = context.config, context.engine.engine
     info, base = engine.info, url(config, port)
-    defaults = {name: value for name, value in effective_defaults(engine.defaults).items() if value not in (None, {}, ())}
+    defaults = {name: value for name, value in effective_defaults(engine.defaults).items() if name in ALWAYS or name in engine.defaults}
     mesh = f" x {info.device_count} ({info.mesh})" if info.device_count > 1 else ""
     facts = {
         "url": f"{base}   (a chat page; the API is under {base}/v1)",
@@ -54,8 +54,7 @@ def lines(context: Context, port: int, seconds: float) -> list[str]:
 def curl(context: Context, base: str) -> str:
     """A line to paste."""
     chat = context.engine.engine.tokenizer.chat_template is not None
-    what: dict[str, Any] = {"messages": [{"role": "user", "content": "Who are you?"}]} if chat else {"prompt": "Once upon a time"}
-    body = json.dumps({"model": context.model, **what, "max_tokens": 60}).replace("'", "'\\''")
+    body = '{"messages": [{"role": "user", "content": "Who are you?"}]}' if chat else '{"prompt": "Once upon a time", "max_tokens": 60}'
     key = " -H 'Authorization: Bearer KEY'" if context.config.api_key else ""
     route = "chat/completions" if chat else "completions"
     return f"curl {base}/v1/{route} -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -48,8 +48,7 @@ class Context:
     @property
     def limits(self) -> Limits:
         """What the loaded model allows."""
-        engine = self.engine.engine
-        return Limits(engine.tokenizer.vocab_size, engine.info.max_model_len)
+        return convert.limits_of(self.engine.engine)
 
     def check(self, body: Body) -> None:
         """Refuse a model that is not this one, and note fields that nobody knows.
@@ -78,13 +77,7 @@ class Context:
         """
         engine = self.engine.engine
         self.check(body)
-        limits = self.limits
-        params = convert.sampling(body, engine.defaults, limits)
-        if isinstance(body, ChatBody):
-            ready = await self.in_thread(lambda: convert.tokens_of_chat(body, engine.tokenizer))
-        else:
-            ready = await self.in_thread(lambda: convert.tokens_of_prompts(body, engine.tokenizer, limits))
-        return convert.build(body, ready, params, model=self.model, limits=limits)
+        return await self.in_thread(lambda: convert.call_of(body, engine, self.model))
 
 
 def of(request: HttpRequest) -> Context:

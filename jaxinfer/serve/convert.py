@@ -1,8 +1,8 @@
 """From a request body to what the engine takes: `SamplingParams` and one `Request` for each sequence, everything validated here.
 
-A call's life: its prompts become token ids (`tokens_of_prompts`, `tokens_of_chat`: slow, so the caller runs them in a thread), its
-fields become sampling parameters over the model's defaults (`sampling`), and `build` joins both and checks them against
-vocabulary and context. This file does not know about HTTP, streams or the engine's thread.
+A call's life in `call_of` (slow for long prompts, so the caller runs it in a thread): its fields become sampling parameters over the
+model's defaults (`sampling`), its prompts token ids (`tokens_of_prompts`, `tokens_of_chat`), and `build` joins both and checks
+them against vocabulary and context. This file does not know about HTTP, streams or the engine's thread.
 """
 
 from __future__ import annotations
@@ -73,8 +73,26 @@ class Ready:
     echo: tuple[str, ...] = ()
 
 
+def limits_of(engine: Any) -> Limits:
+    """The limits of a loaded engine."""
+    return Limits(engine.tokenizer.vocab_size, engine.info.max_model_len)
+
+
+def call_of(body: CompletionBody | ChatBody, engine: Any, model: str) -> Call:
+    """Everything that lies between a body and a call (slow).
+
+    Raises:
+        ApiError, RequestError, TokenizerError: the request cannot be honoured.
+    """
+    limits = limits_of(engine)
+    params = sampling(body, engine.defaults, limits)
+    chat = isinstance(body, ChatBody)
+    ready = tokens_of_chat(body, engine.tokenizer) if chat else tokens_of_prompts(body, engine.tokenizer, limits)
+    return build(body, ready, params, model=model, limits=limits)
+
+
 def tokens_of_prompts(body: CompletionBody, tokenizer: Tokenizer, limits: Limits) -> Ready:
-    """Token ids of a text completion's prompts (slow).
+    """Token ids of a text completion's prompts.
 
     Raises:
         ApiError: 400, a token id that the model does not have.
@@ -89,7 +107,7 @@ def tokens_of_prompts(body: CompletionBody, tokenizer: Tokenizer, limits: Limits
 
 
 def tokens_of_chat(body: ChatBody | TokenizeChatBody, tokenizer: Tokenizer) -> Ready:
-    """Token ids of a rendered conversation (slow).
+    """Token ids of a rendered conversation.
 
     Raises:
         ApiError: 400, fields that contradict each other.

@@ -27,6 +27,7 @@ from jaxinfer.serve.context import Context
 from jaxinfer.serve.loop import EngineLoop, Factory, Progress
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.phase import Phase, Stage
+from jaxinfer.serve.protocol import protocol
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 STOP_SECONDS = 5.0  # how long the engine's thread may take to end
@@ -40,14 +41,21 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until told to stop. Returns the exit code: 0 after a drain, 1 when the engine failed, 130 after Ctrl-C.
 
     Raises:
-        ConfigError: the address cannot be listened on. ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked.
+        ConfigError: the address cannot be listened on, or the key is empty.
+        ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked.
     """
+    if server.api_key == "":
+        raise ConfigError("--api-key is empty; give a key, or leave the flag out to serve without one")
     listening = bind(server.host, server.port)
 
     def factory(progress: Progress) -> Any:
         from jaxinfer.engine.engine import Engine  # here, in the engine's thread: importing jax takes a while
 
-        return Engine(engine, progress=progress)
+        made = Engine(engine, progress=progress)
+        if made.tokenizer is None:
+            raise ConfigError(f"{engine.model.model!r} has no tokenizer, so it cannot be served; it is for benchmarks")
+        made.tokenizer.token_bytes(0)  # builds the tokenizer's tables here, not on the event loop
+        return made
 
     return run(factory, server, listening, model=engine.model.model)
 
@@ -117,7 +125,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, context: Context, listening: socket.socket) -> None:
         config = uvicorn.Config(
-            create_app(context), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
+            create_app(context), http=protocol(), log_config=None, access_log=False, ws="none", lifespan="on", server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1, proxy_headers=False, backlog=BACKLOG,
         )  # fmt: skip
         super().__init__(config)

@@ -94,12 +94,12 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     for row in batch.decodes:
         index = decodes[row.replica]
         decodes[row.replica] += 1
-        _place(parts[row.replica], row, index, index, shapes.page_size)
+        _place(parts[row.replica], row, index, index, page_size=shapes.page_size)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     for row in batch.prefills:
         index = shapes.bucket.decode_rows + prefills[row.replica]
         prefills[row.replica] += 1
-        _place(parts[row.replica], row, index, shapes.bucket.decode_rows + tokens[row.replica], shapes.page_size)
+        _place(parts[row.replica], row, index, shapes.bucket.decode_rows + tokens[row.replica], page_size=shapes.page_size)
         tokens[row.replica] += len(row.tokens)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     return Packed(shapes, buffer, tuple(placed))
@@ -118,7 +118,7 @@ def _views(part: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     return {name: part[slice(*offsets[name])].reshape(shape) for name, shape in shapes.fields().items()}
 
 
-def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int, page_size: int) -> None:
+def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int, *, page_size: int) -> None:
     count = len(row.tokens)
     if len(row.pages) * page_size < row.kv_length or GUARD_PAGE in row.pages:
         raise ValueError(f"row {index} has {row.kv_length} tokens in pages {row.pages}: too few, or the guard page")

@@ -13,6 +13,10 @@ import numpy as np
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.flash_attention.api import flash_attention
 
+Extras = frozenset[Literal["kv_lengths", "query_offsets", "sinks"]]
+RAGGED: Extras = frozenset({"kv_lengths"})
+EVERYTHING: Extras = frozenset({"kv_lengths", "query_offsets", "sinks"})
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,7 +33,7 @@ class Case:
     causal: Literal["causal", "full"] = "causal"
     window: int | None = None
     soft_cap: float | None = None
-    extras: frozenset[Literal["kv_lengths", "query_offsets", "sinks"]] = frozenset()
+    extras: Extras = frozenset()
 
     donates: ClassVar[tuple[str, ...]] = ()
 
@@ -76,17 +80,8 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 CASES = (
     Case("causal", queries=150, keys=150),
-    Case("full", queries=5, keys=600, group=1, causal="full", extras=frozenset({"kv_lengths"})),
-    Case(
-        "chunk",
-        queries=130,
-        keys=700,
-        group=4,
-        window=100,
-        soft_cap=4.0,
-        extras=frozenset({"kv_lengths", "query_offsets", "sinks"}),
-    ),
-    Case("bfloat16", queries=40, keys=40, kv_heads=1, group=8, head_dim=128, dtype="bfloat16"),
+    Case("full", queries=5, keys=600, kv_heads=1, group=8, head_dim=128, dtype="bfloat16", causal="full", extras=RAGGED),
+    Case("chunk", queries=130, keys=700, group=4, window=100, soft_cap=4.0, extras=EVERYTHING),
 )
 
 TUNING = (

@@ -13,6 +13,10 @@ import numpy as np
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
 
+Extras = frozenset[Literal["rope", "sinks"]]
+ROPE: Extras = frozenset({"rope"})
+SINKS: Extras = frozenset({"sinks"})
+BOTH: Extras = ROPE | SINKS
 CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
 
 
@@ -32,7 +36,7 @@ class Case:
     dtype: str = "float32"
     window: int | None = None
     soft_cap: float | None = None
-    extras: frozenset[Literal["rope", "sinks"]] = frozenset({"rope"})
+    extras: Extras = ROPE
     lengths: Literal["ragged", "full"] = "ragged"
 
     donates: ClassVar[tuple[str, ...]] = ("kv",)
@@ -140,27 +144,8 @@ CASES = (
     Case("decode_one", decode_rows=1, page_size=32, pages_per_row=3, group=4, dtype="float16"),
     Case("decode_group8", decode_rows=3, page_size=64, pages_per_row=4, kv_heads=1, group=8, head_dim=128, dtype="bfloat16", soft_cap=5.0),
     Case("prefill", prefill_rows=3, prefill_tokens=150, pages_per_row=20, group=1, window=37),
-    Case(
-        "mixed",
-        decode_rows=3,
-        prefill_rows=3,
-        prefill_tokens=70,
-        pages_per_row=20,
-        group=4,
-        soft_cap=8.0,
-        extras=frozenset({"rope", "sinks"}),
-    ),
-    Case(
-        "mixed_window",
-        decode_rows=3,
-        prefill_rows=2,
-        prefill_tokens=40,
-        page_size=8,
-        pages_per_row=40,
-        window=50,
-        extras=frozenset({"sinks"}),
-    ),
-    Case("mixed_bfloat16", decode_rows=2, prefill_rows=2, prefill_tokens=40, dtype="bfloat16"),
+    Case("mixed", decode_rows=3, prefill_rows=3, prefill_tokens=70, pages_per_row=20, group=4, soft_cap=8.0, extras=BOTH),
+    Case("mixed_bfloat16", decode_rows=3, prefill_rows=2, prefill_tokens=40, page_size=8, dtype="bfloat16", window=50, extras=SINKS),
 )
 
 TUNING = (

@@ -1,10 +1,10 @@
-"""What paged attention means, slowly: every token against the whole gathered context of its row, in the inputs' own precision."""
+"""What paged attention means, slowly: each token for itself, against all of its row's pages, in the inputs' own precision."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.attention import AttentionSpec, accumulation_dtype
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
 
 
@@ -27,39 +27,39 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     tokens, heads, _ = q.shape
-    page, group, pages_per_row = kv.shape[3], heads // k.shape[1], metadata.page_tables.shape[1]
+    page, group = kv.shape[3], heads // k.shape[1]
     if rope is not None:
         q, k = (_rotate(x, positions, rope, spec.rope_scale) for x in (q, k))
 
-    # write
     token, starts = jnp.arange(tokens, dtype=jnp.int32)[:, None], metadata.query_starts[None]
-    row = jnp.argmax((token >= starts) & (token < starts + metadata.query_lengths[None]), axis=1)
+    row = jax.lax.argmax((token >= starts) & (token < starts + metadata.query_lengths[None]), 1, jnp.int32)
     real = positions >= 0
     ids = jnp.where(real, metadata.page_tables[row, positions // page], 0)
     kv = kv.at[ids, :, 0, positions % page].set(k).at[ids, :, 1, positions % page].set(v)
 
-    # read: [tokens, heads, context, head_dim]
-    cache = kv[metadata.page_tables[row]].transpose(3, 0, 2, 1, 4, 5).reshape(2, tokens, k.shape[1], pages_per_row * page, -1)
-    keys, values = jnp.repeat(cache, group, axis=2)
-    index = jnp.arange(pages_per_row * page, dtype=jnp.int32)[None]
-    seen = (index <= positions[:, None]) & (index < metadata.kv_lengths[row][:, None])
-    if spec.window is not None:
-        seen &= index > positions[:, None] - spec.window
-    scores = jnp.einsum("thd,thcd->thc", q, keys) * spec.scale
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    if sinks is not None:  # one more key whose value is 0
-        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks.astype(scores.dtype)[None, :, None], (tokens, heads, 1))], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : index.shape[1]]
-    out = jnp.einsum("thc,thcd->thd", weights, jnp.where(seen[:, None, :, None], values, 0))
+    def attend(q: Float[Array, "heads head_dim"], position: Int32[Array, ""], row: Int32[Array, ""]) -> Float[Array, "heads head_dim"]:
+        keys, values = kv[metadata.page_tables[row]].transpose(2, 0, 3, 1, 4).reshape(2, -1, *k.shape[1:]).repeat(group, axis=2)
+        index = jnp.arange(keys.shape[0], dtype=jnp.int32)
+        seen = (index <= position) & (index < metadata.kv_lengths[row])
+        if spec.window is not None:
+            seen &= index > position - spec.window
+        scores = jnp.einsum("hd,chd->hc", q, keys) * spec.scale
+        if spec.soft_cap is not None:
+            scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+        scores = jnp.where(seen[None], scores, -jnp.inf)
+        if sinks is not None:  # one more key whose value is 0
+            scores = jnp.concatenate([scores, sinks.astype(scores.dtype)[:, None]], axis=-1)
+        weights = jax.nn.softmax(scores, axis=-1)[:, : index.shape[0]]
+        return jnp.einsum("hc,chd->hd", weights, jnp.where(seen[:, None, None], values, 0))
+
+    out = jax.lax.map(lambda token: attend(*token), (q, positions, row))
     return PagedResult(jnp.where(real[:, None, None], out, 0), kv)
 
 
 def _rotate(
     x: Float[Array, "tokens heads head_dim"], positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float
 ) -> Float[Array, "tokens heads head_dim"]:
-    wide = jnp.promote_types(x.dtype, rope.dtype)
+    wide = accumulation_dtype(x.dtype)
     angles = positions[:, None, None].astype(wide) * rope.astype(wide)[None, None]
     half = rope.shape[0]
     first, second, rest = (part.astype(wide) for part in jnp.split(x, (half, 2 * half), axis=-1))

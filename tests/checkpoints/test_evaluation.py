@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from checkpoints import evaluation, network
 from checkpoints.export import Shape
@@ -38,7 +37,3 @@ def test_padding_is_left_out_of_the_loss():
         second, _ = evaluation.next_token_losses(net, params, windows[1:, :3], 1)
     assert both == pytest.approx(first + second, rel=1e-2) and best.shape == (2, 4)
     assert both == pytest.approx(6 * np.log(50), rel=0.2)
-
-
-def test_every_shown_prompt_is_listed_once():
-    assert len(set(evaluation.CHATS)) == len(evaluation.CHATS) and isinstance(Tokenizer, type)

@@ -42,7 +42,7 @@ def test_a_cut_file_is_refused(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     export.write_safetensors(path, {"x": np.zeros(8, BFLOAT16)})
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="x.safetensors: x: expected BF16"):
+    with pytest.raises(ValueError, match=r"x\.safetensors: x: expected BF16"):
         export.read_safetensors(path)
 
 

@@ -41,8 +41,8 @@ def test_the_loss_is_the_cross_entropy_of_counted_tokens():
         tokens = np.random.default_rng(0).integers(0, 50, (2, 9)).astype(np.uint16)
         flagged = tokens.copy()
         flagged[:, 5:] |= COUNTS
-        losses = made._window_losses(state.demo, state.draft, jnp.asarray(flagged))
-        hidden = made.demo.hidden_states(state.demo, jnp.asarray(tokens[:, :-1].astype(np.int32)))
+        losses = jax.jit(made._window_losses)(state.demo, state.draft, flagged)
+        hidden = jax.jit(made.demo.hidden_states)(state.demo, tokens[:, :-1].astype(np.int32))
         logs = jax.nn.log_softmax(made.demo.logits(state.demo, hidden, jnp.dtype(jnp.float32)))
     expected = -np.mean([logs[row, i - 1, tokens[row, i]] for row in range(2) for i in range(5, 9)])
     np.testing.assert_allclose(losses, [expected, expected, 0.0], atol=5e-3)
@@ -53,8 +53,9 @@ def test_attention_is_causal():
     tokens = np.arange(12)[None] % 50
     changed = tokens.copy()
     changed[0, 8:] = 3
+    run = jax.jit(net.hidden_states)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        before, after = (np.asarray(net.hidden_states(params, jnp.asarray(x)).astype(jnp.float32)) for x in (tokens, changed))
+        before, after = (np.asarray(run(params, x).astype(jnp.float32)) for x in (tokens, changed))
     assert np.array_equal(before[:, :8], after[:, :8]) and not np.array_equal(before[:, 8:], after[:, 8:])
 
 

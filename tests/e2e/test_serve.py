@@ -14,7 +14,7 @@ from tests.fakes import LiveServer, until
 CONFIG = EngineConfig(
     model=ModelConfig(model="demo", max_model_len=256),
     cache=CacheConfig(page_size=16, kv_tokens=2048),
-    scheduler=SchedulerConfig(max_sequences=4, max_step_tokens=32),
+    scheduler=SchedulerConfig(max_sequences=2, max_step_tokens=32),
 )
 SUM = [{"role": "user", "content": "What is 27 + 58?"}]
 

@@ -26,7 +26,13 @@ MODELS = {
     "grouped": (dict(num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=3), torch.bfloat16, "60KB", {}),
     "biased": (dict(num_attention_heads=4, num_key_value_heads=4, attention_bias=True, mlp_bias=True), torch.float16, "1GB", {}),
     "llama3": (
-        dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24, tie_word_embeddings=True, rope_parameters={**LLAMA3, "rope_theta": 500.0}),
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=24,
+            tie_word_embeddings=True,
+            rope_parameters={**LLAMA3, "rope_theta": 500.0},
+        ),
         torch.bfloat16,
         "1GB",
         {},
@@ -61,7 +67,7 @@ def expected(model: torch.nn.Module, vocab: int) -> dict[str, np.ndarray]:
         prompt = generator.integers(0, vocab, length)
         captured: list[torch.Tensor] = []
         layers = [model.model.embed_tokens, *model.model.layers]
-        keep = lambda _, __, out: captured.append(out[0] if isinstance(out, tuple) else out)
+        keep = lambda _, __, out, captured=captured: captured.append(out[0] if isinstance(out, tuple) else out)
         hooks = [layer.register_forward_hook(keep) for layer in layers]
         with torch.no_grad():
             out = model(torch.tensor(prompt[None]), use_cache=False).logits[0]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+
 from jaxinfer.sharding import ArraySpec, Rules, constrain, device_bytes, make_mesh, named, partition, struct, zeros
 
 
@@ -17,7 +18,8 @@ def test_a_mesh_always_has_both_axes():
 
 
 @pytest.mark.parametrize(
-    ("axes", "words"), [({"model": 2}, "'model' is unknown"), ({"data": 0}, "at least 1"), ({"data": 4, "tensor": 4}, "needs 16 devices, found 8")]
+    ("axes", "words"),
+    [({"model": 2}, "'model' is unknown"), ({"data": 0}, "at least 1"), ({"data": 4, "tensor": 4}, "needs 16 devices, found 8")],
 )
 def test_a_mesh_that_cannot_be_is_refused(axes, words):
     with pytest.raises(ValueError, match=words):

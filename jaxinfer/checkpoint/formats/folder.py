@@ -25,6 +25,7 @@ class WeightFiles:
         Raises:
             CheckpointError: no weights, a damaged file or index, a tensor that is in no file or in two.
         """
+        self.listing = folder / (SINGLE if (folder / SINGLE).is_file() else INDEX)  # the file that says which tensors there are
         self.files: list[SafetensorsFile] = []
         self.tensors: dict[str, LazyTensor] = {}
         try:
@@ -53,7 +54,9 @@ class WeightFiles:
         if missing:
             raise broken(path, "the tensor that the index places in this file", "none of that name", tensor=missing[0])
         if extra:
-            raise broken(path, "only tensors that the index places in this file", "one that it places elsewhere or not at all", tensor=extra[0])
+            raise broken(
+                path, "only tensors that the index places in this file", "one that it places elsewhere or not at all", tensor=extra[0]
+            )
         self.tensors.update(file.tensors())
 
 
@@ -83,5 +86,9 @@ def _no_weights(folder: Path) -> str:
         return f"{folder}: expected a model folder, found none"
     there = sorted(path.name for path in folder.iterdir())
     pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    why = f"{pickled[0]} is a pickle, which can run code: convert it to safetensors" if pickled else f"it holds {', '.join(there[:12]) or 'nothing'}"
+    why = (
+        f"{pickled[0]} is a pickle, which can run code: convert it to safetensors"
+        if pickled
+        else f"it holds {', '.join(there[:12]) or 'nothing'}"
+    )
     return f"{folder}: expected {SINGLE} or {INDEX}, found neither; {why}"

@@ -64,13 +64,15 @@ class SafetensorsFile:
         Raises:
             CheckpointError: the file cannot be read, or the header does not describe exactly the bytes that are there.
         """
-        self.path = path
+        self.path, self.descriptor = path, -1
+        if path.exists() and not path.is_file():
+            raise broken(path, "a safetensors file", "something that is not a file")
         try:
             self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise broken(path, "a readable safetensors file", error.strerror or "an error") from None
-        try:
             self.entries = _entries(path, self.descriptor)
+        except OSError as error:
+            self.close()
+            raise broken(path, "a readable safetensors file", error.strerror or "an error") from None
         except BaseException:
             self.close()
             raise
@@ -134,11 +136,13 @@ class LazyTensor:
         return out
 
     def _fill(self, buffer: np.ndarray, offset: int) -> None:
-        view, done = memoryview(buffer), 0
+        view, done = memoryview(buffer.data), 0
         while done < len(view):
             count = os.preadv(self.file.descriptor, [view[done : done + (1 << 30)]], self.start + offset + done)
             if count <= 0:
-                raise broken(self.file.path, f"{len(view)} bytes at {self.start + offset}", f"{done}: the file was truncated", tensor=self.name)
+                raise broken(
+                    self.file.path, f"{len(view)} bytes at {self.start + offset}", f"{done}: the file was truncated", tensor=self.name
+                )
             done += count
 
 
@@ -188,8 +192,9 @@ def _entry(path: Path, name: str, value: object, first: int) -> Entry:
 
 
 def _naturals(value: object) -> tuple[int, ...] | None:
-    good = isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value)
-    return tuple(value) if good else None
+    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value):
+        return None
+    return tuple(value)
 
 
 def _check_coverage(path: Path, entries: Mapping[str, Entry], first: int, size: int) -> None:
@@ -201,6 +206,8 @@ def _check_coverage(path: Path, entries: Mapping[str, Entry], first: int, size: 
             raise broken(path, f"its data to begin at byte {position}", f"{entry.start}: it {kind}", tensor=name)
         position += math.prod(entry.shape) * entry.dtype.itemsize
         if position > size:
-            raise broken(path, f"its data up to byte {position}", f"a file of {size} bytes: truncated", tensor=name, remedy="fetch it again")
+            raise broken(
+                path, f"its data up to byte {position}", f"a file of {size} bytes: truncated", tensor=name, remedy="fetch it again"
+            )
     if position != size:
         raise broken(path, f"{position} bytes as the header says", f"{size}", remedy="fetch it again")

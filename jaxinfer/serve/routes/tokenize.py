@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Body
 from pydantic import Discriminator, Tag
@@ -11,6 +12,7 @@ from starlette.responses import Response
 
 from jaxinfer.serve import context, convert, wire
 from jaxinfer.serve.schema import DetokenizeBody, TokenizeBody, TokenizeChatBody
+from jaxinfer.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -30,13 +32,23 @@ async def tokenize(body: Annotated[AnyTokenizeBody, Body()], request: Request) -
     server = context.of(request)
     tokenizer = server.engine.engine.tokenizer
     server.check(body)
-    if isinstance(body, TokenizeChatBody):
-        ready = await server.in_thread(lambda: convert.tokens_of_chat(body, tokenizer))
-        tokens = list(ready.prompts[0])
-    else:
-        tokens = await server.in_thread(lambda: tokenizer.encode(body.prompt, special=body.add_special_tokens is not False))
-    texts = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    tokens, texts = await server.in_thread(lambda: _tokens(body, tokenizer))
     return wire.json_response({"count": len(tokens), "max_model_len": server.limits.max_model_len, "tokens": tokens, "token_strs": texts})
+
+
+class Tokens(NamedTuple):
+    """Token ids and, if asked for, the text of each."""
+
+    ids: Sequence[int]
+    texts: list[str] | None
+
+
+def _tokens(body: TokenizeBody | TokenizeChatBody, tokenizer: Tokenizer) -> Tokens:
+    if isinstance(body, TokenizeChatBody):
+        ids: Sequence[int] = convert.tokens_of_chat(body, tokenizer).prompts[0]
+    else:
+        ids = tokenizer.encode(body.prompt, special=body.add_special_tokens is not False)
+    return Tokens(ids, [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None)
 
 
 @router.post("/detokenize")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from jaxinfer.config import ConfigError
 from jaxinfer.models import find, llama
 
@@ -22,7 +23,7 @@ def test_every_model_file_offers_the_same(name):
 
 @pytest.mark.parametrize("name", ["graph", "layers", "../llama", "jaxinfer.models.llama", "", None, 7])
 def test_what_is_not_a_model_is_refused_with_the_list(name):
-    with pytest.raises(ConfigError, match="is not implemented; there are: .*llama"):
+    with pytest.raises(ConfigError, match=r"is not implemented; there are: .*llama"):
         find.find(name)
 
 

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import HARMLESS, UNUSED_VALUES, Fields
 

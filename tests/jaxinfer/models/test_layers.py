@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxinfer.models import layers
 from jaxinfer.models.layers import Dim, Embedding, GatedMLP, HeadShape, Placement, Projection, RMSNorm, StepContext
 from jaxinfer.models.rope import Rope

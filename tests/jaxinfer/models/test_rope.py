@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import Fields
 from jaxinfer.models.rope import Llama3Scaling, Rope

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from jaxinfer.models.weights import Joined, Part, transform_of
 
 KV, GROUP, DIM, EMBED, MLP = 3, 2, 4, 5, 6

@@ -1,6 +1,7 @@
 """Schemes are found by file name."""
 
 import pytest
+
 from jaxinfer.config import ConfigError
 from jaxinfer.quant.find import find_scheme, schemes
 

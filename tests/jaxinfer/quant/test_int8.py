@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+
 from jaxinfer.quant import int8
 from jaxinfer.quant.qarray import QArray, check, dequantize
 from jaxinfer.sharding import ArraySpec

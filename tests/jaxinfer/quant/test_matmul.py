@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxinfer.quant import int8
 from jaxinfer.quant.matmul import matmul, sharded_matmul
 from jaxinfer.quant.qarray import QArray, dequantize
@@ -32,7 +33,9 @@ def arrays(case):
 def test_every_sharding_computes_the_product(case, mesh):
     x, weight, product = arrays(case)
     run = jax.jit(
-        lambda x, weight: sharded_matmul(x, weight, CASES[case][1], mesh=make_mesh(mesh), rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
+        lambda x, weight: sharded_matmul(
+            x, weight, CASES[case][1], mesh=make_mesh(mesh), rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32")
+        )
     )
     assert np.allclose(run(x, weight), product, rtol=1e-5, atol=1e-5)
 
@@ -65,5 +68,10 @@ def test_the_result_has_the_dtype_asked_for():
 def test_weights_are_not_copied():
     """XLA transposes the weight of a dot over several dimensions; as a plain matrix it is read where it lies."""
     weight = jax.ShapeDtypeStruct((2, 48, 64), jnp.float32)
-    text = jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.dtype("float32"))).lower(jax.ShapeDtypeStruct((1, 64), jnp.float32), weight).compile().as_text()
+    text = (
+        jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.dtype("float32")))
+        .lower(jax.ShapeDtypeStruct((1, 64), jnp.float32), weight)
+        .compile()
+        .as_text()
+    )
     assert "copy" not in text and "transpose" not in text

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jaxinfer.quant.qarray import QArray, QSpec, check, dequantize, relative_error
 from jaxinfer.sharding import ArraySpec
 

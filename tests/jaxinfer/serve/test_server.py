@@ -90,6 +90,8 @@ def test_sigterm_drains_and_refuses_the_new():
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
     reader.join(20)
     assert server.wait() == 0
+    assert "ready after" in server.err
+    assert server.url in server.err
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
@@ -122,13 +124,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_process():
     server = Process(load="raise ConfigError('planted: no such model')")
     assert server.wait() == 1
     assert "planted: no such model" in server.err
-
-
-def test_the_banner_goes_to_stderr():
-    server = Process().ready()
-    assert server.end(signal.SIGTERM) == 0
-    assert "ready after" in server.err
-    assert server.url in server.err
 
 
 def test_ports_and_hosts():

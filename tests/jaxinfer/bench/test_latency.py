@@ -1,0 +1,88 @@
+"""The latency benchmark over an echoing engine that has the program of a tiny model. No times are judged."""
+
+import argparse
+import json
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from jaxinfer import __main__ as program
+from jaxinfer.bench import ceilings, latency
+from jaxinfer.bench.latency import Load
+from jaxinfer.cache.kv import PoolShape
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import engine as engine_module
+from jaxinfer.models import llama
+from jaxinfer.models.graph import Graph
+from tests.fakes import FakeEngine, FakeInfo
+
+
+class Engine(FakeEngine):
+    """An echo with the parts that the benchmark reads."""
+
+    made: ClassVar[list[EngineConfig]] = []
+
+    def __init__(self, config=None, *, progress=None):
+        super().__init__(info=FakeInfo(max_model_len=256, kv_tokens=1024))
+        graph = Graph.of(llama, llama.TINY, "float32")
+        pool = PoolShape(pages=33, page_size=32)
+        specs = graph.kv_specs(33, 32)
+        self.program = SimpleNamespace(config=SimpleNamespace(graph=graph, pool=pool, kv_specs=specs, max_sequences=4))
+        self.made.append(config)
+
+    @property
+    def scheduler(self):
+        return SimpleNamespace(waiting=0, running=self.running)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(engine_module, "Engine", Engine)
+    monkeypatch.setattr(ceilings, "measure", lambda dtype: ceilings.Ceilings(1e9, 1e12, str(dtype)))
+
+
+def run(capsys, *arguments):
+    code = program.main(["bench", "latency", "--json", "--repeat", "2", "--steps", "4", *arguments])
+    captured = capsys.readouterr()
+    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_rows(capsys):
+    code, rows, err = run(capsys, "--decode", "2x20", "--decode", "8x20", "--decode", "1x250", "--prefill", "3x30")
+    assert code == 0 and [(row["row"], row.get("load")) for row in rows] == [("ceiling", None), ("decode", "2x20"), ("prefill", "3x30")]
+    assert err.count("is left out: the engine holds 4 x 256 tokens, 1024 in all") == 2
+    decode = rows[1]
+    assert decode["context"] == 20 + 1 + 4 + 6 - 1 and len(decode["runs"]) == 2 and decode["milliseconds"] > 0
+    assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
+
+
+def test_floors_are_arithmetic():
+    engine = Engine()
+    sizes = {name: spec.nbytes for name, spec in zip(engine.program.config.graph.names, engine.program.config.graph.specs, strict=True)}
+    assert "lm_head.weight" in sizes
+    assert latency._weights_read(engine) == sum(sizes.values()) - sizes["embedding.weight"]
+    assert latency._kv_bytes(engine) == 2 * 2 * 2 * 16 * 4  # layers, k and v, heads, head_dim, bytes
+    layer = 64 * 64 * 2 + 2 * 64 * 2 * 16 + 3 * 64 * 96
+    assert latency._prefill_operations(engine, Load(3, 10)) == 3 * (2 * 2 * layer * 10 + 2 * 2 * 4 * 16 * 100)
+
+
+def test_a_shape_is_random_weights_and_just_enough_context(capsys):
+    run(capsys, "--shape", "llama-3.1-8b", "--decode", "1x20")
+    model = Engine.made[-1].model
+    assert (model.model, model.load_format, model.max_model_len) == ("llama-3.1-8b", "random", 20 + 4 * 4)
+    run(capsys, "--shape", "llama-3.1-8b", "--decode", "1x20", "--max-model-len", "128")
+    assert Engine.made[-1].model.max_model_len == 128
+
+
+def test_a_sequence_that_ends_early_is_an_error(monkeypatch):
+    engine = Engine()
+    engine.info = FakeInfo(max_model_len=24, kv_tokens=1024)
+    with pytest.raises(RuntimeError, match="did not decode in every step"):
+        latency._decode(engine, Load(1, 20), argparse.Namespace(steps=4, repeat=1), ceilings.Ceilings(1, 1, ""))
+
+
+@pytest.mark.parametrize("text", ["16", "x", "0x5", "ax5"])
+def test_a_bad_load_says_what_to_write(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="write for example 16x600"):
+        latency._load(text)

@@ -1,0 +1,27 @@
+import numpy as np
+import pytest
+
+from pallas_kernels.flash_attention.cases import CASES, TUNING, Case
+
+
+@pytest.mark.parametrize("case", (*CASES, TUNING[0]), ids=lambda case: case.name)
+def test_shapes(case):
+    inputs = case.make(0)
+    assert inputs["q"].shape == (case.batch, case.queries, case.kv_heads * case.group, case.head_dim)
+    assert inputs["k"].shape == inputs["v"].shape == (case.batch, case.keys, case.kv_heads, case.head_dim)
+    assert set(inputs) == {"q", "k", "v"} | case.extras
+    assert inputs["q"].dtype == case.dtype
+    assert set(case.tuning_key()) == {"kv_heads", "heads", "head_dim", "dtype"}
+
+
+def test_what_lies_beyond_a_length_is_poisoned():
+    inputs = Case("x", keys=200, causal="full", extras=frozenset({"kv_lengths"})).make(4)
+    beyond = np.arange(200)[None] >= np.asarray(inputs["kv_lengths"])[:, None]
+    for name in ("k", "v"):
+        np.testing.assert_array_equal(np.isnan(np.asarray(inputs[name])).all(axis=(2, 3)), beyond)
+
+
+def test_the_same_seed_gives_the_same_data():
+    first, again, other = (Case("x").make(seed)["q"] for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)

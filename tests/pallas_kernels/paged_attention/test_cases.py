@@ -1,0 +1,56 @@
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention.cases import CASES, TUNING, Case
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_are_consistent(case):
+    for seed in range(5):
+        inputs = case.make(seed)
+        metadata, positions = inputs["metadata"], np.asarray(inputs["positions"])
+        tables, starts, queries, lengths = (np.asarray(x) for x in jax.tree.leaves(metadata))
+        owned = np.zeros(len(positions), int)
+        for row in range(len(starts)):
+            tokens = np.arange(starts[row], starts[row] + queries[row])
+            owned[tokens] += 1
+            np.testing.assert_array_equal(positions[tokens], np.arange(lengths[row] - queries[row], lengths[row]))
+            if row < case.decode_rows:
+                assert queries[row] == 0 or (queries[row] == 1 and starts[row] == row)
+            used = -(-lengths[row] // case.page_size)
+            assert (tables[row, :used] > 0).all()
+            assert (tables[row, used:] == 0).all()
+        np.testing.assert_array_equal(owned, positions >= 0)
+        used = tables[tables > 0]
+        assert len(used) == len(set(used))
+
+
+def test_memory_of_no_row_is_poisoned():
+    inputs = Case("x", decode_rows=3, prefill_rows=2, prefill_tokens=9).make(3)
+    kv = np.asarray(inputs["kv"])
+    assert np.isnan(kv[0]).all()
+    slots = ~np.isnan(kv).any(axis=(1, 2, 4))
+    assert slots.sum() == np.asarray(inputs["metadata"].kv_lengths).sum()
+    assert np.isnan(np.asarray(inputs["q"])).all(axis=(1, 2)).tolist() == (np.asarray(inputs["positions"]) < 0).tolist()
+
+
+def test_the_same_seed_gives_the_same_data():
+    first, again, other = (Case("x", decode_rows=2).make(seed) for seed in (1, 1, 2))
+    assert np.array_equal(first["q"], again["q"], equal_nan=True)
+    assert not np.array_equal(first["k"], other["k"], equal_nan=True)
+
+
+def test_edges_are_drawn():
+    case = Case("x", decode_rows=4, page_size=16, pages_per_row=4)
+    lengths = np.concatenate([np.asarray(case.make(seed)["metadata"].kv_lengths) for seed in range(40)])
+    assert {0, 1, 15, 16, 17, 64} <= set(lengths.tolist())
+
+
+def test_tuning_cases_are_full():
+    for case in TUNING:
+        assert case.lengths == "full"
+        assert case.prefill_tokens % max(case.prefill_rows, 1) == 0
+        assert set(case.tuning_key()) == {"page_size", "kv_heads", "heads", "head_dim", "dtype"}
+    lengths = np.asarray(Case("x", decode_rows=2, lengths="full").make(0)["metadata"].kv_lengths)
+    assert (lengths == 8 * 16).all()

@@ -1,0 +1,126 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.quantized_matmul.cases import Case
+
+KEY = {"kv_heads": 2, "heads": 6, "head_dim": 64, "dtype": "float32"}
+ROW = tuning.Row("flash_attention", "xla", KEY, {"queries": 8, "keys": 16}, "Some Chip 9", "0.0", "2026-01-01", 12.5)
+TARGET = dispatch.Target("gpu", "Some Chip 9")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """A cache folder of the test's own, and tables that were not read yet."""
+    monkeypatch.setattr(tuning, "user_folder", lambda: tmp_path)
+    tuning.table.cache_clear()
+    yield tmp_path
+    tuning.table.cache_clear()
+
+
+def test_a_measured_row_wins(own_folder):
+    tuning.write(tuning.table_file(own_folder, TARGET.device, "flash_attention"), [ROW])
+    assert tuning.sizes("flash_attention", "xla", TARGET, KEY) == {"queries": 8, "keys": 16}
+    assert tuning.sizes("flash_attention", "xla", TARGET, KEY | {"head_dim": 128}) != {"queries": 8, "keys": 16}
+
+
+def test_then_the_heuristic():
+    from pallas_kernels.flash_attention import xla
+
+    assert tuning.sizes("flash_attention", "xla", TARGET, KEY) == xla.heuristic("gpu", KEY)
+
+
+def test_then_an_error(monkeypatch):
+    monkeypatch.setattr(tuning, "_module", lambda op, name: SimpleNamespace(heuristic=lambda platform, key: None))
+    with pytest.raises(NotImplementedError, match=r"no block sizes.*Some Chip 9.*--op flash_attention --implementation xla"):
+        tuning.sizes("flash_attention", "xla", TARGET, KEY)
+
+
+def test_forced_sizes_hold_inside_only():
+    with tuning.forced({"queries": 1, "keys": 1}):
+        assert tuning.sizes("flash_attention", "xla", TARGET, KEY) == {"queries": 1, "keys": 1}
+    assert tuning.sizes("flash_attention", "xla", TARGET, KEY) != {"queries": 1, "keys": 1}
+
+
+def test_write_replaces_rows_of_the_same_key(own_folder):
+    file = own_folder / "rows.json"
+    other = dataclasses.replace(ROW, key=KEY | {"head_dim": 128})
+    tuning.write(file, [ROW, other])
+    tuning.write(file, [dataclasses.replace(ROW, microseconds=1.0)])
+    assert sorted(row.microseconds for row in tuning.read(file)) == [1.0, 12.5]
+
+
+@pytest.mark.parametrize("text", ["nonsense", '[{"op": "x"}]', "[1]"])
+def test_a_damaged_table_is_refused(own_folder, text):
+    file = tuning.table_file(own_folder, TARGET.device, "flash_attention")
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(ValueError, match="does not hold rows of measured block sizes"):
+        tuning.sizes("flash_attention", "xla", TARGET, KEY)
+
+
+def test_packaged_rows_are_whole():
+    """Every row that ships names an implementation and what it was measured with."""
+    from pathlib import Path
+
+    for file in Path(tuning.__file__).parent.glob("tuned/*/*.json"):
+        for row in tuning.read(file):
+            assert file == tuning.table_file(file.parent.parent, row.device, row.op)
+            assert row.implementation in dispatch.implementations(row.op)
+            assert row.date
+            assert row.jax
+            assert row.microseconds > 0
+
+
+def test_the_fastest_candidate_of_a_key_is_kept():
+    cases = [SimpleNamespace(name=name, tuning_key=lambda: KEY) for name in ("a", "b")]
+    asked = []
+
+    def measure(case, implementation, sizes):
+        asked.append((case.name, implementation))
+        return float(abs(sizes["queries"] - 256) + abs(sizes["keys"] - 256)) + 1.0
+
+    (row,) = tuning.tune("flash_attention", "xla", cases, measure)
+    assert row.sizes == {"queries": 256, "keys": 256}
+    assert row.microseconds == 2.0
+    assert row.key == KEY
+    assert row.device == dispatch.target().device
+    assert set(asked) == {("a", "xla"), ("b", "xla")}
+
+
+def test_measure_runs_a_case():
+    assert tuning.measure(Case("tiny", tokens=1, features=8, outputs=8), "xla", {}) > 0
+
+
+def test_the_command_writes_a_table(own_folder, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "tune", lambda op, implementation, cases: [dataclasses.replace(ROW, key={"cases": len(cases)})])
+    tuning.main(["--op", "flash_attention", "--case", "demo_1k"])
+    file = tuning.table_file(own_folder, dispatch.target().device, "flash_attention")
+    assert json.loads(file.read_text())[0]["key"] == {"cases": 1}
+    assert str(file) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "softmax"], "invalid choice"),
+        (["--op", "flash_attention", "--case", "nope"], "no tuning case nope; there are demo_1k"),
+        (["--op", "flash_attention", "--implementation", "cuda"], "unknown implementation"),
+        (["--op", "quantized_matmul", "--implementation", "xla"], "no block sizes to tune"),
+    ],
+)
+def test_the_command_refuses(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        tuning.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "pallas_kernels.tuning", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "--op" in done.stdout
