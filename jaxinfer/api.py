@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
-from jaxinfer.engine.engine import Engine, Progress, QueueFull
-from jaxinfer.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob, choices
+from jaxinfer.engine.engine import Engine, Progress
+from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob, choices
 
 Prompt = str | Sequence[int] | np.ndarray
 Messages = Sequence[Mapping[str, Any]]
@@ -194,9 +194,12 @@ class LLM:
         return completions[0] if single and len(completions) == 1 else completions
 
     def _encode(self, prompt: Any) -> Sequence[int]:
+        talk = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        if self.tokenizer is None and (talk or isinstance(prompt, str)):
+            raise RequestError("this model has no tokenizer (random weights); give token ids", "prompt")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if len(prompt) > 0 and isinstance(prompt[0], Mapping):
+        if talk:
             return self.tokenizer.encode(self.tokenizer.render_chat([dict(message) for message in prompt]), special=False)
         if not all(_is_token(token) for token in prompt):
             raise RequestError("a prompt is text, a list of token ids, or a list of chat messages", "prompt")

@@ -83,6 +83,9 @@ def redact(text: str) -> str:
     return re.sub(r"(?i)([\w-]*(?:(?<![a-z])(?:key|token)|secret|passw(?:or)?d)(?![a-z])\w*(?:\s*=\s*|\s+))(?!-)\S+", r"\1***", text)
 
 
+MANY_PARTS = 1 << 20  # more than so many parts of a stage are bytes
+
+
 class StageBar:
     """An engine's `progress`: shows on stderr, if that is a terminal, how far a model is read, sharded and compiled."""
 
@@ -93,20 +96,21 @@ class StageBar:
     def __enter__(self) -> StageBar:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Note that `done` of `total` parts of a stage are over."""
+        """Note that `done` of `total` parts (programs, or bytes) of a stage are over."""
         if self._bar is None:
             return
+        amount = f"{done}/{total}" if total < MANY_PARTS else f"{done >> 20}/{total >> 20} MiB"
         if stage not in self._stages:
-            self._stages[stage] = self._bar.add_task(stage, total=total)
-        self._bar.update(self._stages[stage], completed=done, total=total)
+            self._stages[stage] = self._bar.add_task(stage, total=total, amount=amount)
+        self._bar.update(self._stages[stage], completed=done, total=total, amount=amount)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:

@@ -57,7 +57,7 @@ def prepare(count: int) -> None:
     if count == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     try:
-        if int(jax.config.read("jax_num_cpu_devices")) < count:
+        if int(jax.config.jax_num_cpu_devices) < count:  # pyright: ignore[reportAttributeAccessIssue]
             jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         return

@@ -33,6 +33,10 @@ class RequestError(ValueError):
         self.param = param
 
 
+class QueueFull(RequestError):
+    """Too many requests wait already; the caller should try again later."""
+
+
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RequestError(f"{name} must be a finite number, got {type(value).__name__}", name)

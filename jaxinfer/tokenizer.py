@@ -26,6 +26,7 @@ from tokenizers.decoders import DecodeStream
 
 MAX_RENDERED = 16 << 20
 MAX_EOS = 16
+MAX_HELD = 64  # tokens without a whole character; then they count as text (or as skipped), since looking at all of them again takes time
 
 
 class TokenizerError(ValueError):
@@ -124,6 +125,7 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -150,30 +152,44 @@ class Tokenizer:
 
     def stream(self, *, skip_special: bool) -> Detokenizer:
         """A fresh incremental detokeniser."""
-        return Detokenizer(self._core, DecodeStream(skip_special_tokens=skip_special))
+        return Detokenizer(self._core, skip_special)
 
 
 class Detokenizer:
     """Turns one sequence's tokens into text as they come; the pieces joined are the whole text."""
 
-    def __init__(self, core: tokenizers.Tokenizer, stream: DecodeStream) -> None:
+    def __init__(self, core: tokenizers.Tokenizer, skip_special: bool) -> None:
         self._core = core
-        self._stream = stream
+        self._skip = skip_special
+        self._stream = DecodeStream(skip_special_tokens=skip_special)
         self._held: list[int] = []
+        self._context: list[int] = []
 
     def push(self, token: int) -> str:
         """New text that can no longer change; empty while a character is incomplete."""
-        text = self._stream.step(self._core, token)
-        if text is None:
-            self._held.append(token)
+        self._held.append(token)
+        try:
+            text = self._stream.step(self._core, token)
+        except Exception:  # the library's way to say that bytes turned out to form no character after some of them were handed out
+            text = self._start_over(self._held)
+        if text is not None:
+            self._context = self._held
+        elif len(self._held) >= MAX_HELD:
+            text = self._start_over(self._context)
+        else:
             return ""
-        self._held.clear()
+        self._held = []
         return text
+
+    def _start_over(self, context: list[int]) -> str:
+        """The held tokens as they are; what follows is decoded behind `context`, which must not end inside a character."""
+        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
+        return self._core.decode(self._held, skip_special_tokens=self._skip)
 
     def flush(self) -> str:
         """What was held back, incomplete characters as U+FFFD; nothing may be pushed afterwards."""
-        text = self._core.decode(self._held) if self._held else ""
-        self._held.clear()
+        text = self._core.decode(self._held, skip_special_tokens=self._skip)
+        self._held = []
         return text
 
 

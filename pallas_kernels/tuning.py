@@ -116,15 +116,18 @@ def measure(case: Any, implementation: str, chosen: Sizes) -> float:
     state = {name: inputs.pop(name) for name in case.donates}
     with forced(chosen):
         call = jax.jit(lambda state, inputs: case.run(state | inputs, implementation), donate_argnums=0).lower(state, inputs).compile()
-    rounds = []
-    for _ in range(6):  # the first one warms up
-        begin = time.perf_counter()
-        for _ in range(10):
+
+    def timed(calls: int) -> float:
+        nonlocal state
+        result, begin = None, time.perf_counter()
+        for _ in range(calls):
             result = call(state, inputs)
             state = {name: getattr(result, name) for name in case.donates}
         jax.block_until_ready(result)
-        rounds.append((time.perf_counter() - begin) / 10 * 1e6)
-    return statistics.median(rounds[1:])
+        return (time.perf_counter() - begin) / calls * 1e6
+
+    timed(3)
+    return statistics.median(timed(10) for _ in range(5))
 
 
 def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from jaxinfer.config import ServerConfig
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.text import OutputText
-from jaxinfer.request import FinishReason, Output, Request, RequestError, TokenLogprob
+from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, TokenLogprob
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.loop import EngineLoop, Progress
 from jaxinfer.serve.metrics import Metrics
@@ -45,10 +45,6 @@ def byte_tokenizer() -> Tokenizer:
     core.add_special_tokens(list(SPECIAL))
     settings = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "chat_template": TEMPLATE}
     return Tokenizer(core, settings)
-
-
-class QueueFull(RequestError):
-    """As the engine's own."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +86,7 @@ class FakeEngine:
     queue_limit: int = 4096
     crash: bool = False
     hang: bool = False
+    hanging: bool = False
     defaults: dict[str, Any] = field(default_factory=lambda: {"temperature": 0.5})
     tokenizer: Tokenizer = field(default_factory=byte_tokenizer)
     metrics: EngineMetrics = field(default_factory=lambda: EngineMetrics(compile_seconds={"t16": 0.5}))
@@ -132,7 +129,9 @@ class FakeEngine:
     def step(self) -> list[Output]:
         """One token for every sequence."""
         if self.hang:
+            self.hanging = True
             self.release.wait()
+            self.hanging = False
         if self.crash:
             raise RuntimeError("planted: /secret/path")
         time.sleep(self.step_seconds)
@@ -190,7 +189,7 @@ class FakeEngine:
 
 
 class LiveServer:
-    """A real uvicorn server on a free port of 127.0.0.1, in a thread; a context manager. `engine` is what `make` returned."""
+    """A real uvicorn server on a free port of 127.0.0.1, in a thread; a context manager. Without `make` its engine is `fake`."""
 
     def __init__(self, make: Callable[[Progress], Any] | None = None, *, stall_seconds: float = 8.0, **settings: Any) -> None:
         self.fake = FakeEngine()
@@ -246,8 +245,3 @@ def events(text: str) -> Iterator[str]:
     for block in text.split("\n\n"):
         if block.startswith("data: "):
             yield block.removeprefix("data: ")
-
-
-def count_reasons(metrics: EngineMetrics) -> Counter[str]:
-    """How sequences ended."""
-    return Counter(metrics.finished)

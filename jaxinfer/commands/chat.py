@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     with StageBar() as bar:
         llm = LLM.build(from_arguments(EngineConfig, vars(args)), progress=bar)
     with llm:
-        if llm.tokenizer.chat_template is None:
+        if llm.tokenizer is None or llm.tokenizer.chat_template is None:
             raise ConfigError(f"{llm.engine.info.model} has no chat template; use `jaxinfer generate`, or a model made for chat")
         info = llm.engine.info
         remark(f"{info.model} on {info.device}, {info.dtype}, context {info.max_model_len} tokens.")

@@ -22,17 +22,13 @@ from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
-from jaxinfer.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob
+from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.inputs import Packed, pack
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Engine", "EngineInfo", "Progress", "QueueFull"]
-
-
-class QueueFull(RequestError):
-    """The line is full; the caller should try again later."""
+__all__ = ["Engine", "EngineInfo", "Progress"]
 
 
 @dataclass

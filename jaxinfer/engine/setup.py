@@ -36,7 +36,7 @@ from jaxinfer.step.buckets import buckets
 from jaxinfer.step.program import Program, ProgramConfig
 from jaxinfer.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # stage (read: bytes, compile: programs), done, total; from any thread
 
 logger = logging.getLogger(__name__)
 

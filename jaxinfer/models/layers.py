@@ -186,6 +186,10 @@ class Attention(nnx.Module):
         return AttentionResult(self.out(grouped, context.placement), result.kv)
 
 
+# Layers of one shape share one trace of the op, most of what tracing a model costs; XLA inlines the calls.
+_traced_once = jax.jit(paged_attention, static_argnames=("spec", "implementation"))
+
+
 def attend(
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
@@ -201,10 +205,11 @@ def attend(
     Raises:
         ValueError: tokens, rows or pages that do not divide by the data axis: page ids would mean another replica's pages.
     """
-    placement, frequencies = context.placement, jnp.asarray(rope.frequencies(q.shape[2]))
+    placement = context.placement
+    frequencies = jnp.asarray(rope.frequencies(q.shape[2]))
 
     def local(q: Array, k: Array, v: Array, positions: Array, kv: Array, metadata: PagedMetadata) -> PagedResult:
-        return paged_attention(q, k, v, positions, kv, metadata, spec=spec, rope=frequencies, implementation=placement.implementation)
+        return _traced_once(q, k, v, positions, kv, metadata, spec=spec, rope=frequencies, implementation=placement.implementation)
 
     if placement.mesh.size == 1:
         return local(q, k, v, context.positions, kv, context.metadata)

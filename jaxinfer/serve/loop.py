@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxinfer.request import Output, Request, RequestError
+from jaxinfer.request import Output, QueueFull, Request, RequestError
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.phase import Phase, Pulse, Stage
 from jaxinfer.serve.stream import Stream
@@ -182,11 +182,11 @@ class EngineLoop:
 
     def _step(self) -> None:
         began = time.monotonic()
-        before = _work_done(self._engine)
+        before = self._engine.metrics.steps_total
         outputs = self._engine.step()
         if outputs:
             self._call_soon(self._dispatch, outputs)
-        if outputs or _work_done(self._engine) != before:
+        if outputs or self._engine.metrics.steps_total != before:  # a step that ran no batch and said nothing is no progress
             self._pulse.beat(time.monotonic() - began)
 
     def _take_jobs(self) -> None:
@@ -252,15 +252,10 @@ def _accept(stream: Stream) -> None:
 
 
 def _refusal(error: Exception) -> Exception:
-    """What the client hears. A full queue is not the request's fault: it may come back. (Told by its name: its module needs jax.)"""
-    if any(kind.__name__ == "QueueFull" for kind in type(error).__mro__):
+    """What the client hears. A full queue is not the request's fault: it may come back."""
+    if isinstance(error, QueueFull):
         return ApiError(429, f"{error}; this server is busy", code="overloaded")
     return error
-
-
-def _work_done(engine: Any) -> int:
-    """A number that grows with every token that the engine computes, read or written."""
-    return engine.metrics.prompt_tokens + engine.metrics.generation_tokens
 
 
 def _unobserved(outputs: Sequence[Output], now: float) -> None:

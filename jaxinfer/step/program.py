@@ -80,14 +80,16 @@ class Program:
         self._by_replica = NamedSharding(config.placement.mesh, PartitionSpec("data", None))
 
     def compile(self, progress: Callable[[str, int, int], None]) -> None:
-        """Lower every program here and compile them on `threads` threads; calls progress("compile", done, total)."""
+        """Lower every program here and compile them on `threads` threads; calls progress("compile", done, total) from any thread."""
         work: list[Any] = [*self.config.buckets, ADMIT]
         progress("compile", 0, len(work))
         with ThreadPoolExecutor(self.config.threads) as pool:
-            futures = [(key, pool.submit(self._timed_compile, key, self.lower(key))) for key in work]
-            for done, (key, future) in enumerate(futures, 1):
-                self._compiled[key] = future.result()
-                progress("compile", done, len(work))
+            futures = []
+            for key in work:  # while one is lowered here, those before it compile there
+                futures.append(pool.submit(self._compile, key, self.lower(key)))
+                futures[-1].add_done_callback(lambda _: progress("compile", len(self._compiled), len(work)))
+            for future in futures:
+                future.result()
 
     def lower(self, key: Any) -> Any:
         """The lowered program of a bucket, or of `ADMIT`, from descriptions alone."""
@@ -127,11 +129,10 @@ class Program:
         self._kv, self._slots, sampled = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
         return sampled
 
-    def _timed_compile(self, key: Any, lowered: Any) -> Any:
+    def _compile(self, key: Any, lowered: Any) -> None:
         begun = time.perf_counter()
-        compiled = lowered.compile()
+        self._compiled[key] = lowered.compile()
         self.compile_seconds[str(key)] = time.perf_counter() - begun
-        return compiled
 
     def _on_all(self, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._replicated)

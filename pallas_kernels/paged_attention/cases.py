@@ -73,15 +73,17 @@ class Case:
             positions[start : start + queries] = np.arange(length - queries, length)
         tables = rng.permutation(rows * self.pages_per_row).reshape(rows, -1) + 1
         tables[np.arange(self.pages_per_row) * self.page_size >= kv_lengths[:, None]] = 0
-        metadata = PagedMetadata(*(jnp.asarray(x, jnp.int32) for x in (tables, starts, query_lengths, kv_lengths)), self.decode_rows)
+        metadata = PagedMetadata(
+            *(jnp.asarray(x.astype(np.int32)) for x in (tables, starts, query_lengths, kv_lengths)), decode_rows=self.decode_rows
+        )
         made = {"kv": self._pool(rng, tables, kv_lengths).transpose(*self._order(implementation)), "positions": positions}
         for name, heads in (("q", self.kv_heads * self.group), ("k", self.kv_heads), ("v", self.kv_heads)):
             made[name] = np.where(positions[:, None, None] >= 0, _normal(rng, len(positions), heads, self.head_dim), np.nan)
         if "sinks" in self.extras:
             made["sinks"] = _normal(rng, self.kv_heads * self.group)
-        arrays = {name: jnp.asarray(x, jnp.int32 if name == "positions" else self.dtype) for name, x in made.items()}
+        arrays = {name: jnp.asarray(x.astype(jnp.int32 if name == "positions" else jnp.dtype(self.dtype))) for name, x in made.items()}
         if "rope" in self.extras:
-            arrays["rope"] = jnp.asarray(10000.0 ** -np.linspace(0, 1, self.head_dim // 2), jnp.float32)
+            arrays["rope"] = jnp.asarray((10000.0 ** -np.linspace(0, 1, self.head_dim // 2)).astype(np.float32))
         return arrays | {"metadata": metadata}
 
     def run(self, inputs: dict[str, Any], implementation: str) -> PagedResult:
@@ -107,7 +109,7 @@ class Case:
         decode[rng.random(len(decode)) < 0.2] = 0
         left = self.prefill_tokens
         for row in rng.permutation(self.prefill_rows):
-            prefill[row] = min(rng.choice([0, 1, page, page + 1, rng.integers(1, self.prefill_tokens + 1)]), left, capacity)
+            prefill[row] = min(int(rng.choice([0, 1, page, page + 1, int(rng.integers(1, self.prefill_tokens + 1))])), left, capacity)
             left -= prefill[row]
         queries = np.concatenate([decode, prefill])
         whole = page * rng.integers(1, self.pages_per_row + 1, len(queries))
@@ -140,11 +142,11 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 CASES = (
-    Case("decode", decode_rows=4, pages_per_row=24),
+    Case("decode", decode_rows=4, pages_per_row=18),
     Case("decode_one", decode_rows=1, page_size=32, pages_per_row=3, group=4, dtype="float16"),
     Case("decode_group8", decode_rows=3, page_size=64, pages_per_row=4, kv_heads=1, group=8, head_dim=128, dtype="bfloat16", soft_cap=5.0),
-    Case("prefill", prefill_rows=3, prefill_tokens=150, pages_per_row=20, group=1, window=37),
-    Case("mixed", decode_rows=3, prefill_rows=3, prefill_tokens=70, pages_per_row=20, group=4, soft_cap=8.0, extras=BOTH),
+    Case("prefill", prefill_rows=3, prefill_tokens=90, pages_per_row=18, group=1, window=37),
+    Case("mixed", decode_rows=3, prefill_rows=3, prefill_tokens=40, pages_per_row=9, group=4, soft_cap=8.0, extras=BOTH),
     Case("mixed_bfloat16", decode_rows=3, prefill_rows=2, prefill_tokens=40, page_size=8, dtype="bfloat16", window=50, extras=SINKS),
 )
 

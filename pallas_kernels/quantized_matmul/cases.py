@@ -30,9 +30,9 @@ class Case:
         """Inputs of `run`: weights over the whole int8 range, -128 included, and scales over three orders of magnitude."""
         rng = np.random.default_rng(seed)
         return {
-            "x": jnp.asarray(rng.standard_normal((self.tokens, self.features), np.float32), self.dtype),
-            "weight": jnp.asarray(rng.integers(-128, 128, (self.outputs, self.features)), jnp.int8),
-            "scales": jnp.asarray(10.0 ** rng.uniform(-4, -1, self.outputs), jnp.float32),
+            "x": jnp.asarray(rng.standard_normal((self.tokens, self.features), np.float32).astype(jnp.dtype(self.dtype))),
+            "weight": jnp.asarray(rng.integers(-128, 128, (self.outputs, self.features), np.int8)),
+            "scales": jnp.asarray((10.0 ** rng.uniform(-4, -1, self.outputs)).astype(np.float32)),
         }
 
     def run(self, inputs: dict[str, Any], implementation: str) -> jax.Array:

@@ -10,9 +10,9 @@ import pytest
 from jaxinfer import api
 from jaxinfer.api import LLM, Completion, engine_config
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape
-from jaxinfer.request import FinishReason, RequestError, SamplingParams
+from jaxinfer.request import FinishReason, QueueFull, RequestError, SamplingParams
 from jaxinfer.tokenizer import TokenizerError
-from tests.fakes import FakeEngine, FakeInfo, QueueFull
+from tests.fakes import FakeEngine, FakeInfo
 
 
 @pytest.fixture
@@ -76,7 +76,6 @@ def test_a_refused_prompt_aborts_the_others(llm, engine):
 
 
 def test_more_prompts_than_the_engine_takes_at_once(monkeypatch):
-    monkeypatch.setattr(api, "QueueFull", QueueFull)
     prompts = [f"prompt {i}" for i in range(20)]
     assert texts(LLM.over(FakeEngine(queue_limit=3)).generate(prompts)) == prompts
     with pytest.raises(QueueFull):
@@ -113,6 +112,15 @@ def test_chat_answers_one_conversation_or_many(llm, engine):
 def test_a_strange_prompt_is_refused(llm, prompt):
     with pytest.raises(RequestError, match="a prompt is text, a list of token ids, or a list of chat messages"):
         llm._encode(prompt)  # behind the annotations, which only tests check
+
+
+def test_without_a_tokenizer_prompts_are_token_ids(engine):
+    llm = LLM.over(engine)
+    llm.tokenizer = None
+    for prompt in ("text", [{"role": "user", "content": "hi"}]):
+        with pytest.raises(RequestError, match="no tokenizer"):
+            llm.request(prompt)
+    assert llm.generate([64, 65]).token_ids[:2] == (64, 65)
 
 
 def test_threads_share_one_engine():

@@ -25,7 +25,11 @@ def byte_fallback():
     words = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + [*"▁abcé", "ab", "▁a"]
     core = tokenizers.Tokenizer(
         models.BPE(
-            vocab={word: i for i, word in enumerate(words)}, merges=[("a", "b"), ("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+            vocab={word: i for i, word in enumerate(words)},
+            merges=[("a", "b"), ("▁", "a")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
         )
     )
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -65,12 +69,30 @@ def test_streamed_pieces_join_to_the_plain_text(make):
         assert all(piece == "" or not piece.endswith("\ufffd") or "\ufffd" in text for piece in pieces)
 
 
-@pytest.mark.parametrize("make", [lambda: Tokenizer.load(DEMO), byte_fallback], ids=["byte-level", "byte-fallback"])
-def test_streamed_nonsense_joins_to_the_plain_nonsense(make):
-    tokenizer, draw = make(), random.Random(3)
-    for _ in range(300):
-        ids = [draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(1, 20))]
-        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids), ids
+def nonsense(tokenizer, seed, count=300):
+    draw = random.Random(seed)
+    return [[draw.randrange(tokenizer.vocab_size) for _ in range(draw.randint(1, 20))] for _ in range(count)]
+
+
+def test_streamed_nonsense_joins_to_the_plain_nonsense(demo):
+    for ids in nonsense(demo, 3):
+        assert "".join(streamed(demo, ids)) == demo.decode(ids), ids
+
+
+def test_bytes_that_form_no_character_break_no_stream():
+    tokenizer = byte_fallback()
+    for ids in nonsense(tokenizer, 5):
+        pieces = streamed(tokenizer, [*ids, *tokenizer.encode("abc abc", special=False)])
+        assert "".join(pieces).endswith(" abc abc"), ids
+
+
+@pytest.mark.parametrize("skip_special", [True, False])
+def test_endless_runs_without_a_character_are_not_held_for_ever(demo, skip_special):
+    stray = next(token for token in range(demo.vocab_size) if demo.token_bytes(token) == b"\x80")
+    for token in (stray, demo.eos_ids[0]):
+        pieces = streamed(demo, [token] * 200 + demo.encode(" end", special=False), skip_special=skip_special)
+        assert "".join(pieces) == demo.decode([token] * 200, skip_special=skip_special) + " end"
+        assert all(len(piece) <= 20 * 64 for piece in pieces)
 
 
 def test_a_character_comes_whole(demo):
@@ -134,10 +156,13 @@ def test_the_whole_tokenizer_travels_as_json(demo):
 # Folders
 
 
+FILES = {"settings": "tokenizer_config.json", "generation": "generation_config.json", "config": "config.json"}
+
+
 def folder(tmp_path, **files):
     tmp_path.joinpath("tokenizer.json").write_text(byte_fallback().to_json())
     for name, value in files.items():
-        path = tmp_path / {"settings": "tokenizer_config.json", "generation": "generation_config.json", "config": "config.json"}.get(name, name)
+        path = tmp_path / FILES.get(name, name)
         path.write_text(value if isinstance(value, str) else json.dumps(value))
     return tmp_path
 
@@ -179,7 +204,7 @@ def test_broken_folders_give_one_clear_error(tmp_path, files, message):
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     folder(tmp_path).joinpath("tokenizer_config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(TokenizerError, match="cannot be read"):
@@ -266,7 +291,7 @@ def test_qwen_uses_namespaces_and_loop_controls():
     [
         ("{{ strftime_now('%Y') }}", {}, str(datetime.now().year)),
         ("{{ date_string if date_string is defined else 'none' }}", {"date_string": "today"}, "today"),
-        ("{%- if tools is not none %}{{ tools | tojson }}{% endif %}", {"tools": [{"name": "f", "d": "<é>"}]}, '[{"name": "f", "d": "<é>"}]'),
+        ("{%- if tools is not none %}{{ tools | tojson }}{% endif %}", {"tools": [{"n": "f", "d": "<é>"}]}, '[{"n": "f", "d": "<é>"}]'),
         ("{{ tools[0] | tojson(indent=2) }}", {"tools": [{"a": 1}]}, '{\n  "a": 1\n}'),
         ("{{ tools[0] | tojson(ensure_ascii=True) }}", {"tools": [{"a": "é"}]}, '{"a": "\\u00e9"}'),
         ("{{ tools[0] | tojson(separators=(',', ':'), sort_keys=true) }}", {"tools": [{"b": 1, "a": 2}]}, '{"a":2,"b":1}'),
@@ -291,7 +316,6 @@ def test_what_famous_templates_rely_on(template, variables, text):
     [
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
-        "{{ messages.__class__ }}",
         "{{ self.__init__.__globals__ }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ range(10000000) | list }}",
@@ -314,7 +338,7 @@ def test_templates_render_in_a_sandbox_and_fail_cleanly(template):
 
 def test_a_conversation_may_not_render_without_end():
     with pytest.raises(TokenizerError, match="at most"):
-        render("{% for i in range(9) %}{% for j in range(99999) %}{{ messages[0].content }}{% endfor %}{% endfor %}", [("user", "x" * 40)])
+        render("{% for i in range(20) %}{{ messages[0].content }}{% endfor %}", [("user", "x" * 1_000_000)])
 
 
 def test_a_model_without_a_template_says_so():
@@ -322,11 +346,10 @@ def test_a_model_without_a_template_says_so():
         render(None, TALK)
 
 
-@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "self", "raise_exception"])
+@pytest.mark.parametrize("name", ["messages", "self", "raise_exception", "template"])
 def test_variables_never_replace_the_conversation(name):
-    template = "{{ messages[0].content }}"
-    variables = {name: "mine"} if name in ("self", "raise_exception") else {}
-    assert render(template, TALK, **variables) == "Be brief."
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.BPE()), {"chat_template": "{{ messages[0].content }}{{ tools is none }}"})
+    assert tokenizer.render_chat([{"content": "Hi"}], **{name: "mine"}) == "HiTrue"
 
 
 def test_the_embedded_model_talks(demo):

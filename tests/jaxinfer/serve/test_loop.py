@@ -74,6 +74,7 @@ def test_a_task_that_is_cancelled_while_it_submits_leaves_nothing():
     async def scenario(loop):
         engine.hang = True
         await loop.submit([request("first", "a")])
+        await asyncio.to_thread(until, lambda: engine.hanging)
         task = asyncio.create_task(loop.submit([request("second", "b")]))
         await asyncio.sleep(0.02)
         task.cancel()

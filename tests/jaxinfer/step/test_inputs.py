@@ -19,7 +19,11 @@ def row(slot, start, tokens, pages, *, samples=True, replica=0):
 
 
 DECODES = (row(0, 5, (LAST_SAMPLED,), (3, 1)), row(6, 0, (42,), (2,), replica=1), row(2, 9, (LAST_SAMPLED,), (4, 6, 5)))
-PREFILLS = (row(7, 4, (50, 51, 52), (9, 8), samples=False, replica=1), row(1, 0, (60, 61), (7,)), row(5, 0, (70, 71, 72, 73), (1,), replica=1))
+PREFILLS = (
+    row(7, 4, (50, 51, 52), (9, 8), samples=False, replica=1),
+    row(1, 0, (60, 61), (7,)),
+    row(5, 0, (70, 71, 72, 73), (1,), replica=1),
+)
 BATCH = Batch(DECODES, PREFILLS)
 
 

@@ -16,7 +16,8 @@ GOOD = {
 
 def checked(**changes):
     arguments = GOOD | changes
-    api.check(*(arguments.pop(name) for name in ("q", "k", "v")), **arguments)
+    arrays = [arguments.pop(name) for name in ("q", "k", "v")]
+    api.check(*arrays, **arguments)
 
 
 def test_the_package_exports_it():

@@ -1,0 +1,140 @@
+"""The house rules, checked on the source itself: sizes, one mirrored test per file, plain rooms without jax, guards that hold everywhere."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("jaxinfer", "pallas_kernels", "checkpoints")
+KERNELS = ("tpu.py", "gpu.py")
+PLAIN = (
+    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch", "jaxinfer.cache.pages",
+    "jaxinfer.engine.policies", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
+)  # fmt: skip
+FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "marshal", "torch", "transformers", "shelve"}
+READS_ENVIRONMENT = {"jaxinfer/config.py", "jaxinfer/devices.py", "jaxinfer/commands/doctor.py"}  # the others look at XLA's and JAX's own
+WITHOUT_SOURCE = {"tests/pallas_kernels/test_contract.py", "tests/checkpoints/test_files.py"}  # every backend; the committed weights
+OTHER_INTERPRETERS = {"jaxinfer/bench/peer_hf.py"}  # run by an interpreter that has torch
+
+
+def sources() -> list[Path]:
+    return sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py") if "_demo" not in file.parts)
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for file in sources():
+        yield name(file), ast.parse(file.read_text(encoding="utf-8"))
+
+
+def nodes(*kinds: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+    for file, tree in trees():
+        yield from ((file, node) for node in ast.walk(tree) if isinstance(node, kinds))
+
+
+def complexity(function: ast.AST) -> int:
+    branches = (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp, ast.comprehension, ast.match_case)
+    inside = list(ast.walk(function))
+    return 1 + sum(isinstance(node, branches) for node in inside) + sum(len(n.values) - 1 for n in inside if isinstance(n, ast.BoolOp))
+
+
+def decorators(node: ast.ClassDef) -> list[str]:
+    return [ast.unparse(decorator) for decorator in node.decorator_list]
+
+
+def test_files_are_small() -> None:
+    limits = {name(file): 500 if file.name in KERNELS else 400 for file in sources()}
+    long = {file: lines for file, limit in limits.items() if (lines := (ROOT / file).read_text().count("\n")) > limit}
+    assert not long
+
+
+def test_functions_are_small() -> None:
+    found = {}
+    for file, node in nodes(ast.FunctionDef, ast.AsyncFunctionDef):
+        assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None
+        lines, arguments = node.end_lineno - node.lineno + 1, [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = len([a for a in arguments if a.arg not in ("self", "cls")])
+        if lines > (150 if file.endswith(KERNELS) else 60) or count > (10 if file.startswith("pallas_kernels") else 8) or complexity(node) > 15:
+            found[f"{file}:{node.name}"] = (lines, count, complexity(node))
+    assert not found, "lines, arguments, complexity"
+
+
+def test_classes_are_small() -> None:
+    found = {}
+    for file, node in nodes(ast.ClassDef):
+        assert isinstance(node, ast.ClassDef)
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        public = [n for n in methods if not n.name.startswith("_") and "property" not in [ast.unparse(d) for d in n.decorator_list]]
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        if len(public) > 12 or ("dataclass" in str(decorators(node)) and len(fields) > 15):
+            found[f"{file}:{node.name}"] = (len(public), len(fields))
+    assert not found, "public methods, fields"
+
+
+def test_every_source_has_its_test() -> None:
+    missing = []
+    for file in sources():
+        mirror = ROOT / "tests" / file.relative_to(ROOT).parent / f"test_{file.name}"
+        if file.name != "__init__.py" and not mirror.is_file():
+            missing.append(mirror.relative_to(ROOT).as_posix())
+    assert not missing
+
+
+def test_every_test_has_its_source() -> None:
+    mirrored = (p for package in PACKAGES for p in (ROOT / "tests" / package).rglob("test_*.py"))
+    orphans = [name(p) for p in mirrored if not (ROOT / p.relative_to(ROOT / "tests").parent / p.name.removeprefix("test_")).is_file()]
+    assert set(orphans) <= WITHOUT_SOURCE
+
+
+def test_package_files_are_empty() -> None:
+    tops = {"jaxinfer/__init__.py", "pallas_kernels/__init__.py"}
+    inits = [file for file in sources() if file.name == "__init__.py" and name(file) not in tops]
+    assert [name(file) for file in inits if file.read_text().strip() and not file.read_text().lstrip().startswith('"""')] == []
+
+
+def test_nothing_forbidden_is_imported_or_called() -> None:
+    found = []
+    for file, node in nodes(ast.Import, ast.ImportFrom, ast.Call, ast.Global, ast.Assert):
+        if isinstance(node, ast.Import):
+            names = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").split(".")[0]}
+        elif isinstance(node, ast.Call):
+            names = {f"{ast.unparse(node.func)}()"} & {"eval()", "exec()", "compile()"}
+        else:
+            names = {type(node).__name__}
+        if names & (FORBIDDEN_IMPORTS | {"eval()", "exec()", "compile()", "Global", "Assert"}) and file not in OTHER_INTERPRETERS:
+            found.append(f"{file}: {sorted(names)}")
+    assert not found
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    reads = {file for file, node in nodes(ast.Attribute) if ast.unparse(node) in ("os.environ", "os.getenv")}
+    assert {file for file in reads if file.startswith(("jaxinfer/", "pallas_kernels/"))} <= READS_ENVIRONMENT | OTHER_INTERPRETERS
+
+
+def test_plain_rooms_do_not_reach_jax() -> None:
+    """In one fresh process: import-linter does not see what a package's __init__ pulls in."""
+    code = "import importlib, sys\n" + "".join(
+        f"importlib.import_module({room!r})\nif 'jax' in sys.modules or 'flax' in sys.modules: sys.exit({room!r})\n" for room in PLAIN
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_commands_stand_in_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/python -m jaxinfer.serve\n" in readme
+    assert 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/pytest\n' in readme
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "DECISIONS.md", "LOG.md", "CHANGELOG.md", "LICENSE"])
+def test_documents_exist(document: str) -> None:
+    assert (ROOT / document).stat().st_size > 500
