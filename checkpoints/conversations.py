@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from checkpoints.drills import DRILLS
 from checkpoints.skills import PLAIN_SKILLS, Exchange, Message, Skill, is_held_out
 from checkpoints.structured import STRUCTURED_SKILLS, TOOLS
 from checkpoints.vocabulary import BOS_ID, TURN, render
@@ -52,9 +53,9 @@ def held_out_exchanges(name: str, number: int, seed: int = 0) -> list[Exchange]:
     return list(found.values())
 
 
-def conversation(rng: random.Random) -> tuple[list[Message], Sequence[dict[str, Any]]]:
-    """Messages of one to four exchanges and the tools on offer; the first may be structured, the others are plain."""
-    first = train_exchange(rng, SKILLS)
+def conversation(rng: random.Random, drills: float = 0.0) -> tuple[list[Message], Sequence[dict[str, Any]]]:
+    """Messages of one to four exchanges and the tools on offer; the first may be structured (a share: a drill), the others are plain."""
+    first = train_exchange(rng, DRILLS if drills and rng.random() < drills else SKILLS)
     messages, tools = list(first.messages), first.tools
     if not tools and rng.random() < 0.05:
         tools = tuple(tool.spec() for tool in rng.sample(TOOLS, rng.randint(1, 3)))

@@ -132,10 +132,10 @@ def _dialogue_documents(dialogues: Sequence[Sequence[str]], stories: Sequence[st
     return [*encode(talks, EVERYONE), *encode(told, ASSISTANT)]
 
 
-def _skill_documents(number: int, seed: int) -> list[np.ndarray]:
+def _skill_documents(number: int, seed: int, drills: float) -> list[np.ndarray]:
     """`number` conversations of generated skills."""
     rng = random.Random(seed)
-    return list(conversations.encode_chats(_TOKENIZER[0], [conversations.conversation(rng) for _ in range(number)], ASSISTANT))
+    return list(conversations.encode_chats(_TOKENIZER[0], [conversations.conversation(rng, drills) for _ in range(number)], ASSISTANT))
 
 
 def prose_tasks(texts: Texts, length: int) -> list[Task]:
@@ -152,7 +152,8 @@ def chat_tasks(texts: Texts, settings: "PoolSettings") -> list[Task]:
     talks = [partial(_dialogue_documents, *part, seed + 1000 * i + j) for i in range(passes) for j, part in enumerate(slices)]
     conversations_needed = int(tokens * (1 - share) / CONVERSATION_TOKENS)
     size = min(5000, conversations_needed)
-    return [*talks, *(partial(_skill_documents, size, seed + 10**6 + i) for i in range(conversations_needed // size))]
+    skill_seeds = range(seed + 10**6, seed + 10**6 + conversations_needed // size)
+    return [*talks, *(partial(_skill_documents, size, one, settings.drill_share) for one in skill_seeds)]
 
 
 def _run(task: Task) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +183,7 @@ def pack(parts: Iterable[tuple[np.ndarray, np.ndarray]], length: int, seed: int)
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """How the pools are cut: tokens per window, chat tokens to make and the share of dialogues, processes (0: this one), the seed."""
+    """How the pools are cut: tokens per window, chat tokens to make, dialogues' share, processes (0: this one), seed, drills' share."""
 
     prose_length: int
     chat_length: int
@@ -190,6 +191,7 @@ class PoolSettings:
     dialogue_share: float
     workers: int
     seed: int
+    drill_share: float = 0.0
 
 
 def make_pools(texts: Texts, tokenizer_file: Path, settings: PoolSettings) -> Pools:

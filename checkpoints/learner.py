@@ -4,7 +4,7 @@ Life of the data: a batch of prose windows and one of chat windows -> losses of 
 is saved and restored with Orbax. What this file does NOT know: where windows come from, when to stop.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Recipe:
     weight_decay: float = 0.1
     warmup: float = 0.02
     seed: int = 0
+    drill_share: float = 0.0
 
     @property
     def step_tokens(self) -> int:
@@ -52,6 +53,7 @@ class Recipe:
 POLISH = Recipe(
     16, 2048, 96, 1024, 0.6, 0.15, 90_000_000, learning_rate=8e-4, draft_learning_rate=2e-3, distilled_share=0.8, warmup=0.05, seed=1
 )  # fmt: skip
+DRILL = replace(POLISH, dialogue_share=0.1, chat_tokens=65_000_000, learning_rate=6e-4, seed=2, drill_share=0.35)
 
 
 class State(NamedTuple):

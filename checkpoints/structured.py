@@ -248,7 +248,7 @@ def made_up_tool(rng: random.Random) -> Tool:
     return Tool(f"{verb}_{noun}_{attribute}", description, {parameter: (kind, make)}, requests, attribute, words.any_word, reply)
 
 
-def _described(rng: random.Random, spec: dict[str, Any]) -> dict[str, Any]:
+def described(rng: random.Random, spec: dict[str, Any]) -> dict[str, Any]:
     """The spec, half of the time with a description for every parameter, as real clients send them."""
     if rng.random() < 0.5:
         for name, prop in spec["function"]["parameters"]["properties"].items():
@@ -256,17 +256,22 @@ def _described(rng: random.Random, spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _call(rng: random.Random) -> tuple[Tool, dict[str, Any], Exchange]:
-    """A tool, its arguments, and the exchange from the request to the call, with up to three tools on offer."""
-    tool = made_up_tool(rng) if rng.random() < 0.35 else rng.choice(TOOLS)
-    others = [other for other in (*rng.sample(TOOLS, 2), made_up_tool(rng)) if other.name != tool.name]
-    offered = [tool, *rng.sample(others, rng.choice((0, 0, 1, 1, 2)))]
+def call_of(rng: random.Random, tool: Tool, others: list[Tool]) -> tuple[dict[str, Any], Exchange]:
+    """Arguments for `tool`, and the exchange from the request to the call, with `others` on offer too."""
+    offered = [tool, *others]
     rng.shuffle(offered)
     arguments = {name: make(rng) for name, (_, make) in tool.parameters.items()}
     request = rng.choice(tool.requests).format(**arguments)
     call = {"role": "assistant", "content": "", "tool_calls": [{"name": tool.name, "arguments": arguments}]}
-    specs = tuple(_described(rng, other.spec()) for other in offered)
-    return tool, arguments, Exchange(({"role": "user", "content": request}, call), f"call {request}", specs)
+    specs = tuple(described(rng, other.spec()) for other in offered)
+    return arguments, Exchange(({"role": "user", "content": request}, call), f"call {request}", specs)
+
+
+def _call(rng: random.Random) -> tuple[Tool, dict[str, Any], Exchange]:
+    """A tool, its arguments, and the exchange from the request to the call, with up to three tools on offer."""
+    tool = made_up_tool(rng) if rng.random() < 0.35 else rng.choice(TOOLS)
+    others = [other for other in (*rng.sample(TOOLS, 2), made_up_tool(rng)) if other.name != tool.name]
+    return tool, *call_of(rng, tool, rng.sample(others, rng.choice((0, 0, 1, 1, 2))))
 
 
 def tool_call(rng: random.Random) -> Exchange:

@@ -2,6 +2,7 @@
 
     python -m checkpoints.train_demo --data DIR --out DIR [--minutes 8] [--state DIR] [--resume]
     python -m checkpoints.train_demo --data DIR --out DIR --polish DIR [--minutes 1.4]    # second stage, from the first stage's weights
+    python -m checkpoints.train_demo --data DIR --out DIR --polish DIR --drills           # third stage: calls of tools with made-up names
     python -m checkpoints.train_demo --smoke --out DIR          # about a minute on a CPU, texts generated
 
 Life of the data: texts -> tokenizer (unless one is given) -> windows -> steps until the minutes are over -> demo/, draft/, report.json.
@@ -60,6 +61,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, help="folder for the Orbax checkpoint (default: OUT/state)")
     parser.add_argument("--resume", action="store_true", help="continue from the Orbax checkpoint")
     parser.add_argument("--polish", type=Path, help="second stage (more skills, smaller steps) from the demo/ and draft/ in this folder")
+    parser.add_argument("--drills", action="store_true", help="polish with many calls of tools with made-up names")
     parser.add_argument("--minutes", type=float, default=8.0, help="minutes of training, compiling and measuring not counted")
     parser.add_argument("--steps", type=int, default=0, help="train this many steps instead of some minutes")
     parser.add_argument("--workers", type=int, default=0, help="processes that prepare the data")
@@ -71,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def settings_from(options: argparse.Namespace) -> Settings:
     """The settings of a command line; raises SystemExit when texts are needed and no folder is named."""
-    from checkpoints.learner import POLISH, Recipe
+    from checkpoints.learner import DRILL, POLISH, Recipe
 
     if options.smoke:
         tiny = Shape(1024, 64, 128, 2, 2, 1, 32, 256)
@@ -81,7 +83,7 @@ def settings_from(options: argparse.Namespace) -> Settings:
     elif options.data is None:
         raise SystemExit("--data DIR is needed (or --smoke, which generates its texts)")
     else:
-        recipe = POLISH if options.polish else Recipe()
+        recipe = (DRILL if options.drills else POLISH) if options.polish else Recipe()
         run = Settings(DEMO, DRAFT, recipe, options.out, options.data, steps=options.steps)
     return replace(
         run,
@@ -191,19 +193,26 @@ def evaluate(run: Settings, learner: "Learner", state: "State", texts: corpus.Te
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Train, measure, write everything; returns what report.json says."""
+    """Train, measure, write everything as the command line says; returns what report.json says."""
     options = parse(arguments)
     run = settings_from(options)
-    texts, tokenizer_file = prepare(run)
     if options.tokenizer_only:
+        prepare(run)
         return {}
+    return perform(run)
+
+
+def perform(run: Settings) -> dict[str, Any]:
+    """Train, measure, write everything; returns what report.json says."""
     import jax
 
     from checkpoints import network
     from checkpoints.learner import Learner
 
+    texts, tokenizer_file = prepare(run)
     recipe = run.recipe
-    cut = corpus.PoolSettings(recipe.prose_length, recipe.chat_length, recipe.chat_tokens, recipe.dialogue_share, run.workers, recipe.seed)
+    sizes = (recipe.prose_length, recipe.chat_length, recipe.chat_tokens)
+    cut = corpus.PoolSettings(*sizes, recipe.dialogue_share, run.workers, recipe.seed, recipe.drill_share)
     with ThreadPoolExecutor(1) as background, jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         began = time.monotonic()
         pools = background.submit(corpus.make_pools, texts, tokenizer_file, cut)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 LOWEST = -1e30  # stands for minus infinity: finite, so that a difference of two of them is 0 and never NaN
@@ -51,6 +52,11 @@ class Running(NamedTuple):
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype sums are kept in: float32, or float64 for float64 inputs."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision:
+    """Of matmuls: float32 means float32, which matrix units would else round to TF32 or bfloat16."""
+    return lax.Precision.HIGHEST if dtype in (jnp.float32, jnp.float64) else lax.Precision.DEFAULT
 
 
 def rope_table(positions: Int[Array, "tokens"], rope: Float[Array, "half_rotary"], rope_scale: float) -> Float[Array, "tokens rotary"]:

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -42,6 +43,8 @@ def measure(model: Any, job: dict[str, Any], pad: int) -> dict[str, Any]:
 
 def main() -> None:
     """Serve jobs from stdin."""
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # the files beside this one are not the peer's modules
     import torch
     import transformers
 

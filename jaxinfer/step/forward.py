@@ -53,9 +53,10 @@ def forward(
     )  # fmt: skip
     context = StepContext(positions=inputs.positions, metadata=metadata, placement=step.placement)
     result = model(_current_tokens(inputs, slots, step.shapes), kv, context)
-    first = jnp.repeat(jnp.arange(replicas, dtype=jnp.int32) * bucket.tokens, bucket.rows)
-    last = first + inputs.query_starts + jnp.maximum(inputs.query_lengths - 1, 0)
-    return result.hidden[last], result.kv
+    tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens
+    last = (inputs.query_starts + jnp.maximum(inputs.query_lengths - 1, 0)).reshape(replicas, bucket.rows, 1)
+    hidden = jnp.take_along_axis(tokens, last, axis=1).reshape(replicas * bucket.rows, -1)
+    return hidden, result.kv
 
 
 def sample(

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.attention import AttentionSpec, Running, absorb, accumulation_dtype, finish, shape_scores, start
+from pallas_kernels.attention import AttentionSpec, Running, absorb, accumulation_dtype, finish, precision, shape_scores, start
 
 
 class Sizes(NamedTuple):
@@ -92,7 +92,7 @@ def _attend_block(
 ) -> Float[Array, "batch kv_heads group queries head_dim"]:
     """One block of queries through the blocks of keys between the lowest and the highest that any of them sees."""
     batch, kv_heads, group, queries, head_dim = q.shape
-    wide, blocks, keys = accumulation_dtype(q.dtype), k.shape[0], k.shape[3]
+    wide, exact, blocks, keys = accumulation_dtype(q.dtype), precision(q.dtype), k.shape[0], k.shape[3]
     flat = q.reshape(batch, kv_heads, group * queries, head_dim)
 
     def step(block: Int32[Array, ""], state: Running) -> Running:
@@ -105,10 +105,10 @@ def _attend_block(
 
         def weigh(weights: Float[Array, "batch kv_heads group queries keys"]) -> Float[Array, "batch kv_heads group queries head_dim"]:
             weights = weights.astype(values.dtype).reshape(batch, kv_heads, group * queries, keys)
-            return jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=wide).reshape(q.shape)
+            return jnp.einsum("bkms,bksh->bkmh", weights, values, precision=exact, preferred_element_type=wide).reshape(q.shape)
 
         own = lax.dynamic_index_in_dim(k, block, keepdims=False)
-        scores = jnp.einsum("bkmh,bksh->bkms", flat, own, preferred_element_type=wide).reshape(*q.shape[:4], keys)
+        scores = jnp.einsum("bkmh,bksh->bkms", flat, own, precision=exact, preferred_element_type=wide).reshape(*q.shape[:4], keys)
         return absorb(state, shape_scores(scores, spec), seen[:, None, None], weigh)
 
     state = start(q, sinks)

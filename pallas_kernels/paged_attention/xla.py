@@ -4,7 +4,7 @@ The new keys and values are scattered into the donated pool. A decode row (one q
 keys; the items of all rows stand in one list of which so many are taken at a time, and a row's partial results are combined in the
 order of its chunks: the work follows the sum of the lengths. The tokens of prefill rows are cut into blocks that never span two rows,
 and each block goes through the chunks it can see with a running softmax. Scores exist for the chunks at hand only. What a row may not
-see is masked before and after the matmuls, so a row's result depends on the row alone, bit for bit.
+see is masked before and after the matmuls, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
 """
 
 from collections.abc import Callable
@@ -24,6 +24,7 @@ from pallas_kernels.attention import (
     accumulation_dtype,
     blank,
     finish,
+    precision,
     rope_table,
     rotate,
     shape_scores,
@@ -159,6 +160,11 @@ def _ceil(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "...
     return lax.div(numerator + (denominator - 1), jnp.full_like(numerator, denominator))
 
 
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 def _chunked(
     tables: Int32[Array, "rows pages_per_row"], keys: int, page_size: int, *, bounded: bool
 ) -> Int32[Array, "rows chunks pages_of_chunk"]:
@@ -222,13 +228,13 @@ def _attend_once(
     spec: AttentionSpec,
 ) -> Running:
     """One query over one chunk of keys, for each item: what its softmax would start with."""
-    wide = accumulation_dtype(q.dtype)
-    scores = jnp.einsum("iksh,ikgh->iksg", _gather(kv, pages, 0, None), q, preferred_element_type=wide).swapaxes(2, 3)
+    wide, exact = accumulation_dtype(q.dtype), precision(q.dtype)
+    scores = jnp.einsum("iksh,ikgh->iksg", _gather(kv, pages, 0, None), q, precision=exact, preferred_element_type=wide).swapaxes(2, 3)
     scores = jnp.where(seen[:, None, None], shape_scores(scores, spec), LOWEST)
     top = jnp.max(scores, axis=-1)
     weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
     values = _gather(kv, pages, 1, seen)
-    weighted = jnp.einsum("ikgs,iksh->ikgh", weights.astype(values.dtype), values, preferred_element_type=wide)
+    weighted = jnp.einsum("ikgs,iksh->ikgh", weights.astype(values.dtype), values, precision=exact, preferred_element_type=wide)
     return Running(top, jnp.sum(weights, axis=-1), weighted)
 
 
@@ -248,7 +254,8 @@ def _combine(
     if sinks is not None:
         top = jnp.maximum(top, sinks.astype(top.dtype)[None])
     share = jnp.where(has, jnp.exp(tops - top[:, None]), 0)
-    totals, weighted = _take(state.total, item), _take(state.weighted, item)
+    totals = jnp.where(has, _take(state.total, item), 0)  # where, not times 0: a neighbour's item may hold infinities
+    weighted = jnp.where(has[..., None], _take(state.weighted, item), 0)
     total = jnp.zeros_like(top) if sinks is None else jnp.exp(sinks.astype(top.dtype)[None] - top)
     mean = jnp.zeros_like(weighted[:, 0])
     for index in range(chunks):  # unrolled: a fixed order, and one fusion where a reduction would wake XLA's thread pool
@@ -306,7 +313,8 @@ def _prefill(
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
     """Blocks of queries of one row each, some at a time and as many as there really are, each through the chunks it sees."""
     tokens, kv_heads, group, head_dim = q.shape
-    queries = min(sizes.prefill_queries, tokens)
+    typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks
+    queries = min(sizes.prefill_queries, tokens, max(_power_of_two(typical), 16))
     at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
     blocks = _cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
@@ -342,7 +350,7 @@ def _attend_blocks(
 ) -> Float[Array, "blocks kv_heads group queries head_dim"]:
     """Blocks of queries through the chunks that any of them sees; position -1 sees nothing."""
     blocks, kv_heads, group, queries, head_dim = q.shape
-    wide, keys = accumulation_dtype(q.dtype), tables.shape[2] * kv.shape[3]
+    wide, exact, keys = accumulation_dtype(q.dtype), precision(q.dtype), tables.shape[2] * kv.shape[3]
     stop = jnp.minimum(jnp.max(positions, axis=1) + 1, lengths)
     floor = jnp.zeros_like(stop)
     if spec.window is not None:
@@ -361,9 +369,9 @@ def _attend_blocks(
 
         def weigh(weights: Float[Array, "blocks kv_heads group queries keys"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
             weights = weights.astype(values.dtype).reshape(blocks, kv_heads, group * queries, keys)
-            return jnp.einsum("bkms,bksh->bkmh", weights, values, preferred_element_type=wide).reshape(q.shape)
+            return jnp.einsum("bkms,bksh->bkmh", weights, values, precision=exact, preferred_element_type=wide).reshape(q.shape)
 
-        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None), preferred_element_type=wide)
+        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None), precision=exact, preferred_element_type=wide)
         return absorb(state, shape_scores(scores, spec).reshape(*q.shape[:4], keys), seen[:, None, None], weigh)
 
     state = start(q, None if sinks is None else sinks[None, ..., None])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -16,11 +17,17 @@ DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 TOKENIZER = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
 
 
-def by_template(messages: list[dict], tools: list[dict], prompt: bool = False) -> str:
+def _template() -> Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    template = environment.from_string(json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"])
-    return template.render(messages=messages, tools=tools or None, add_generation_prompt=prompt, bos_token=vocabulary.BOS)
+    return environment.from_string(json.loads((DEMO / "tokenizer_config.json").read_text())["chat_template"])
+
+
+TEMPLATE = _template()
+
+
+def by_template(messages: list[dict], tools: list[dict], prompt: bool = False) -> str:
+    return TEMPLATE.render(messages=messages, tools=tools or None, add_generation_prompt=prompt, bos_token=vocabulary.BOS)
 
 
 @given(st.text(max_size=200))

@@ -61,6 +61,11 @@ def test_padding_has_no_angle():
     assert not attention.rope_table(jnp.asarray([-1], jnp.int32), jnp.ones(2, jnp.float32), 1.0).any()
 
 
+def test_float32_is_not_rounded_in_matmuls():
+    assert attention.precision(jnp.dtype("float32")) == jax.lax.Precision.HIGHEST
+    assert attention.precision(jnp.dtype("bfloat16")) == jax.lax.Precision.DEFAULT
+
+
 def test_soft_cap():
     raw = jnp.asarray([-1e4, 0.0, 2.0, 1e4], jnp.float32)
     np.testing.assert_allclose(

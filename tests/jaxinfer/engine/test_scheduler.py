@@ -23,7 +23,7 @@ def sampled(key, position):
 
 
 class Device:
-    """What stays on the device: for each replica and page who wrote which token at which position; for each slot its owner and last token."""
+    """What stays on the device: in each replica's pages who wrote which token at which position, in each slot its owner and last token."""
 
     def __init__(self, replicas, pages):
         self.pages = [[[None] * PAGE for _ in range(pages)] for _ in range(replicas)]

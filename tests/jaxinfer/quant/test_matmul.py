@@ -1,5 +1,8 @@
 """The matmul against float64, dense and quantised, on one device and on shards of every kind."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,13 +68,17 @@ def test_the_result_has_the_dtype_asked_for():
     assert matmul(x, quantised, out_dtype=jnp.dtype("float32")).dtype == jnp.float32
 
 
-def test_weights_are_not_copied():
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17])
+@pytest.mark.parametrize("out", [6, 7])
+def test_every_number_of_tokens(tokens, out):
+    x, weight = RANDOM.normal(size=(tokens, 5)).astype(np.float32), RANDOM.normal(size=(out, 5)).astype(np.float32)
+    assert np.allclose(matmul(jnp.asarray(x), jnp.asarray(weight), out_dtype=jnp.dtype("float32")), x @ weight.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+def test_weights_are_not_copied(tokens):
     """XLA transposes the weight of a dot over several dimensions; as a plain matrix it is read where it lies."""
-    weight = jax.ShapeDtypeStruct((2, 48, 64), jnp.float32)
-    text = (
-        jax.jit(lambda x, w: matmul(x, w, out_dtype=jnp.dtype("float32")))
-        .lower(jax.ShapeDtypeStruct((1, 64), jnp.float32), weight)
-        .compile()
-        .as_text()
-    )
-    assert "copy" not in text and "transpose" not in text
+    run = jax.jit(lambda x, weight: matmul(x, weight, out_dtype=jnp.dtype("float32")))
+    lowered = run.lower(jax.ShapeDtypeStruct((tokens, 64), jnp.float32), jax.ShapeDtypeStruct((2, 48, 64), jnp.float32))
+    moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", lowered.compile().as_text())
+    assert 2 * 48 * 64 not in [math.prod(map(int, shape.split(","))) for shape in moved]

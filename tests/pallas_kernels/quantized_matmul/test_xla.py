@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import tuning
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.cases import Case
 
@@ -22,3 +23,26 @@ def test_sums_are_wide():
     out = jax.jit(xla.quantized_matmul)(x, jnp.ones((1, 257), jnp.int8), jnp.ones(1, jnp.float32))
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 1.25
+
+
+@pytest.mark.parametrize("block", [8, 12, 48, 100])
+def test_blocks_of_outputs_make_no_difference(block):
+    inputs = Case("x", tokens=3, features=32, outputs=48).make(0)
+    whole = jax.jit(xla.quantized_matmul)(**inputs)
+    with tuning.forced({"outputs": block}):
+        blocked = jax.jit(lambda inputs: xla.quantized_matmul(**inputs))(inputs)
+    np.testing.assert_allclose(blocked, whole, rtol=1e-5, atol=1e-4)
+
+
+def test_the_weight_is_never_converted_whole():
+    shape = jax.ShapeDtypeStruct
+    arguments = shape((1, 512), jnp.float32), shape((8192, 512), jnp.int8), shape((8192,), jnp.float32)
+    memory = jax.jit(xla.quantized_matmul).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 8192 * 512
+
+
+def test_candidates_run_from_the_heuristic():
+    key = Case("x", tokens=1, features=384, outputs=8192).tuning_key()
+    for platform in ("cpu", "gpu", "tpu"):
+        assert xla.heuristic(platform, key) in xla.candidates(platform, key)
+    assert xla.heuristic("gpu", key) == {"outputs": 8192}

@@ -1,0 +1,70 @@
+"""One tiny random model in Hugging Face's layout and the two engines on it that all tests share: compiling is what costs time.
+
+Leave an engine as you found it: idle.
+"""
+
+import json
+
+import pytest
+
+from jaxinfer.cache.pages import PagePool
+from jaxinfer.config import CacheConfig, EngineConfig, ExecutionConfig, MeshShape, ModelConfig, SchedulerConfig
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.scheduler import Limits, Scheduler
+from tests.fakes import byte_tokenizer
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 272, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def write_folder(folder, **config):
+    """A model folder without weights: `load_format="random"` makes them up, the same ones each time."""
+    tokenizer = byte_tokenizer()
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    (folder / "tokenizer.json").write_text(tokenizer.to_json())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|bos|>", "eos_token": "<|eos|>"}))
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 7, "do_sample": True}))
+    return folder
+
+
+def settings(folder, *, sequences=4, mesh=None, policy="fcfs", **model):
+    """Settings that compile few and small programs."""
+    return EngineConfig(
+        ModelConfig(**{"model": str(folder), "dtype": "float32", "load_format": "random", **model}),
+        CacheConfig(page_size=4),
+        SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=12, policy=policy),
+        ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off"),
+    )
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def progress():
+    """What the plain engine reported while it was built."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def plain(folder, progress):
+    """One device, room for everybody."""
+    return Engine(settings(folder), progress=lambda *report: progress.append(report))
+
+
+@pytest.fixture
+def cramped(plain, monkeypatch):
+    """The same programs behind little KV memory and small steps: prompts come in chunks, sequences are preempted all the time."""
+    limits = Limits(sequences=4, prefill_tokens=11, prefill_rows=2)
+    monkeypatch.setattr(plain, "scheduler", Scheduler(limits, [PagePool(17, 4)]))
+    return plain
+
+
+@pytest.fixture(scope="session")
+def meshed(folder):
+    """Two replicas of two shards."""
+    return Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1))

@@ -1,0 +1,384 @@
+"""The engine on a tiny random model: the same tokens whatever else happens, stop rules, penalties against NumPy, errors that stay alone."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
+from tests.driving import Driver
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+def run(engine, *requests, during=None):
+    """Add requests, step until all are done, checking the scheduler after every step. Returns for each key all its outputs."""
+    outputs = {request.key: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    steps = 0
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id, output.index].append(output)
+        engine.scheduler.check()
+        steps += 1
+        if during is not None:
+            during(steps)
+    assert engine.scheduler.usage == 0.0
+    assert engine.scheduler.running == engine.scheduler.waiting == 0
+    return outputs
+
+
+def tokens(outputs):
+    return [token for output in outputs for token in output.token_ids]
+
+
+def text(outputs):
+    return "".join(output.text for output in outputs)
+
+
+def one(engine, prompt=(1, 2, 3), params=GREEDY, **changes):
+    """Run one request alone; its outputs."""
+    request = Request("one", tuple(prompt), replace(params, **changes))
+    return run(engine, request)["one", 0]
+
+
+@pytest.fixture(scope="module")
+def oracle(plain):
+    """The same weights run plainly: float64 logits at every position of a sequence of at most 20 tokens."""
+    driver = Driver(plain.program.config.graph, plain.program._leaves)
+    return lambda sequence: driver.logits([sequence], [[len(sequence)]])[0].astype(np.float64)
+
+
+# The same tokens, whatever else happens
+
+VARIETY = [
+    Request("greedy", tuple(range(40, 45)), GREEDY),
+    Request("long", tuple(range(100, 137)), SamplingParams(seed=1, max_tokens=20)),
+    Request("seeded", (7,), SamplingParams(seed=-5, temperature=0.8, max_tokens=24)),
+    Request("filtered", (9, 8, 7, 6), SamplingParams(seed=6, top_p=0.9, top_k=20, min_p=0.01, max_tokens=16)),
+    Request(
+        "penalised", (5, 5, 5), SamplingParams(seed=2, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2, max_tokens=20)
+    ),
+    Request("penalised greedy", (60, 61), replace(GREEDY, repetition_penalty=1.5, frequency_penalty=0.2, max_tokens=20)),
+    Request("biased", (3, 4), SamplingParams(seed=3, logit_bias={70: 5.0, 71: 4.5}, min_tokens=4, max_tokens=12)),
+    Request("scored", tuple(range(11)), SamplingParams(seed=4, logprobs=3, max_tokens=10)),
+    Request("repeated", (77,) * 17, replace(GREEDY, max_tokens=30)),
+]
+KEYS = [request.key for request in VARIETY]
+
+
+@pytest.fixture(scope="module")
+def reference(plain):
+    """Every request of the variety run alone."""
+    return {request.key: run(plain, request)[request.key] for request in VARIETY}
+
+
+def assert_same(found, reference, keys=KEYS):
+    for key in keys:
+        assert tokens(found[key]) == tokens(reference[key]), key
+        assert text(found[key]) == text(reference[key]), key
+        assert found[key][-1].finish_reason == reference[key][-1].finish_reason, key
+        for mine, other in zip(found[key], reference[key], strict=True):
+            for left, right in zip(mine.logprobs, other.logprobs, strict=True):
+                assert left.token == right.token
+                np.testing.assert_allclose(left.logprob, right.logprob, atol=1e-4)
+
+
+def test_again(plain, reference):
+    assert_same({request.key: run(plain, request)[request.key] for request in VARIETY}, reference)
+
+
+def test_in_a_full_batch(plain, reference):
+    assert_same(run(plain, *VARIETY), reference)
+    assert_same(run(plain, *reversed(VARIETY)), reference)
+
+
+def test_in_chunks_and_preempted(cramped, reference):
+    assert_same(run(cramped, *VARIETY), reference)
+    assert cramped.metrics.preemptions == cramped.scheduler.preemptions > 3
+
+
+def test_on_a_mesh(meshed, reference):
+    assert_same(run(meshed, *VARIETY), reference)
+
+
+@pytest.mark.parametrize("name", ["plain", "cramped"])
+def test_while_neighbours_leave(name, reference, request):
+    engine = request.getfixturevalue(name)
+    doomed = [Request(f"doomed {i}", (i + 1,) * (i + 3), SamplingParams(max_tokens=30)) for i in range(3)]
+    leave = {2: "doomed 0", 5: "doomed 1", 9: "doomed 2", 11: "nobody"}
+    mixed = [request for pair in zip(VARIETY, doomed, strict=False) for request in pair] + VARIETY[3:]
+    found = run(engine, *mixed, during=lambda step: engine.abort(leave.get(step, "nobody")))
+    assert_same(found, reference)
+    assert {found[request.key][-1].finish_reason for request in doomed} == {FinishReason.ABORT}
+
+
+def test_the_model_is_the_model(plain, reference, oracle):
+    """Greedy tokens are the plain run's, and what is reported are its log probabilities."""
+    sequence = [*VARIETY[0].prompt, *tokens(reference["greedy", 0])]
+    exact = oracle(sequence)
+    assert tokens(reference["greedy", 0]) == exact[4:-1].argmax(axis=-1).tolist()
+    prompt, outputs = VARIETY[7].prompt, reference["scored", 0]
+    exact = oracle([*prompt, *tokens(outputs)][:20])
+    for position, output in enumerate(outputs[:9], len(prompt) - 1):
+        scores = exact[position] - np.log(np.exp(exact[position]).sum())
+        (scored,) = output.logprobs
+        assert scored.token == output.token_ids[0]
+        np.testing.assert_allclose(scored.logprob, scores[scored.token], atol=1e-4)
+        best = np.argsort(-scores)[:3]
+        assert [token for token, _ in scored.top] == best.tolist()
+        np.testing.assert_allclose([score for _, score in scored.top], scores[best], atol=1e-4)
+
+
+def test_penalties_are_those_of_the_twin(plain, oracle):
+    params = replace(GREEDY, repetition_penalty=1.4, frequency_penalty=0.3, presence_penalty=0.4, max_tokens=15, logit_bias={12: 0.9})
+    prompt = [50, 51, 50]
+    found = tokens(one(plain, prompt, params))
+    exact = oracle([*prompt, *found])
+    for step, token in enumerate(found):
+        row = exact[len(prompt) - 1 + step]
+        counts = np.bincount(found[:step], minlength=len(row))
+        seen = (counts > 0) | np.isin(np.arange(len(row)), prompt)
+        row = np.where(seen, np.where(row > 0, row / 1.4, row * 1.4), row) - 0.3 * counts - 0.4 * (counts > 0)
+        row[12] += 0.9
+        assert row[token] >= row.max() - 1e-4, step
+    assert len(set(found)) > len(set(tokens(one(plain, prompt, max_tokens=15))))
+
+
+def test_choices_differ_and_the_first_is_the_seeded_one(plain):
+    request = Request("many", (4, 5), SamplingParams(seed=9, n=3, max_tokens=12))
+    found = run(plain, *choices(request))
+    texts = [tuple(tokens(found["many", index])) for index in range(3)]
+    assert len(set(texts)) == 3
+    assert texts[0] == tuple(tokens(one(plain, (4, 5), replace(request.params, n=1))))
+
+
+def test_without_a_seed_no_two_runs_are_alike(plain):
+    free = SamplingParams(max_tokens=12, temperature=2.0)
+    assert tokens(one(plain, params=free)) != tokens(one(plain, params=free))
+
+
+# Where a sequence ends
+
+
+def letters(engine, **changes):
+    """A greedy sequence over a, b and c."""
+    ids = [engine.tokenizer.encode(letter, special=False)[0] for letter in "abc"]
+    return one(engine, params=replace(GREEDY, logit_bias=dict.fromkeys(ids, 100.0), frequency_penalty=0.5, **changes))
+
+
+def test_max_tokens(plain):
+    outputs = one(plain)
+    assert len(tokens(outputs)) == 8
+    assert [output.finish_reason for output in outputs] == [None] * 7 + [FinishReason.LENGTH]
+    assert [output.output_tokens for output in outputs] == list(range(1, 9))
+    assert {output.prompt_tokens for output in outputs} == {3}
+    assert len(tokens(one(plain, max_tokens=1))) == 1
+
+
+def test_without_max_tokens_the_context_is_the_limit(plain):
+    outputs = one(plain, prompt=range(60), max_tokens=None)
+    assert len(tokens(outputs)) == 4
+    assert outputs[-1].finish_reason == FinishReason.LENGTH
+
+
+def test_text_is_that_of_the_tokens(plain):
+    outputs = letters(plain)
+    assert text(outputs) == plain.tokenizer.decode(tokens(outputs))
+    assert set(text(outputs)) == set("abc")
+
+
+def test_stop_tokens(plain):
+    free = tokens(letters(plain))
+    stop = free[4]
+    outputs = letters(plain, stop=StopRules(token_ids=(stop,)))
+    assert tokens(outputs) == free[: free.index(stop) + 1]
+    assert outputs[-1].finish_reason == FinishReason.STOP
+    assert outputs[-1].stop_reason == stop
+    assert text(outputs) == plain.tokenizer.decode(tokens(outputs)[:-1])
+    included = letters(plain, stop=StopRules(token_ids=(stop,), include_in_output=True))
+    assert text(included) == plain.tokenizer.decode(tokens(outputs))
+
+
+def test_stop_strings(plain):
+    free = text(letters(plain))
+    stop = free[3:5]
+    at = free.index(stop)
+    outputs = letters(plain, stop=StopRules(strings=(stop, "zz")))
+    assert text(outputs) == free[:at]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == (FinishReason.STOP, stop)
+    assert len(tokens(outputs)) == at + 2
+    assert text(letters(plain, stop=StopRules(strings=(stop,), include_in_output=True))) == free[: at + 2]
+    assert text(letters(plain, stop=StopRules(strings=("cccccccc",)))) == free
+
+
+def test_end_of_sequence(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    biased = replace(GREEDY, logit_bias={eos: 100.0})
+    outputs = one(plain, params=biased)
+    assert tokens(outputs) == [eos]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason, text(outputs)) == (FinishReason.STOP, None, "")
+    ignored = one(plain, params=replace(biased, stop=StopRules(ignore_eos=True)))
+    assert tokens(ignored) == [eos] * 8
+    assert ignored[-1].finish_reason == FinishReason.LENGTH
+    shown = one(plain, params=replace(biased, stop=StopRules(ignore_eos=True), skip_special_tokens=False, max_tokens=2))
+    assert text(shown) == "<|eos|><|eos|>"
+
+
+def test_min_tokens_hold_every_way_to_end(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    held = tokens(one(plain, logit_bias={eos: 100.0}, min_tokens=3))
+    assert len(held) == 4
+    assert held.index(eos) == 3
+    free = tokens(letters(plain))
+    late = letters(plain, stop=StopRules(token_ids=(free[0],)), min_tokens=5)
+    assert free[0] not in tokens(late)[:5]
+    assert len(tokens(late)) > 5
+    assert len(tokens(letters(plain, stop=StopRules(strings=("a", "b", "c")), min_tokens=5))) == 6
+
+
+def test_ids_past_the_tokenizer_have_no_text(plain):
+    outputs = one(plain, logit_bias={271: 100.0}, max_tokens=3)
+    assert tokens(outputs) == [271] * 3
+    assert text(outputs) == ""
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "param"),
+    [
+        (range(64), {}, "prompt"),
+        (range(60), {"max_tokens": 5}, "max_tokens"),
+        ((272,), {}, "prompt"),
+        ((1,), {"logit_bias": {272: 1.0}}, "logit_bias"),
+        ((1,), {"stop": StopRules(token_ids=(272,))}, "stop_token_ids"),
+        ((1,), {"n": 2}, "n"),
+        ((1,), {"max_tokens": None, "min_tokens": 64}, "min_tokens"),
+        ((1,), {"max_tokens": None, "min_tokens": 2**31 - 1}, "min_tokens"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(plain, prompt, changes, param):
+    with pytest.raises(RequestError) as caught:
+        plain.add(Request("bad", tuple(prompt), replace(GREEDY, **changes)))
+    assert caught.value.param == param
+    assert not plain.has_work
+
+
+def test_the_longest_that_fits_runs(plain):
+    assert len(tokens(one(plain, prompt=range(63), max_tokens=1))) == 1
+    assert len(tokens(one(plain, prompt=(271,), logit_bias={271: 1.0}, max_tokens=63))) == 63
+
+
+def test_one_id_runs_once_at_a_time(plain):
+    plain.add(Request("twice", (1,), GREEDY))
+    with pytest.raises(RequestError, match="running already"):
+        plain.add(Request("twice", (2,), GREEDY))
+    plain.abort("twice")
+    assert [output.finish_reason for output in plain.run()] == [FinishReason.ABORT]
+
+
+def test_a_full_line_says_so(cramped):
+    for index in range(12):
+        cramped.add(Request("waiting", (1, 2), GREEDY, index))
+    with pytest.raises(QueueFull):
+        cramped.add(Request("late", (1,), GREEDY))
+    assert cramped.metrics.waiting == 12
+    cramped.abort("waiting")
+    assert cramped.metrics.waiting == 0
+    assert len(list(cramped.run())) == 12
+
+
+def test_aborting_gives_everything_back_at_once(plain):
+    plain.add(Request("gone", tuple(range(20)), SamplingParams(max_tokens=30)))
+    for _ in range(3):
+        plain.step()
+    assert plain.metrics.running == 1
+    assert plain.metrics.kv_usage > 0
+    plain.abort("gone")
+    assert (plain.metrics.running, plain.metrics.kv_usage) == (0, 0.0)
+    (last,) = plain.step()
+    assert (last.finish_reason, last.output_tokens, last.token_ids) == (FinishReason.ABORT, 3, ())
+    assert plain.step() == []
+    assert not plain.has_work
+
+
+def test_bad_numbers_end_their_own_row_alone(plain, reference, monkeypatch):
+    graph, program = plain.program.config.graph, plain.program
+    weights = graph.weights(program._leaves)
+    unused = set(range(272)).difference(*(tokens(outputs) for outputs in reference.values()), *(request.prompt for request in VARIETY))
+    poison = max(unused)
+    spoiled = weights | {"embedding.weight": weights["embedding.weight"].at[poison].set(jnp.nan)}
+    bad = [Request("bad", (1, poison, 2), GREEDY), Request("worse", (poison,) * 30, replace(GREEDY, max_tokens=30))]
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_leaves", graph.leaves(spoiled))
+        found = run(plain, bad[0], *VARIETY[:4], bad[1], *VARIETY[4:])
+    for request in bad:
+        (last,) = found[request.key]
+        assert (last.finish_reason, last.token_ids) == (FinishReason.ERROR, ())
+        assert "not finite" in last.error
+    assert_same(found, reference)
+    assert_same(run(plain, *VARIETY), reference)
+
+
+def test_text_that_cannot_be_made_ends_its_own_request(plain, reference, monkeypatch, caplog):
+    original = type(plain.tokenizer).stream
+
+    def stream(self, *, skip_special):
+        made = original(self, skip_special=skip_special)
+        if not skip_special:
+            made.push = lambda token: 1 / 0
+        return made
+
+    monkeypatch.setattr(type(plain.tokenizer), "stream", stream)
+    bad = Request("bad", (1, 2), replace(GREEDY, skip_special_tokens=False))
+    found = run(plain, bad, *VARIETY)
+    assert found[bad.key][-1].finish_reason == FinishReason.ERROR
+    assert_same(found, reference)
+    assert "bad failed" in caplog.text
+
+
+# Around it
+
+
+def test_nothing_compiles_once_the_engine_is_ready(plain, meshed):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: compiled.append(name))
+    for engine in (plain, meshed):
+        run(engine, *VARIETY)
+    assert [name for name in compiled if "backend_compile" in name] == []
+    jax.jit(lambda x: x * 3 + len(compiled))(np.float32(2))
+    assert [name for name in compiled if name == "/jax/core/compile/backend_compile_duration"] != []
+
+
+def test_counters(plain):
+    before = replace(plain.metrics, finished=plain.metrics.finished.copy())
+    run(plain, *VARIETY)
+    after = plain.metrics
+    assert after.prompt_tokens - before.prompt_tokens == sum(len(request.prompt) for request in VARIETY)
+    assert after.generation_tokens - before.generation_tokens == sum(request.params.max_tokens for request in VARIETY)
+    assert after.finished["length"] - before.finished["length"] == len(VARIETY)
+    assert (after.running, after.waiting, after.kv_usage) == (0, 0, 0.0)
+    records = list(after.steps)[before.steps_total - after.steps_total :]
+    assert {record.phase for record in records} == {"decode", "mixed"}
+    assert all(0 < record.tokens <= record.padded_tokens for record in records)
+    assert records[0].host_gap == 0.0
+
+
+def test_an_idle_engine_does_nothing(plain):
+    assert plain.step() == []
+    assert list(plain.run()) == []
+
+
+def test_shutting_down_forgets_everything(plain):
+    for index in range(6):
+        plain.add(Request("open", (1, 2), GREEDY, index))
+    plain.step()
+    plain.shutdown()
+    assert not plain.has_work
+    assert plain.scheduler.usage == 0.0
+    assert plain.step() == []

@@ -1,0 +1,153 @@
+"""From settings to a ready engine: what it says about itself, and refusals that come before anything is read or compiled."""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.checkpoint.errors import CheckpointError
+from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
+from jaxinfer.engine import setup
+from jaxinfer.engine.setup import build, use_compilation_cache
+from jaxinfer.step.program import Program
+from jaxinfer.tokenizer import TokenizerError
+from tests.jaxinfer.conftest import settings, write_folder
+
+
+@pytest.fixture
+def early(monkeypatch):
+    """Refusals must come before a weight is read or a program compiled."""
+
+    def late(*_, **__):
+        raise AssertionError("too late: the engine reads weights or compiles already")
+
+    monkeypatch.setattr(Program, "compile", late)
+    monkeypatch.setattr(Program, "lower", late)
+    monkeypatch.setattr(setup, "_weights", late)
+    return lambda config: build(config, lambda *report: None)
+
+
+def test_what_is_running(plain, folder):
+    info = plain.info
+    assert (info.model, info.architecture, info.dtype, info.device, info.mesh) == (
+        folder.name,
+        "llama",
+        "float32",
+        "cpu",
+        "data=1,tensor=1",
+    )
+    assert (info.max_model_len, info.kv_tokens, info.max_concurrency, info.device_count) == (64, 4 * 64, 4, 1)
+    assert info.programs == 6
+    assert info.parameters == sum(np.prod(leaf.shape) for leaf in plain.program._leaves)
+    assert info.weight_bytes == 4 * info.parameters
+
+
+def test_a_mesh_counts_all_its_replicas(meshed):
+    info = meshed.info
+    assert (info.device_count, info.mesh, info.kv_tokens, info.max_concurrency) == (4, "data=2,tensor=2", 2 * 64, 2)
+    assert info.weight_bytes < 4 * info.parameters
+
+
+def test_defaults_come_from_the_models_authors(plain):
+    assert plain.defaults == {"temperature": 0.5, "top_p": 1.0, "top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+def test_weights_of_random_engines_are_the_same_each_time(plain, meshed):
+    for left, right in zip(plain.program._leaves, meshed.program._leaves, strict=True):
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def test_unknown_policies_are_refused(early, folder):
+    with pytest.raises(ConfigError, match="--policy 'lifo' is unknown"):
+        early(settings(folder, policy="lifo"))
+
+
+def test_more_devices_than_there_are(early, folder):
+    with pytest.raises(ConfigError, match="--mesh data=3,tensor=4: the mesh needs 12 devices, but 8 cpu"):
+        early(settings(folder, mesh=MeshShape(3, 4)))
+
+
+def test_longer_than_the_model_was_made_for(early, folder):
+    with pytest.raises(ConfigError, match="--max-model-len 65 exceeds the 64 tokens"):
+        early(settings(folder, max_model_len=65))
+
+
+def test_a_pool_too_small_for_one_sequence(early, folder):
+    with pytest.raises(ConfigError, match="--kv-tokens 60 holds 60 tokens, but one sequence may have 64"):
+        early(replace(settings(folder), cache=CacheConfig(page_size=4, kv_tokens=60)))
+
+
+def test_a_machine_too_small_for_the_model(early, folder, monkeypatch):
+    monkeypatch.setattr(setup.devices, "memory_bytes", lambda device: 100_000)
+    with pytest.raises(ConfigError, match="KV cache"):
+        early(settings(folder))
+
+
+def test_models_that_are_not_there(early, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        early(EngineConfig(ModelConfig("./nowhere")))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        early(EngineConfig(ModelConfig(str(tmp_path))))
+
+
+def test_architectures_that_are_not_there(early, tmp_path):
+    with pytest.raises(ConfigError, match=r"model_type 'lama' .* did you mean 'llama'"):
+        early(settings(write_folder(tmp_path, model_type="lama")))
+
+
+def test_a_folder_without_a_tokenizer(early, tmp_path):
+    write_folder(tmp_path).joinpath("tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+        early(settings(tmp_path))
+
+
+@pytest.mark.parametrize("values", [{"temperature": "hot"}, {"top_p": 7}, {"top_k": 1.5}, {"repetition_penalty": -1}])
+def test_recommendations_that_no_request_could_make(early, tmp_path, values):
+    write_folder(tmp_path).joinpath("generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=rf"generation_config\.json of .*{next(iter(values))}"):
+        early(settings(tmp_path))
+
+
+def test_recommendations_are_optional(tmp_path):
+    assert setup._sampling_defaults(None) == {}
+    assert setup._sampling_defaults(tmp_path) == {}
+    tmp_path.joinpath("generation_config.json").write_text('{"temperature": null, "top_p": 0.9, "eos_token_id": 3}')
+    assert setup._sampling_defaults(tmp_path) == {"top_p": 0.9}
+
+
+def test_a_known_shape_needs_no_folder():
+    model = setup._describe(EngineConfig(ModelConfig("smollm2-135m", load_format="random", dtype="bfloat16", max_model_len=1024)))
+    assert (model.folder, model.name, model.max_tokens, model.architecture) == (None, "smollm2-135m", 1024, "llama")
+    assert 130e6 < model.parameters < 140e6
+    assert model.dtype == jax.numpy.bfloat16
+
+
+def test_limits_follow_from_the_platform(monkeypatch):
+    assert setup._limits(EngineConfig()).sequences == 32
+    assert setup._limits(EngineConfig()).prefill_tokens == 512
+    monkeypatch.setattr(setup.devices, "platform", lambda: "gpu")
+    limits = setup._limits(EngineConfig())
+    assert (limits.sequences, limits.prefill_tokens) == (256, 2048)
+    given = setup._limits(EngineConfig(scheduler=SchedulerConfig(max_sequences=3, max_step_tokens=100)))
+    assert (given.sequences, given.prefill_tokens, given.prefill_rows) == (3, 100, 3)
+
+
+def test_the_compilation_cache_is_switched_on_and_off():
+    names = (
+        "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )  # fmt: skip
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        use_compilation_cache("on")
+        assert jax.config.jax_enable_compilation_cache
+        assert jax.config.jax_compilation_cache_dir.endswith("xla")
+        use_compilation_cache("off")
+        assert not jax.config.jax_enable_compilation_cache
+        use_compilation_cache("on")
+        assert jax.config.jax_enable_compilation_cache
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -1,0 +1,106 @@
+"""The compiled programs: one for every bucket, nothing compiled later, buffers donated, and the collectives that a mesh needs."""
+
+import re
+from math import prod
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.inputs import pack
+from jaxinfer.step.program import ADMIT
+
+GREEDY = SamplingParams(temperature=0)
+
+
+def rows(count, tokens, start=0):
+    return tuple(Row(Request(str(i), (1,)), i, start, tokens, (i + 1,), samples=True) for i in range(count))
+
+
+def step(program, batch):
+    return program.run(pack(batch, program.bucket_for(batch)))
+
+
+def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
+    compiled = set(plain.program._compiled)
+    assert compiled == {*plain.program.config.buckets, ADMIT}
+    assert set(plain.metrics.compile_seconds) == {str(key) for key in compiled}
+    reports = [(done, total) for stage, done, total in progress if stage == "compile"]
+    assert reports[0] == (0, len(compiled))
+    assert reports[-1] == (len(compiled), len(compiled))
+    assert reports == sorted(reports)
+
+
+def test_the_smallest_bucket_that_holds_the_batch_runs(plain):
+    choose = lambda *batch: plain.program.bucket_for(Batch(*batch)).bucket
+    assert choose(rows(1, (LAST_SAMPLED,)), ()) == Bucket(0, 0, 1)
+    assert choose(rows(3, (LAST_SAMPLED,)), ()) == Bucket(0, 0, 4)
+    assert choose((), rows(2, (1, 2))) == Bucket(32, 4, 0)
+    assert choose(rows(1, (LAST_SAMPLED,)), rows(2, (1, 2))) == Bucket(32, 4, 4)
+
+
+@pytest.mark.parametrize("batch", [Batch(rows(5, (1,)), ()), Batch((), rows(1, (1,) * 33)), Batch((), rows(5, (1,)))])
+def test_a_batch_that_fits_no_bucket_is_an_error_and_no_compilation(plain, batch):
+    with pytest.raises(LookupError, match="no compiled program holds"):
+        plain.program.bucket_for(batch)
+
+
+def test_one_shape_of_everything(plain):
+    config = plain.program.config
+    assert config.spare_slot == 4
+    assert config.vocab == 272
+    shapes = config.shapes(Bucket(32, 4, 4))
+    assert (shapes.replicas, shapes.pages_per_row, shapes.page_size) == (1, 16, 4)
+    assert len(config.kv_specs) == 2
+
+
+def test_a_step_takes_over_pool_and_slots(plain):
+    """Donated: after a step the old arrays are gone, the weights stay."""
+    program = plain.program
+    program.admit(Admission(Request("0", (1, 2)), 0), seed=1, held=())
+    before = (*program._kv, *jax.tree.leaves(program._slots))
+    step(program, Batch((), rows(1, (1, 2))))
+    assert all(array.is_deleted() for array in before)
+    assert not any(array.is_deleted() for array in (*program._leaves, *program._kv))
+
+
+def test_rows_without_a_request_write_only_what_nobody_reads(plain):
+    """Padding rows and tokens touch the guard page and the spare slot alone."""
+    program, spare = plain.program, plain.program.config.spare_slot
+    host = lambda tree: jax.tree.map(np.array, tree)
+    pool, slots = host(program._kv), host(program._slots)
+    step(program, Batch((), ()))
+    jax.tree.map(lambda old, new: np.testing.assert_array_equal(old[1:], np.asarray(new)[1:]), pool, program._kv)
+    jax.tree.map(lambda old, new: np.testing.assert_array_equal(old[:spare], np.asarray(new)[:spare]), slots, program._slots)
+
+
+def test_a_step_returns_without_waiting_and_gives_device_arrays(plain):
+    sampled = step(plain.program, Batch((), rows(1, (1, 2))))
+    assert isinstance(sampled.token, jax.Array)
+    assert sampled.token.shape == sampled.finite.shape == (4,)
+    assert sampled.top_tokens.shape == (4, 20)
+
+
+def collectives(program, bucket):
+    """Kind and shape of everything that the devices tell each other in one step."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return re.findall(rf"= (\w+\[[\d,]*\])\S* ({kinds})(?:-start)?\(", program._compiled[bucket].as_text())
+
+
+def test_one_device_talks_to_nobody(plain):
+    assert collectives(plain.program, Bucket(0, 0, 4)) == []
+
+
+def test_a_mesh_reduces_after_attention_and_after_the_mlp(meshed):
+    """Each of two layers sums its residual stream twice; the look-ups of embeddings and last tokens have the same shape."""
+    found = collectives(meshed.program, Bucket(0, 0, 1))
+    assert 2 * 2 <= found.count(("f32[1,32]", "all-reduce")) <= 2 * 2 + 2, found
+    assert not any(kind == "all-to-all" for _, kind in found)
+
+
+def test_a_mesh_splits_the_pool(meshed):
+    for spec, pool in zip(meshed.program.config.kv_specs, meshed.program._kv, strict=True):
+        assert {shard.data.size for shard in pool.addressable_shards} == {prod(spec.shape) // 4}
