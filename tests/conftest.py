@@ -13,6 +13,8 @@ from importlib import import_module
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # most of the suite's time is compiling
+os.environ.setdefault("XLA_FLAGS", FAST)  # `XLA_FLAGS= pytest` tests programs as they are optimised for users
 os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-tests-")
 atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=True)
 
@@ -25,7 +27,23 @@ from jaxtyping import install_import_hook
 install_import_hook(["jaxinfer", "pallas_kernels"], "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 import jax
+import pytest
+
+ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in ("engine/test_engine", "engine/test_setup", "step/test_program"))
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run on one worker, and so do the files that share the engines of jaxinfer/conftest.py: compiling takes time."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "engines" if file in ENGINES else file
+
+    return Scheduling(config, log)

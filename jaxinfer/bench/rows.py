@@ -24,6 +24,7 @@ from typing import Any
 import jaxinfer
 from jaxinfer.console import redact
 
+WIDE = 150
 STAMP = ("device", "host", "jax", "jaxinfer", "commit", "date", "command")
 
 
@@ -94,14 +95,16 @@ class Report:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as aligned columns; rows with the same keys share a heading."""
+    """Rows as aligned columns; rows with the same keys share a heading. What would be too wide is turned on its side."""
     lines: list[str] = []
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(name for name, value in row.items() if not isinstance(value, list)), []).append(row)
     for names, members in groups.items():
         cells = [list(names), *([_cell(row[name]) for name in names] for row in members)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+        if sum(max(map(len, column)) + 2 for column in zip(*cells, strict=True)) > WIDE:
+            cells = [list(line) for line in zip(*cells, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines += ["", *("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)]
     return "\n".join(lines[1:])
 

@@ -1,7 +1,7 @@
 """How much KV cache fits: arithmetic over described arrays, before anything is allocated.
 
 Memory per device = weights + slots + what a program needs beside them + KV pages. Everything but the pages is known from shapes, so the
-pool takes what is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. This file allocates nothing.
+pool takes what is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. Nothing is allocated here.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from jaxinfer.batch import LAST_SAMPLED
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, StepContext
 from jaxinfer.sampling import Sampled
+from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
@@ -38,7 +39,8 @@ class Step:
         inputs = unpack(buffer, self.shapes)
         model: Any = self.graph.bind(leaves)
         hidden, kv = forward(model, kv, slots, inputs, self)
-        slots, sampled = sample(model.head(hidden, self.placement), slots, inputs, self.shapes.spare_slot)
+        logits = model.head(hidden, self.placement)
+        slots, sampled = sample(logits, slots, inputs, spare_slot=self.shapes.spare_slot, placement=self.placement)
         return kv, slots, sampled
 
 
@@ -60,9 +62,12 @@ def forward(
 
 
 def sample(
-    logits: Float[Array, "rows vocab"], slots: Slots, inputs: StepInputs, spare_slot: int
-) -> tuple[Slots, Sampled]:  # fmt: skip
-    """Draw a token for each row; rows that do not sample leave their slot as it is."""
+    logits: Float[Array, "rows vocab"], slots: Slots, inputs: StepInputs, *, spare_slot: int, placement: Placement
+) -> tuple[Slots, Sampled]:
+    """Draw a token for each row; rows that do not sample leave their slot as it is.
+
+    Slots are whole on every device, so each learns every row's token first: else XLA would add up the devices' tables of counts.
+    """
     rows, positions = inputs.slots, inputs.kv_lengths
     settings = slot_state.settings(slots, rows, positions)
     penalise = jnp.any((settings.presence != 0) | (settings.frequency != 0) | (settings.repetition != 1))
@@ -73,8 +78,9 @@ def sample(
         slot_state.wants_bias(slots, rows), lambda: slot_state.biased(adjusted, slots, rows, positions), lambda: adjusted
     )
     sampled = sampling.sample(logits, adjusted, settings)
-    written = jnp.where(inputs.samples == 1, rows, spare_slot)
-    return slot_state.record(slots, written, sampled.token), sampled
+    drawn = (jnp.where(inputs.samples == 1, rows, spare_slot), sampled.token)
+    written, tokens = (constrain(values, (None,), placement.mesh, placement.rules) for values in drawn)
+    return slot_state.record(slots, written, tokens), sampled
 
 
 def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:

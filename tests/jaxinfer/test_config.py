@@ -95,9 +95,8 @@ def test_every_setting_is_a_flag():
 
 
 def test_flags_become_settings():
-    made = parse(
-        EngineConfig, "--model", "here", "--max-model-len", "8k", "--mesh", "data=2,tensor=4", "--memory-fraction", "0.5", "--kv-tokens", "1M"
-    )  # fmt: skip
+    flags = "--model here --max-model-len 8k --mesh data=2,tensor=4 --memory-fraction 0.5 --kv-tokens 1M"
+    made = parse(EngineConfig, *flags.split())
     assert made.model == ModelConfig("here", max_model_len=8192)
     assert made.execution == ExecutionConfig(mesh=MeshShape(2, 4))
     assert made.cache == CacheConfig(memory_fraction=0.5, kv_tokens=1 << 20)

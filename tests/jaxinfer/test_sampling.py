@@ -206,7 +206,7 @@ def mixed(rows, generator):
 
 
 def test_a_draw_does_not_depend_on_what_stands_beside_it():
-    """The same row at every place of batches of two sizes, among neighbours of every kind: the same token, bit for bit the same logprobs."""
+    """A row at every place of batches of two sizes, among neighbours of every kind: the same token, bit for bit the same logprobs."""
     generator = np.random.default_rng(4)
     device = partial(jax.tree.map, jnp.asarray)
     host = partial(jax.tree.map, np.array)
@@ -263,6 +263,11 @@ def test_logprobs_are_those_of_the_unmodified_model():
     order = np.argsort(-exact)
     np.testing.assert_array_equal(sampled.top_tokens[17], order[: sampling.reported(VOCAB)])
     np.testing.assert_allclose(sampled.top_logprobs[17], exact[order][: sampling.reported(VOCAB)], rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_of_the_drawn_token_alone_are_computed_too():
+    sampled = draw(settings(ROWS, logprobs=0))
+    assert (sampled.logprob < 0).all()
 
 
 def test_logprobs_that_nobody_wants_are_not_computed():

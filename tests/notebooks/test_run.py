@@ -1,4 +1,4 @@
-"""The notebooks run on the embedded model. Here their engines hold one sequence, so that little is compiled; `ci` runs them as they are."""
+"""The notebooks run: in the suite with the small draft model and one sequence at once, so that little is compiled; in `ci` as they are."""
 
 import os
 import subprocess
@@ -10,15 +10,16 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SMALL_ENGINES = """
 from dataclasses import replace
-from jaxinfer import config
-from jaxinfer.api import LLM
-build, small = LLM.build.__func__, config.SchedulerConfig(max_sequences=1, max_step_tokens=16)
-LLM.build = classmethod(lambda cls, config, **rest: build(cls, replace(config, scheduler=small), **rest))
+from jaxinfer import api
+from jaxinfer.config import SchedulerConfig
+Engine, small = api.Engine, SchedulerConfig(max_sequences=1, max_step_tokens=16)
+api.Engine = lambda config, **rest: Engine(replace(config, scheduler=small, model=replace(config.model, model={draft!r})), **rest)
 """
 
 
 def run(notebook, **environment):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--nbmake", "--nbmake-timeout=600", "-o", "timeout=900", notebook]
+    flags = ["-n0", "-p", "no:cacheprovider", "--nbmake", "--nbmake-timeout=600", "-o", "timeout=900"]
+    command = [sys.executable, "-m", "pytest", *flags, notebook]
     done = subprocess.run(command, cwd=FOLDER, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
 
@@ -27,7 +28,7 @@ def run(notebook, **environment):
 def test_with_small_engines(notebook, tmp_path):
     startup = tmp_path / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "small_engines.py").write_text(SMALL_ENGINES)
+    (startup / "small_engines.py").write_text(SMALL_ENGINES.format(draft=str(FOLDER.parent / "checkpoints" / "draft")))
     run(notebook, IPYTHONDIR=str(tmp_path))
 
 

@@ -36,6 +36,11 @@ def test_table_for_people(capsys):
     assert lines == ["side  seconds", "ours   0.1235", "peer       12", "", "ratio  reached  goal", "  1.5     True     -"]
 
 
+def test_a_wide_table_is_turned():
+    wide = {f"a_rather_long_name_{i}": i for i in range(8)}
+    assert rows.table([wide, wide]).splitlines()[:2] == ["a_rather_long_name_0  0  0", "a_rather_long_name_1  1  1"]
+
+
 def test_no_table_after_an_error(capsys):
     try:
         with rows.Report("x", flags(), device="cpu") as report:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.cache.pages import PagePool
+from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
 from tests.driving import Driver
 
@@ -94,6 +96,13 @@ def test_again(plain, reference):
 def test_in_a_full_batch(plain, reference):
     assert_same(run(plain, *VARIETY), reference)
     assert_same(run(plain, *reversed(VARIETY)), reference)
+
+
+@pytest.mark.parametrize(("chunk", "pages", "policy"), [(1, 65, "fcfs"), (7, 33, "shortest"), (32, 17, "priority")])
+def test_however_it_is_scheduled(plain, reference, monkeypatch, chunk, pages, policy):
+    limits = Limits(sequences=4, prefill_tokens=chunk, prefill_rows=3)
+    monkeypatch.setattr(plain, "scheduler", Scheduler(limits, [PagePool(pages, 4)], policy))
+    assert_same(run(plain, *(replace(request, priority=-i) for i, request in enumerate(VARIETY))), reference)
 
 
 def test_in_chunks_and_preempted(cramped, reference):

@@ -231,6 +231,20 @@ def test_the_sequence_admitted_last_is_preempted_and_comes_back_first():
     assert line.usage == 0.0
 
 
+def test_the_preempted_come_back_in_their_order():
+    line = scheduler(pages=8, prefill_tokens=64, prefill_rows=4)
+    sequences = [line.add(prompt(name, length)) for name, length in (("a", 8), ("b", 8), ("c", 8), ("d", 4))]
+    line.schedule()
+    for sequence in sequences:
+        line.append(sequence, 7)
+    assert [row.request.id for row in line.schedule().rows] == ["a", "b"]
+    assert line.preemptions == 2
+    line.add(prompt("late", 1))
+    for sequence in sequences[:2]:
+        line.finish(sequence)
+    assert [admission.request.id for admission in line.schedule().admissions] == ["c", "d", "late"]
+
+
 def test_nobody_overtakes_the_one_that_does_not_fit():
     line = scheduler(pages=6)
     running = line.add(prompt("a", 12))
@@ -243,12 +257,14 @@ def test_nobody_overtakes_the_one_that_does_not_fit():
 
 
 def test_replicas_fill_evenly():
-    line = scheduler(replicas=2)
+    line = scheduler(replicas=2, prefill_rows=4)
+    line.add(prompt("large", 12))
+    line.schedule()
     for name in "abcd":
         line.add(prompt(name, 4))
     batch = line.schedule()
-    assert sorted(row.replica for row in batch.prefills) == [0, 0, 1, 1]
-    assert sorted(row.slot for row in batch.prefills) == [0, 1, 4, 5]
+    assert [row.replica for row in batch.prefills] == [1, 1, 1, 0]
+    assert [row.slot for row in batch.prefills] == [4, 5, 6, 1]
 
 
 def test_find_gives_every_choice_of_a_request_wherever_it_is():

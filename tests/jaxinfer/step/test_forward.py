@@ -120,7 +120,8 @@ def test_every_row_gets_its_own_penalties_biases_and_holds():
         rows.append(Row(admission.request, slot, 2 + len(generated), (LAST_SAMPLED,), (1, 2), samples=True))
     shapes = Shapes(Bucket(0, 0, len(cases)), 1, WIDTH, PAGE, spare_slot=len(cases))
     buffer = pack(Batch(tuple(rows), ()), shapes).buffer
-    run = jax.jit(lambda logits, state, buffer: forward.sample(logits, state, unpack(buffer, shapes), shapes.spare_slot))
+    where = {"spare_slot": shapes.spare_slot, "placement": Placement(make_mesh({}))}
+    run = jax.jit(lambda logits, state, buffer: forward.sample(logits, state, unpack(buffer, shapes), **where))
     after, sampled = run(np.tile(logits, (len(cases), 1)), state, buffer)
     assert sampled.token.tolist() == [token for *_, token in cases]
     assert after.last_token.tolist()[:-1] == sampled.token.tolist()

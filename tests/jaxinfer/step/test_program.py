@@ -99,6 +99,7 @@ def test_a_mesh_reduces_after_attention_and_after_the_mlp(meshed):
     found = collectives(meshed.program, Bucket(0, 0, 1))
     assert 2 * 2 <= found.count(("f32[1,32]", "all-reduce")) <= 2 * 2 + 2, found
     assert not any(kind == "all-to-all" for _, kind in found)
+    assert ("s32[3,272]", "all-reduce") not in found, "the slots' tables of counts travel"
 
 
 def test_a_mesh_splits_the_pool(meshed):
