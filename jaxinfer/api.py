@@ -195,7 +195,7 @@ class LLM:
 
     def _encode(self, prompt: Any) -> Sequence[int]:
         talk = not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-        if self.tokenizer is None and (talk or isinstance(prompt, str)):
+        if (talk or isinstance(prompt, str)) and self.tokenizer is None:
             raise RequestError("this model has no tokenizer (random weights); give token ids", "prompt")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)

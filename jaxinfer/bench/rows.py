@@ -22,10 +22,11 @@ from types import TracebackType
 from typing import Any
 
 import jaxinfer
-from jaxinfer.console import redact
+from jaxinfer.console import redact, warn
 
 WIDE = 150
-STAMP = ("device", "host", "jax", "jaxinfer", "commit", "date", "command")
+BUSY = 0.2
+STAMP = ("device", "host", "host_busy", "jax", "jaxinfer", "commit", "date", "command")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +47,26 @@ def stamp(device: str | None = None) -> dict[str, Any]:
 
         device = devices.label(jax.devices()[0])
     date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), redact("jaxinfer " + " ".join(sys.argv[1:]))
-    values = (device, host(), version("jax"), jaxinfer.__version__, commit(), date, command)
+    values = (device, host(), busy(), version("jax"), jaxinfer.__version__, commit(), date, command)
     return dict(zip(STAMP, values, strict=True))
 
 
 def host() -> str:
     """The processor and how many of its cores may be used."""
     return f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def busy(seconds: float = 0.3) -> float | None:
+    """Share of the processors that other programs use (this one sleeps), 0 to 1; None where the system does not say."""
+    before = _ticks()
+    time.sleep(seconds)
+    after = _ticks()
+    if before is None or after is None or after[1] == before[1]:
+        return None
+    share = round(1 - (after[0] - before[0]) / (after[1] - before[1]), 2)
+    if share > BUSY:
+        warn(f"other programs use {share:.0%} of the processors: times measured now mean little, ratios not much more")
+    return share
 
 
 def commit() -> str | None:
@@ -90,7 +104,7 @@ class Report:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and not self._json:
-            print(", ".join(f"{name} {self.stamp[name]}" for name in ("device", "host", "jax", "commit", "date")))
+            print(", ".join(f"{name} {self.stamp[name]}" for name in STAMP[:-1]))
             print(table(self.rows))
 
 
@@ -112,6 +126,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Repeated seconds as fields of a row: the median and all of them."""
     return {"seconds": median(values), "runs": [round(value, 6) for value in values]}
+
+
+def _ticks() -> tuple[int, int] | None:
+    """Idle and all processor time since the system started, in ticks."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    except (OSError, ValueError):
+        return None
+    return fields[3] + fields[4], sum(fields)
 
 
 def _cell(value: Any) -> str:

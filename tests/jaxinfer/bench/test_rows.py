@@ -51,6 +51,13 @@ def test_no_table_after_an_error(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_busy_machine_is_said(monkeypatch, capsys):
+    ticks = iter([(0, 0), (30, 100), (0, 0), (90, 100), None, None, (1, 1), (1, 1)])
+    monkeypatch.setattr(rows, "_ticks", lambda: next(ticks))
+    assert [rows.busy(0.0) for _ in range(4)] == [0.7, 0.1, None, None]
+    assert capsys.readouterr().err.startswith("jaxinfer: other programs use 70% of the processors") and rows.BUSY > 0.1
+
+
 def test_spread_is_the_median_with_all_runs():
     assert rows.spread([3.0, 1.0, 2.0]) == {"seconds": 2.0, "runs": [3.0, 1.0, 2.0]}
 
