@@ -85,9 +85,9 @@ def _overview(arguments: list[str], names: list[str]) -> int:
 def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Run a command; what its user can mend is one line on stderr, Ctrl-C and a closed pipe are quiet, a bug shows its traceback."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    for package in OWN_PACKAGES:
-        logging.getLogger(package).setLevel(config.log_level())
     try:
+        for package in OWN_PACKAGES:
+            logging.getLogger(package).setLevel(config.log_level())
         code = run(args)
         sys.stdout.flush()
         return code

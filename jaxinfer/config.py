@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "random")
 IMPLEMENTATIONS = ("auto", "xla", "reference")
 SWITCH = ("on", "off")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class MeshShape(NamedTuple):
@@ -42,8 +43,15 @@ def cache_dir() -> Path:
 
 
 def log_level() -> str:
-    """The log level: `JAXINFER_LOG`, by default INFO."""
-    return os.environ.get("JAXINFER_LOG", "INFO").upper()
+    """The log level: `JAXINFER_LOG`, by default INFO.
+
+    Raises:
+        ConfigError: it is none of `LOG_LEVELS`.
+    """
+    level = os.environ.get("JAXINFER_LOG", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"JAXINFER_LOG={level} is not one of {', '.join(LOG_LEVELS)}")
+    return level
 
 
 def parse_count(text: str) -> int:
@@ -112,7 +120,7 @@ class CacheConfig:
 
     page_size: int = option(32, "tokens in one KV page")
     memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
-    kv_tokens: int | None = option(None, "size of the KV pool in tokens (default: what the memory holds)", parse=parse_count)
+    kv_tokens: int | None = option(None, "tokens in the KV pool, per data replica (default: what the memory holds)", parse=parse_count)
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.page_size & (self.page_size - 1):

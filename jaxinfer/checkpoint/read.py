@@ -48,6 +48,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
+def verify(folder: Path, graph: Graph) -> None:
+    """Check headers alone: that every weight of the graph is there in the right shape, and no other tensor. Takes milliseconds.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    with WeightFiles(folder) as files:
+        _plan(files.listing, graph, files.tensors)
+
+
 def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, progress: Progress | None = None) -> dict[str, Weight]:
     """Read a model's weights onto the mesh, in the graph's dtype or quantised as the graph says.
 

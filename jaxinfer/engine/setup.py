@@ -104,6 +104,8 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     limits = _limits(config)
     pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
     scheduler = Scheduler(limits, pools, config.scheduler.policy)
+    if config.model.load_format != "random" and model.folder is not None:
+        read.verify(model.folder, model.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
         program.compile(progress)

@@ -128,3 +128,11 @@ def test_only_named_variables_of_the_environment_matter(monkeypatch, tmp_path):
     assert config.cache_dir() == Path.home() / ".cache" / "jaxinfer"
     assert config.log_level() == "INFO"
     assert ServerConfig().api_key is None
+
+
+def test_a_log_level_is_one_of_those_that_exist(monkeypatch):
+    monkeypatch.setenv("JAXINFER_LOG", "debug")
+    assert config.log_level() == "DEBUG"
+    monkeypatch.setenv("JAXINFER_LOG", "loud")
+    with pytest.raises(config.ConfigError, match="JAXINFER_LOG=LOUD is not one of DEBUG"):
+        config.log_level()

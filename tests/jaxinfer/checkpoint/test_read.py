@@ -205,3 +205,10 @@ def test_config(copy):
     (folder / "config.json").write_text(json.dumps([1]))
     with pytest.raises(CheckpointError, match=r"config\.json: expected a JSON object, found list"):
         read.read_config(folder)
+
+
+def test_headers_alone_tell_what_is_missing(copy):
+    read.verify(GOLDEN / "linear", golden_graph("linear"))
+    folder = rewrite(copy(), lambda tensors: tensors.pop(DOWN))
+    with pytest.raises(CheckpointError, match=DOWN.replace(".", r"\.")):
+        read.verify(folder, golden_graph("linear"))

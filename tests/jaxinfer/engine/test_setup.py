@@ -151,3 +151,8 @@ def test_the_compilation_cache_is_switched_on_and_off():
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_a_checkpoint_without_weights(early, tmp_path):
+    with pytest.raises(CheckpointError, match="safetensors"):
+        early(settings(write_folder(tmp_path), load_format="auto"))
