@@ -134,7 +134,7 @@ class CacheConfig:
 class SchedulerConfig:
     """How requests share a step."""
 
-    max_sequences: int | None = option(None, "sequences that run at once, per data replica (default: 32 on CPUs, 256 on accelerators)")
+    max_sequences: int | None = option(None, "sequences that run at once, per data replica (default: 64 on CPUs, 256 on accelerators)")
     max_step_tokens: int | None = option(
         None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count
     )

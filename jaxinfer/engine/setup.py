@@ -173,7 +173,7 @@ def _dtype(name: str) -> np.dtype:
 
 def _limits(config: EngineConfig) -> Limits:
     accelerator = devices.platform() != "cpu"
-    sequences = config.scheduler.max_sequences or (256 if accelerator else 32)
+    sequences = config.scheduler.max_sequences or (256 if accelerator else 64)
     tokens = config.scheduler.max_step_tokens or (2048 if accelerator else 512)
     return Limits(sequences, tokens, buckets(sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
 

@@ -64,7 +64,7 @@ def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
     """Sizes that were never measured: what stays in a CPU core's cache; on an accelerator few loop steps, each worth its launch."""
     token_bytes = int(key["kv_heads"]) * int(key["head_dim"]) * jnp.dtype(str(key["dtype"])).itemsize
     if platform == "cpu":
-        return Sizes(128, 1, 2**19 // token_bytes, 64, 256, 1)._asdict()
+        return Sizes(128, 1, 2**18 // token_bytes, 32, 128, 1)._asdict()
     return Sizes(512, MAX_CHUNKS, 2**26 // token_bytes, 128, 512, 16)._asdict()
 
 
@@ -148,9 +148,9 @@ def _gather(
     """Keys (which=0) or values (1) of each item's pages, contiguous per kv head; 0 where not seen, since 0 * NaN is NaN."""
     items, count = pages.shape
     _, kv_heads, _, page_size, head_dim = kv.shape
-    numbers = lax.GatherDimensionNumbers(offset_dims=(1, 3, 4), collapsed_slice_dims=(0, 2), start_index_map=(0, 2))
-    at = jnp.stack([pages, jnp.full_like(pages, which)], axis=-1)
-    out = lax.gather(kv, at, numbers, (1, kv_heads, 1, page_size, head_dim), mode="promise_in_bounds")
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    at = (pages[:, None] * kv_heads + head) * 2 + which  # as rows of a matrix: XLA on CPUs copies whole rows, but gathers boxes by element
+    out = _take(kv.reshape(-1, page_size * head_dim), at.reshape(-1))
     out = out.reshape(items, kv_heads, count * page_size, head_dim)
     return out if seen is None else jnp.where(seen[:, None, :, None], out, 0)
 
@@ -313,8 +313,8 @@ def _prefill(
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
     """Blocks of queries of one row each, some at a time and as many as there really are, each through the chunks it sees."""
     tokens, kv_heads, group, head_dim = q.shape
-    typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks
-    queries = min(sizes.prefill_queries, tokens, max(_power_of_two(typical), 16))
+    typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks, yet most rows are longer than the shortest
+    queries = min(sizes.prefill_queries, tokens, max(_power_of_two(4 * typical), 16))
     at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
     blocks = _cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
