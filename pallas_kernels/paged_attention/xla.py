@@ -313,7 +313,7 @@ def _prefill(
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
     """Blocks of queries of one row each, some at a time and as many as there really are, each through the chunks it sees."""
     tokens, kv_heads, group, head_dim = q.shape
-    typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks, yet most rows are longer than the shortest
+    typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks
     queries = min(sizes.prefill_queries, tokens, max(_power_of_two(4 * typical), 16))
     at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
     blocks = _cut(metadata, positions, queries, at_once)

@@ -42,7 +42,7 @@ def test_ours_alone(engine, capsys):
     assert all(request.params.stop.ignore_eos and request.params.greedy for request in engine.seen)
 
 
-@pytest.mark.parametrize(("goal", "code"), [(Goal(None, 0.0), 0), (Goal(1e9, 0.0), 1), (Goal(None, 1e9), 1)])
+@pytest.mark.parametrize(("goal", "code"), [(Goal(0.0, None), 0), (Goal(1e9, None), 1), (Goal(0.0, 1e9), 1)])
 def test_beside_the_peer(capsys, monkeypatch, tmp_path, goal, code):
     monkeypatch.setenv("PYTHONPATH", str(stubs.install(tmp_path)))
     monkeypatch.setitem(GOALS, "mixed-64", goal)

@@ -125,7 +125,7 @@ def test_a_known_shape_needs_no_folder():
 
 
 def test_limits_follow_from_the_platform(monkeypatch):
-    assert setup._limits(EngineConfig()).sequences == 32
+    assert setup._limits(EngineConfig()).sequences == 64
     assert setup._limits(EngineConfig()).prefill_tokens == 512
     monkeypatch.setattr(setup.devices, "platform", lambda: "gpu")
     limits = setup._limits(EngineConfig())
