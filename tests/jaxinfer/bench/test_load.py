@@ -33,8 +33,8 @@ def test_against_a_live_server(capsys):
 @pytest.mark.parametrize(
     ("answer", "status", "tokens"),
     [
-        (b"HTTP/1.1 200 OK\r\n\r\ndata: {\"choices\": [1]}\n\ndata: {\"choices\": []}\n\ndata: [DONE]\n\n", 200, 1),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:\r\n10\r\n {\"choices\":[1]}\r\n1\r\n\n\r\n0\r\n\r\n", 200, 1),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [1]}\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n', 200, 1),
+        (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ndata:\r\n10\r\n {"choices":[1]}\r\n1\r\n\n\r\n0\r\n\r\n', 200, 1),
         (b"HTTP/1.1 503 Busy\r\n\r\n{}", 503, 0),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n55\r\ndata", 0, 0),
         (b"", 0, 0),
