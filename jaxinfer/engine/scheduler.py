@@ -192,7 +192,7 @@ class Scheduler:
         for sequence in self._running:
             if not 0 <= sequence.computed <= sequence.length or len(sequence.pages) * self._page_size < sequence.computed:
                 raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
-            if sequence.pending not in (0, 1) or sequence.length - len(sequence.request.prompt) > sequence.limit:
+            if not 0 <= sequence.pending <= sequence.in_flight or sequence.length - len(sequence.request.prompt) > sequence.limit:
                 raise RuntimeError("a sequence draws more tokens than it may")
         if [s.standing for s in self._running] != sorted(s.standing for s in self._running):
             raise RuntimeError("the running sequences are not in the order of their standing")
