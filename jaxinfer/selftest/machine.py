@@ -42,7 +42,7 @@ class Setting:
         """Any setting."""
         replicas = draw.choice((1, 1, 1, 2))
         limits = Limits(draw.choice((2, 4, 6)), draw.choice((3, 16, 30)), draw.choice((1, 2, 4)), replicas)
-        pages, policy = draw.choice((12, 16, 24, 40, 64)), draw.choice(policies.names())
+        pages, policy = draw.choice((12, 12, 16, 24, 40)), draw.choice(policies.names())
         return cls(pages, replicas, policy, draw.randrange(2), draw.choice((0, 3, 6, 256, 256, 256)), limits)
 
 
@@ -126,7 +126,6 @@ class Machine:
         """
         before = {key: life.sequence.running for key, life in self.lives.items()}
         batch = self.scheduler.schedule()
-        self.scheduler.check()
         if batch is None:
             if self.lives and not self._launched:
                 raise Broken("there is work, but nothing runs")
@@ -134,6 +133,7 @@ class Machine:
             self._launch(batch, before)
         while len(self._launched) > (self.setting.overlap if batch is not None else 0):
             self._commit()
+        self.scheduler.check()
 
     def drain(self) -> None:
         """No more arrivals: all that is here ends, and nothing stays owned.
@@ -174,7 +174,6 @@ class Machine:
                     raise Broken("a sequence's tokens are not those that were drawn")
                 if token == STOP or len(sequence.output) >= life.limit:
                     self._end(row.request.key, "done")
-        self.scheduler.check()
 
     def _end(self, key: Key, how: str) -> None:
         self.scheduler.finish(self.lives.pop(key).sequence)
@@ -252,9 +251,9 @@ def play(seed: int, steps: int, setting: Setting | None = None) -> Counter[str]:
     """
     draw = random.Random(seed)
     machine = Machine(setting or Setting.drawn(draw))
-    rate = draw.choice((0.05, 0.15, 0.3))
+    rate = draw.choice((0.05, 0.15, 0.4))
     for _ in range(steps):
-        chance = draw.random()
+        chance = draw.random() if machine.lives else 0.0
         if chance < rate:
             if len(machine.lives) < LIVES:
                 machine.arrive(_arrival(draw))
