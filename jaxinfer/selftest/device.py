@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from zlib import crc32
 
 from jaxinfer.batch import LAST_SAMPLED, Batch, PageCopy, Row
 from jaxinfer.engine.sequence import Key, Sequence
@@ -27,24 +28,25 @@ class Broken(RuntimeError):
 
 @dataclass(eq=False, slots=True)
 class Life:
-    """A sequence as it truly is: every token, those only the device knows included, and their marks."""
+    """A sequence as it truly is: every token, those only the device knows included, and their marks. `born`: admissions before it came."""
 
     sequence: Sequence
     tokens: list[int]
     marks: list[int]
     limit: int
+    born: int = 0
 
     @classmethod
-    def of(cls, sequence: Sequence, limit: int) -> Life:
+    def of(cls, sequence: Sequence, limit: int, born: int = 0) -> Life:
         """Before its first step."""
-        life = cls(sequence, [], [], limit)
+        life = cls(sequence, [], [], limit, born)
         for token in sequence.request.prompt:
             life.grow(token)
         return life
 
     def grow(self, token: int) -> None:
         """One more token."""
-        before = self.marks[-1] if self.marks else hash(self.sequence.request.cache_salt)
+        before = self.marks[-1] if self.marks else crc32(self.sequence.request.cache_salt.encode())
         self.tokens.append(token)
         self.marks.append(hash((before, token)) & 0x7FFFFFFFFFFFFFFF)
 

@@ -16,6 +16,7 @@ from jaxinfer.batch import Batch
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex, sha256
 from jaxinfer.engine import policies
+from jaxinfer.engine.line import PATIENCE
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sequence import Key, Limits
 from jaxinfer.request import Request
@@ -48,7 +49,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arrival:
-    """One call: `prefix` tokens of text number `text`, then `tail`; how many sequences, tokens, how urgent, which salt."""
+    """One call: `prefix` tokens of text number `text`, then `tail`; how many sequences, tokens, how urgent, which salt.
+
+    Texts 0 to 2 are always the same, the next ones are the conversations that ended last, what was generated included.
+    """
 
     text: int
     prefix: int
@@ -57,12 +61,6 @@ class Arrival:
     limit: int = 8
     priority: int = 0
     salt: str = ""
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """Its tokens, never none."""
-        text = random.Random(self.text)
-        return (*(text.randrange(VOCABULARY) for _ in range(self.prefix)), *self.tail) or (1,)
 
 
 class Machine:
@@ -75,17 +73,19 @@ class Machine:
         self.device = Device(setting.replicas, setting.pages, PAGE_SIZE)
         self.lives: dict[Key, Life] = {}
         self.counts: Counter[str] = Counter()
+        self._texts = list(tuple(random.Random(text).choices(range(1, VOCABULARY), k=LONGEST)) for text in range(6))
         self._launched: deque[tuple[Batch, list[int | None]]] = deque()
 
     def arrive(self, arrival: Arrival) -> None:
         """A call comes in."""
-        prompt = arrival.prompt[: LONGEST - 1]
+        text = self._texts[arrival.text % len(self._texts)]
+        prompt = (*text[: arrival.prefix], *arrival.tail)[: LONGEST - 1] or (1,)
         limit = min(arrival.limit, LONGEST - len(prompt))
         name = str(self.counts["calls"])
         self.counts["calls"] += 1
         for index in range(arrival.choices):
             request = Request(name, prompt, index=index, priority=arrival.priority, cache_salt=arrival.salt)
-            self.lives[request.key] = Life.of(self.scheduler.add(request, limit), limit)
+            self.lives[request.key] = Life.of(self.scheduler.add(request, limit), limit, self.counts["admitted"])
         self.counts["arrived"] += arrival.choices
         self.scheduler.check()
 
@@ -159,7 +159,7 @@ class Machine:
             self._check_progress(set(keys))
         drawn = self.device.run(batch, [self.lives[key] for key in keys])
         self._launched.append((batch, drawn))
-        self.counts.update(rows=len(keys), copies=len(batch.copies))
+        self.counts.update(rows=len(keys), copies=len(batch.copies), admitted=len(batch.admissions))
 
     def _commit(self) -> None:
         batch, drawn = self._launched.popleft()
@@ -176,7 +176,10 @@ class Machine:
                     self._end(row.request.key, "done")
 
     def _end(self, key: Key, how: str) -> None:
-        self.scheduler.finish(self.lives.pop(key).sequence)
+        life = self.lives.pop(key)
+        self.scheduler.finish(life.sequence)
+        self._texts[3 + self.counts["ended"] % 3] = tuple(life.tokens)
+        self.counts["ended"] += 1
         self.counts[how] += 1
 
     def _check_limits(self, batch: Batch) -> None:
@@ -197,10 +200,11 @@ class Machine:
         waited = [life for key, life in self.lives.items() if not before[key] and not life.sequence.running and self._single(life)]
         if not waited:
             return
-        first, oldest = min(map(self._rank, waited)), min(life.sequence.arrival for life in waited)
+        first = min(map(self._rank, waited))
         for admission in batch.admissions:
             life = self.lives[admission.request.key]
-            if self._single(life) and not before[admission.request.key] and self._rank(life) > first and life.sequence.arrival > oldest:
+            waited_long = self.counts["admitted"] - life.born >= PATIENCE
+            if self._single(life) and not before[admission.request.key] and self._rank(life) > first and not waited_long:
                 raise Broken("a sequence is admitted past one that stands before it")
 
     def _single(self, life: Life) -> bool:
@@ -271,7 +275,7 @@ def _arrival(draw: random.Random) -> Arrival:
     tail = tuple(draw.randrange(VOCABULARY) for _ in range(draw.choice((0, 1, 2, 5))))
     limit = draw.choice((1, 3, 16, LONGEST))
     choices, salt = draw.choice((1, 1, 1, 1, 2, 3)), draw.choice(("", "", "", "a"))
-    return Arrival(draw.randrange(3), draw.choice((0, 3, 4, 8, 11, 16, 30)), tail, choices, limit, draw.randint(0, 2), salt)
+    return Arrival(draw.randrange(6), draw.choice((0, 3, 4, 8, 11, 16, 30, 30)), tail, choices, limit, draw.randint(0, 2), salt)
 
 
 def _index(bits: int) -> PrefixIndex | None:

@@ -260,15 +260,10 @@ def preempted_to_the_end(original: Original) -> Original:
     return lambda self, sequence, key: original(self, sequence, key + 1e9 * bool(sequence.preemptions))
 
 
-@mutates(Scheduler, "_preempt")
-def recomputed_in_part(original: Original) -> Original:
-    """A preempted sequence believes that its first tokens are still there."""
-
-    def preempt(self: Scheduler, sequence: Running) -> None:
-        original(self, sequence)
-        sequence.chain.restart = lambda *found: None  # type: ignore[method-assign]
-
-    return preempt
+@mutates(Chain, "restart")
+def chain_not_restarted(original: Original) -> Original:
+    """A sequence that is admitted again believes that its pages are known where it was before."""
+    return lambda self, *found: None
 
 
 @mutates(Scheduler, "_release")
