@@ -35,9 +35,9 @@ class Sequence:
     """One request on its way. Invariant: 0 <= computed <= length, and while it runs its pages hold the first `computed` tokens.
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
-    sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a row of it. slot: -1 while it has
-    none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed when it was admitted last.
-    probe: how many of its tokens the prefix cache holds.
+    sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a
+    row of it. slot: -1 while it has none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed
+    when it was admitted last. probe: how many of its tokens the prefix cache holds.
     """
 
     request: Request

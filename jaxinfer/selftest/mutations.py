@@ -126,7 +126,7 @@ def salt_ignored(original: Original) -> Original:
 def tokens_not_compared(original: Original) -> Original:
     """A digest is believed."""
 
-    def find(self: PrefixIndex, parent: Node, digest: bytes, tokens: Sequence[int]) -> Node | None:
+    def find(self: PrefixIndex, parent: Node, digest: bytes, content: bytes) -> Node | None:
         node = self._nodes.get(digest)
         return node if node is not None and node.parent is parent else None
 
@@ -137,9 +137,9 @@ def tokens_not_compared(original: Original) -> Original:
 def parent_not_compared(original: Original) -> Original:
     """Equal tokens behind another beginning are taken for the same."""
 
-    def find(self: PrefixIndex, parent: Node, digest: bytes, tokens: Sequence[int]) -> Node | None:
+    def find(self: PrefixIndex, parent: Node, digest: bytes, content: bytes) -> Node | None:
         node = self._nodes.get(digest)
-        return node if node is not None and node.tokens == tokens else None
+        return node if node is not None and node.content == content else None
 
     return find
 
