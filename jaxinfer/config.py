@@ -121,8 +121,10 @@ class CacheConfig:
     page_size: int = option(32, "tokens in one KV page")
     memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
     kv_tokens: int | None = option(None, "tokens in the KV pool, per data replica (default: what the memory holds)", parse=parse_count)
+    prefix_caching: str = option("on", "share the KV pages of common beginnings", choices=SWITCH)
 
     def __post_init__(self) -> None:
+        _one_of("prefix-caching", self.prefix_caching, SWITCH)
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ConfigError(f"--page-size {self.page_size} is not a power of two; write for example 32 or 64")
         if not 0.0 < self.memory_fraction <= 1.0:
@@ -139,7 +141,7 @@ class SchedulerConfig:
         None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count
     )
     max_waiting: int = option(4096, "requests that may wait; more are refused")
-    policy: str = option("fcfs", "order in which waiting requests are admitted")
+    policy: str = option("fcfs", "order in which waiting requests are admitted: fcfs, longest_prefix, priority or shortest")
 
     def __post_init__(self) -> None:
         _at_least("max-sequences", self.max_sequences, 1)
