@@ -155,6 +155,10 @@ class ExecutionConfig:
 
     mesh: MeshShape = option(MeshShape(), "device mesh, for example data=2,tensor=4", parse=parse_mesh)
     implementation: str = option("auto", "attention and matmul kernels", choices=IMPLEMENTATIONS)
+    overlap: str = option("on", "schedule and launch a step before the tokens of the one before are on the host", choices=SWITCH)
+    deterministic: str = option(
+        "off", "compute every step in one fixed shape, so that a request's numbers are the same whatever else runs (slower)", choices=SWITCH
+    )
     compile_threads: int = option(0, "programs compiled at once (default: one per core)")
     compilation_cache: str = option("on", "keep compiled programs between starts", choices=SWITCH)
 
@@ -162,6 +166,8 @@ class ExecutionConfig:
         if min(self.mesh) < 1:
             raise ConfigError(f"mesh {self.mesh}: every size must be at least 1")
         _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        _one_of("overlap", self.overlap, SWITCH)
+        _one_of("deterministic", self.deterministic, SWITCH)
         _one_of("compilation-cache", self.compilation_cache, SWITCH)
         _at_least("compile-threads", self.compile_threads, 0)
 
@@ -222,7 +228,8 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     default = "" if item.default is None or item.default is MISSING or item.metadata["parse"] is parse_mesh else f" [{item.default}]"
     keywords: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%"), "dest": item.name}
     if item.metadata["choices"]:
-        return {**keywords, "choices": item.metadata["choices"]}
+        alone = {"nargs": "?", "const": "on"} if item.metadata["choices"] == SWITCH else {}  # --deterministic means --deterministic on
+        return {**keywords, "choices": item.metadata["choices"], **alone}
     plain = {"int": int, "float": float}.get(str(item.type).removesuffix(" | None"), str)
     return {**keywords, "type": _reported(item.metadata["parse"] or plain), "metavar": item.name.upper()}
 

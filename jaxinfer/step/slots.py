@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.batch import Admission
 from jaxinfer.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
-from jaxinfer.sampling import RowSettings, pytree
+from jaxinfer.sampling import RowSettings, pytree, unchecked
 
 HELD = 2 * MAX_STOP_TOKENS
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -44,8 +44,7 @@ class Slots:
 def describe(slots: int, vocab: int) -> Slots:
     """Shapes and dtypes of the state for so many slots (the spare one included)."""
     shape = jax.ShapeDtypeStruct
-    made = object.__new__(Slots)  # descriptions, not arrays: the checks do not apply
-    for name, value in {
+    return unchecked(Slots, {
         "last_token": shape((slots,), jnp.int32),
         "counts": shape((slots, vocab), jnp.int32),
         "in_prompt": shape((slots, vocab), jnp.bool_),
@@ -54,9 +53,7 @@ def describe(slots: int, vocab: int) -> Slots:
         "bias_tokens": shape((slots, MAX_LOGIT_BIAS), jnp.int32),
         "bias_values": shape((slots, MAX_LOGIT_BIAS), jnp.float32),
         "held_tokens": shape((slots, HELD), jnp.int32),
-    }.items():
-        object.__setattr__(made, name, value)
-    return made
+    })  # fmt: skip
 
 
 def neutral(slots: int, vocab: int) -> Slots:
