@@ -1,7 +1,7 @@
 """Which page holds which text: the index of full KV pages that lets requests with a common beginning share them. Plain Python.
 
 The K and V of a token depend on every token before it, so a page's content is named by its whole beginning: a *node* is one page of
-token ids behind its parent node, and a root stands for what is not text (adapter, dtype, salt). Nodes are found by a SHA-256 that is
+token ids behind its parent node, and a root stands for what is not text (model, adapter, dtype, salt). Nodes are found by a SHA-256 that is
 chained over (parent's digest, token ids); because nodes know their parents and token ids are compared as well, two texts with the
 same digest are still told apart: the second is simply not kept. A node outlives its page for as long as a child of it has one.
 Life of a page here: `enter` when its tokens are known and their step is scheduled, `match` as often as somebody has the same
@@ -64,10 +64,11 @@ class Chain:
 
 
 class PrefixIndex:
-    """The contents of one pool's pages. `digest` is replaced in tests that force collisions."""
+    """The contents of one pool's pages. model: what all of them are computed with. `digest` is replaced in tests that force collisions."""
 
-    def __init__(self, page_size: int, digest: Digest = sha256) -> None:
+    def __init__(self, page_size: int, model: tuple[str, ...] = (), digest: Digest = sha256) -> None:
         self.page_size = page_size
+        self._model = model
         self._digest = digest
         self._roots: dict[tuple[str, ...], Node] = {}
         self._nodes: dict[bytes, Node] = {}
@@ -187,7 +188,7 @@ class PrefixIndex:
         return digests[number + 1]
 
     def _base(self, chain: Chain) -> bytes:
-        return self._digest(repr(chain.context).encode())
+        return self._digest(repr((self._model, chain.context)).encode())
 
     def _behind(self, node: Node) -> set[Node]:
         """The node and all behind it; a parent is always older than its children."""

@@ -167,10 +167,18 @@ class Scheduler:
         else:
             self._follow(family)
 
-    def poison(self, sequence: Sequence) -> None:
-        """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again."""
-        for pool in self.pools:
-            pool.poison(sequence.chain)
+    def poison(self, sequence: Sequence) -> list[int]:
+        """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again.
+
+        Returns:
+            Those of the pages, in the sequence's replica, that nobody else holds: they may be wiped.
+        """
+        found = set(sequence.pages[sequence.reused // self._page_size :])
+        for replica, pool in enumerate(self.pools):
+            pages = pool.poison(sequence.chain)
+            found.update(pages if replica == sequence.replica else ())
+        pool, own = self.pools[sequence.replica], set(sequence.pages)
+        return sorted(page for page in found if pool.owners(page) == (page in own))
 
     def check(self) -> None:
         """Verify the invariants of pools, slots and sequences.

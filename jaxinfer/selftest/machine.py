@@ -112,7 +112,11 @@ class Machine:
         ruined = self._ruined(key)
         ill = [name for name in running if name == key or ruined & self._held(name)]
         for name in ill:
-            self.scheduler.poison(self.lives[name].sequence)
+            sequence = self.lives[name].sequence
+            wiped = {(sequence.replica, page) for page in self.scheduler.poison(sequence)}
+            if any(wiped & self._held(other) for other in self.lives if other != name):
+                raise Broken("a page is wiped that another sequence has")
+            ruined |= wiped
             self._end(name, "poisoned")
         for replica, page in ruined:
             self.device.ruin(replica, page)
@@ -281,4 +285,4 @@ def _arrival(draw: random.Random) -> Arrival:
 def _index(bits: int) -> PrefixIndex | None:
     if bits == 0:
         return None
-    return PrefixIndex(PAGE_SIZE, sha256 if bits == 256 else lambda data: bytes((sha256(data)[0] % (1 << bits),)))
+    return PrefixIndex(PAGE_SIZE, digest=sha256 if bits == 256 else lambda data: bytes((sha256(data)[0] % (1 << bits),)))
