@@ -319,8 +319,8 @@ class Scheduler:
         return needed + step.headroom[replica] <= pool.available
 
     def _growth(self, sequence: Sequence) -> int:
-        """Pages that a sequence may ask for until it ends."""
-        return self.pools[0].needed(len(sequence.request.prompt) + sequence.limit) - len(sequence.pages)
+        """Pages that a sequence may ask for until it ends; its last token is never computed."""
+        return self.pools[0].needed(len(sequence.request.prompt) + sequence.limit - 1) - len(sequence.pages)
 
     def _move_in(self, sequence: Sequence, place: Place, step: Step) -> None:
         replica, pool = place.replica, self.pools[place.replica]

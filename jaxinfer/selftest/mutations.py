@@ -37,7 +37,7 @@ def planted(name: str) -> Iterator[None]:
     """While this is open, the bug of that name is there."""
     owner, method, make = MUTATIONS[name]
     original = vars(owner)[method]
-    setattr(owner, method, property(make(original.fget)) if isinstance(original, property) else make(original))
+    setattr(owner, method, property(make(getattr(original, "fget"))) if isinstance(original, property) else make(original))
     try:
         yield
     finally:
