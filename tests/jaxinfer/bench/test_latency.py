@@ -57,7 +57,7 @@ def test_rows(capsys):
     assert err.count("is left out: the engine holds 4 x 256 tokens, 1024 in all") == 2
     decode = rows[1]
     assert decode["context"] == 20 + 1 + 4 + 6 - 1 and len(decode["runs"]) == 2 and decode["milliseconds"] > 0
-    assert 0 < decode["device_milliseconds"] and 0 <= decode["host_gap_share"] < 1
+    assert decode["device_milliseconds"] > 0 and 0 <= decode["host_gap_share"] < 1
     assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
 
 
