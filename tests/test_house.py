@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxinfer", "pallas_kernels", "checkpoints")
 KERNELS = ("tpu.py", "gpu.py")
 PLAIN = (
-    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch", "jaxinfer.cache.pages", "jaxinfer.cache.prefix",
+    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch",
+    "jaxinfer.cache.pages", "jaxinfer.cache.prefix",
     "jaxinfer.engine.policies", "jaxinfer.engine.line", "jaxinfer.engine.sequence", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
     "jaxinfer.selftest.device", "jaxinfer.selftest.machine", "jaxinfer.selftest.mutations",
 )  # fmt: skip

@@ -24,7 +24,7 @@ def test_the_longest_run_of_full_pages_is_found():
     assert found(index, TEXT, most=2) == [1, 2]
     assert found(index, TEXT[:7]) == [1]
     assert found(index, TEXT[:8] + [99] * 4) == [1, 2]
-    assert found(index, [99] + TEXT[1:]) == []
+    assert found(index, [99, *TEXT[1:]]) == []
     index.check()
 
 
@@ -112,7 +112,8 @@ def test_poison_takes_everything_behind_and_is_remembered():
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda index: setattr(index.node(2), "page", 5), lambda index: setattr(index.node(2), "alive", False), lambda index: index._nodes.clear(),
+        lambda index: setattr(index.node(2), "page", 5), lambda index: setattr(index.node(2), "alive", False),
+        lambda index: index._nodes.clear(),
         lambda index: [setattr(index.node(page), "content", b"x" * 16) for page in (1, 2, 3)], lambda index: index._pages.clear(),
         lambda index: index._bad.add(1),
     ],

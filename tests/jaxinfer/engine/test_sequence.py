@@ -23,7 +23,9 @@ def test_what_is_drawn_counts_before_it_is_known():
     assert (made.length, made.missing, made.output, made.last) == (4, 1, [9], False)
 
 
-@pytest.mark.parametrize(("known", "pending", "last"), [(0, 1, False), (1, 1, False), (2, 0, False), (2, 1, True), (1, 2, True), (3, 0, True)])
+@pytest.mark.parametrize(
+    ("known", "pending", "last"), [(0, 1, False), (1, 1, False), (2, 0, False), (2, 1, True), (1, 2, True), (3, 0, True)]
+)
 def test_the_last_token_is_on_its_way_when_the_limit_is_reached(known, pending, last):
     assert sequence(tokens=[1, 2, 3] + [7] * known, pending=pending).last == last
 

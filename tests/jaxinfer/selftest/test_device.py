@@ -57,8 +57,9 @@ def test_a_copied_page_holds_the_same():
 @pytest.mark.parametrize(
     ("match", "start", "tokens", "pages", "slot"),
     [
-        ("something else", 4, TEXT[4:], (3, 4), 1), ("not its sequence's", 4, (9, 9), (1, 2), 1), ("another sequence's slot", 4, TEXT[4:], (1, 3), 0),
-        ("launched step", 0, TEXT, (1, 3), 1), ("before all before it", 4, TEXT[4:5], (1, 3), 1),
+        ("something else", 4, TEXT[4:], (3, 4), 1), ("not its sequence's", 4, (9, 9), (1, 2), 1),
+        ("another sequence's slot", 4, TEXT[4:], (1, 3), 0), ("launched step", 0, TEXT, (1, 3), 1),
+        ("before all before it", 4, TEXT[4:5], (1, 3), 1),
     ],
 )  # fmt: skip
 def test_wrong_rows_are_refused(match, start, tokens, pages, slot):
