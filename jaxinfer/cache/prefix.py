@@ -47,17 +47,25 @@ class Node:
 class Chain:
     """One sequence's way through an index: digests of its full pages (computed once), and how many of its own pages are entered.
 
-    context: what is hashed before the first token. written: nodes that hold pages which this sequence wrote, in any tenure.
-    closed: nothing more is entered, because of a collision (until `restart`) or because the content is not to be trusted (`poisoned`).
+    context: what is hashed before the first token. indexes: where it is looked up. written: nodes that hold pages which this sequence
+    wrote, in any tenure. closed: nothing more is entered, because of a collision (until `restart`) or because the content is not to be
+    trusted (`poisoned`).
     """
 
     context: tuple[str, ...]
+    indexes: tuple[PrefixIndex, ...] = ()
     digests: list[bytes] = field(default_factory=list)
     node: Node | None = None
     entered: int = 0
     written: list[tuple[PrefixIndex, Node]] = field(default_factory=list)
     closed: bool = False
     poisoned: bool = False
+
+    def longest(self, tokens: Sequence[int]) -> int:
+        """How many of the tokens, the last one aside, stand in the pages of the index that knows most of them."""
+        return max(
+            (index.page_size * len(index.match(self, tokens, (len(tokens) - 1) // index.page_size)) for index in self.indexes), default=0
+        )
 
     def restart(self, node: Node | None = None, entered: int = 0) -> None:
         """Begin a new tenure, perhaps in another index, behind the pages that were found there."""

@@ -57,7 +57,9 @@ class Scheduler:
         self._leaving: dict[Sequence, None] = {}
         self._launched: deque[Launched] = deque()
         self._slots = [list(range(limits.sequences * (r + 1) - 1, limits.sequences * r - 1, -1)) for r in range(limits.replicas)]
+        self._indexes = tuple(pool.index for pool in self.pools if pool.index is not None)
         self._arrivals = count()
+        self._page_size = self.pools[0].page_size
         self._step = 0
 
     @property
@@ -82,11 +84,12 @@ class Scheduler:
 
     def add(self, request: Request, limit: int = NEVER) -> Sequence:
         """Put a request that may produce `limit` tokens in the line. The caller has checked that it can ever fit."""
-        sequence = Sequence(request, list(request.prompt), limit, next(self._arrivals), Chain((request.cache_salt,)), self._cached)
+        known = Chain((request.cache_salt,), self._indexes)
+        sequence = Sequence(request, list(request.prompt), limit, next(self._arrivals), known)
         family = self._families.setdefault(request.id, Family())
         first = family.members[0] if family.members else None
         family.members.append(sequence)
-        if first is not None and _same_prompt(first, sequence) and first.ready == NEVER:
+        if first is not None and sequence.begins_like(first) and first not in family.ready:
             sequence.chain.digests = first.chain.digests[: len(request.prompt) // self.pools[0].page_size + 1]
             family.parked.append(sequence)
             self._parked += 1
@@ -197,6 +200,9 @@ class Scheduler:
         slots = [sequence.slot for sequence in holding] + list(chain(*self._slots))
         if sorted(slots) != list(range(self.limits.sequences * self.limits.replicas)):
             raise RuntimeError("a slot is lost or used twice")
+        self._check_running()
+
+    def _check_running(self) -> None:
         for sequence in self._running:
             if not 0 <= sequence.computed <= sequence.length or len(sequence.pages) * self._page_size < sequence.computed:
                 raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
@@ -210,13 +216,6 @@ class Scheduler:
             written = sequence.pages[sequence.computed // self._page_size :] if sequence.replica == replica else ()
             if any(owners[page] > 1 for page in written):
                 raise RuntimeError("a page is shared but not full")
-
-    @property
-    def _page_size(self) -> int:
-        return self.pools[0].page_size
-
-    def _cached(self, sequence: Sequence) -> int:
-        return self._page_size * max(len(pool.match(sequence.chain, sequence.tokens)) for pool in self.pools)
 
     def _room(self, sequence: Sequence, step: Step) -> bool:
         """Make room for a sequence's next token, at the cost of those of lower standing.
@@ -268,9 +267,14 @@ class Scheduler:
             sequence.pending += 1
         if tokens is not _DECODE:
             self._enter(sequence)
-        if sequence.ready == NEVER and end >= len(request.prompt):
-            sequence.ready = self._step
-            self._ripe.append(self._families[request.id])
+        if start < len(request.prompt) <= end:
+            self._ripen(sequence)
+
+    def _ripen(self, sequence: Sequence) -> None:
+        """From the next step on siblings may take the sequence's prompt."""
+        family = self._families[sequence.request.id]
+        family.ready[sequence] = self._step
+        self._ripe.append(family)
 
     def _enter(self, sequence: Sequence) -> None:
         """Make known what the sequence's pages hold, as far as they are full of known tokens."""
@@ -296,7 +300,8 @@ class Scheduler:
 
     def _places(self, sequence: Sequence, step: Step) -> Iterator[Place]:
         """In each replica that has a slot, the place that spares most tokens, if what remains has a row in this step."""
-        sibling = next((s for s in self._families[sequence.request.id].members if s.ready < self._step and _same_prompt(s, sequence)), None)
+        ready = self._families[sequence.request.id].ready
+        sibling = next((s for s, since in ready.items() if since < self._step and sequence.begins_like(s)), None)
         size, most = self._page_size, len(sequence.request.prompt) - 1
         for replica, pool in enumerate(self.pools):
             if not self._slots[replica]:
@@ -337,6 +342,8 @@ class Scheduler:
         self.looked_up += len(sequence.tokens)
         self.reused += place.computed
         insort(self._running, sequence, key=_standing)
+        if sequence.computed >= len(sequence.request.prompt):
+            self._ripen(sequence)
         step.headroom[replica] += min(HEADROOM, self._growth(sequence))
         step.admissions.append(Admission(sequence.request, sequence.slot, tuple(sequence.output)))
 
@@ -358,8 +365,11 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         """A sequence no longer runs; what it holds comes free now or with the last batch that has a row of it."""
         del self._running[bisect_left(self._running, sequence.standing, key=_standing)]
-        sequence.running, sequence.ready = False, NEVER
-        self._follow(self._families.get(sequence.request.id))
+        sequence.running = False
+        family = self._families.get(sequence.request.id)
+        if family is not None:
+            family.ready.pop(sequence, None)
+            self._follow(family)
         if sequence.in_flight:
             self._leaving[sequence] = None
         else:
@@ -371,9 +381,9 @@ class Scheduler:
         self._slots[sequence.replica].append(sequence.slot)
         sequence.pages, sequence.slot = sequence.pages[:0], -1
 
-    def _follow(self, family: Family | None) -> None:
+    def _follow(self, family: Family) -> None:
         """Nobody waits for the prompt of a sequence that will not have it soon."""
-        if family and family.parked and not any(s.ready == NEVER and (s.running or s in self._line) for s in family.members):
+        if family.parked and not any(s not in family.ready and (s.running or s in self._line) for s in family.members):
             self._unpark(family)
 
     def _unpark(self, family: Family) -> None:
@@ -385,7 +395,3 @@ class Scheduler:
 
 def _standing(sequence: Sequence) -> tuple[float, int]:
     return sequence.standing
-
-
-def _same_prompt(one: Sequence, other: Sequence) -> bool:
-    return one.request.prompt == other.request.prompt and one.request.cache_salt == other.request.cache_salt

@@ -8,7 +8,6 @@ well, `computed` is what the cache will hold once everything launched has run.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jaxinfer.batch import Admission, Batch, PageCopy, Row
@@ -36,8 +35,7 @@ class Sequence:
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
     sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a
-    row of it. slot: -1 while it has none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed
-    when it was admitted last. probe: how many of its tokens the prefix cache holds.
+    row of it. slot: -1 while it has none. reused: tokens found computed when it was admitted last.
     """
 
     request: Request
@@ -45,7 +43,6 @@ class Sequence:
     limit: int
     arrival: int
     chain: Chain
-    probe: Callable[[Sequence], int]
     computed: int = 0
     pending: int = 0
     in_flight: int = 0
@@ -55,7 +52,6 @@ class Sequence:
     running: bool = False
     ended: bool = False
     preemptions: int = 0
-    ready: int = NEVER
     reused: int = 0
 
     @property
@@ -81,7 +77,11 @@ class Sequence:
     @property
     def cached(self) -> int:
         """How many of its tokens are in the prefix cache now."""
-        return self.probe(self)
+        return self.chain.longest(self.tokens)
+
+    def begins_like(self, other: Sequence) -> bool:
+        """Whether two sequences of one request share their prompt and may share its pages."""
+        return self.request.prompt == other.request.prompt and self.request.cache_salt == other.request.cache_salt
 
     @property
     def standing(self) -> tuple[float, int]:
@@ -91,9 +91,13 @@ class Sequence:
 
 @dataclass(eq=False)
 class Family:
-    """The sequences of one request that have not ended, and those among them that wait for the first one's prompt."""
+    """The sequences of one request that have not ended.
+
+    ready: those whose prompt is computed, and since which step. parked: those that wait for the first one's.
+    """
 
     members: list[Sequence] = field(default_factory=list)
+    ready: dict[Sequence, int] = field(default_factory=dict)
     parked: list[Sequence] = field(default_factory=list)
 
 

@@ -36,9 +36,8 @@ def mutates(owner: type, method: str) -> Callable[[Callable[[Original], Any]], C
 def planted(name: str) -> Iterator[None]:
     """While this is open, the bug of that name is there."""
     owner, method, make = MUTATIONS[name]
-    original = vars(owner)[method]
-    getter = original.fget if isinstance(original, property) else None
-    setattr(owner, method, property(make(getter)) if getter is not None else make(original))
+    original: Any = vars(owner)[method]
+    setattr(owner, method, property(make(original.fget)) if isinstance(original, property) else make(original))  # pyright: ignore
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from jaxinfer.request import Request
 
 
 def sequence(arrival, priority=0):
-    return Sequence(Request(str(arrival), (1,), priority=priority), [1], 1, arrival, Chain(("",)), lambda s: 0)
+    return Sequence(Request(str(arrival), (1,), priority=priority), [1], 1, arrival, Chain(("",)))
 
 
 def by_priority(waiting):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from jaxinfer.cache.prefix import Chain
+from jaxinfer.cache.prefix import Chain, PrefixIndex
 from jaxinfer.engine.sequence import PATIENCE, Sequence
 from jaxinfer.request import Request
 
 
 def sequence(arrival=0, priority=0, limit=3, preemptions=0, **changes):
-    made = Sequence(Request("r", (1, 2, 3), priority=priority), [1, 2, 3], limit, arrival, Chain(("",)), lambda s: 2 * len(s.tokens))
+    made = Sequence(Request("r", (1, 2, 3), priority=priority), [1, 2, 3], limit, arrival, Chain(("",)))
     made.preemptions = preemptions
     for name, value in changes.items():
         setattr(made, name, value)
@@ -31,7 +31,11 @@ def test_the_last_token_is_on_its_way_when_the_limit_is_reached(known, pending, 
 
 
 def test_the_cached_length_is_looked_up_when_it_is_read():
-    assert sequence().cached == 6
+    index = PrefixIndex(1)
+    made = sequence(chain=Chain(("",), (PrefixIndex(1), index)))
+    assert (made.cached, sequence().cached) == (0, 0)
+    index.enter(Chain(("",)), [1, 2, 3], (4, 5, 6), 3)
+    assert made.cached == 2
 
 
 def test_standing_goes_by_priority_then_arrival_until_patience_ends():
