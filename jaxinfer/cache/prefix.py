@@ -15,7 +15,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 NO_PAGE = -1
 Digest = Callable[[bytes], bytes]
@@ -47,14 +47,15 @@ class Node:
 class Chain:
     """One sequence's way through an index: digests of its full pages (computed once), and how many of its own pages are entered.
 
-    context: what is hashed before the first token. indexes: where it is looked up. written: nodes that hold pages which this sequence
-    wrote, in any tenure. closed: nothing more is entered, because of a collision (until `restart`) or because the content is not to be
-    trusted (`poisoned`).
+    context: what is hashed before the first token. indexes: where it is looked up. found: what was there last. written: nodes that hold
+    pages which this sequence wrote, in any tenure. closed: nothing more is entered, because of a collision (until `restart`) or because
+    the content is not to be trusted (`poisoned`).
     """
 
     context: tuple[str, ...]
     indexes: tuple[PrefixIndex, ...] = ()
     digests: list[bytes] = field(default_factory=list)
+    found: dict[PrefixIndex, list[Node]] = field(default_factory=dict)
     node: Node | None = None
     entered: int = 0
     written: list[tuple[PrefixIndex, Node]] = field(default_factory=list)
@@ -70,6 +71,7 @@ class Chain:
     def restart(self, node: Node | None = None, entered: int = 0) -> None:
         """Begin a new tenure, perhaps in another index, behind the pages that were found there."""
         self.node, self.entered, self.closed = node, entered, self.poisoned
+        self.found.clear()
 
 
 class PrefixIndex:
@@ -97,16 +99,17 @@ class PrefixIndex:
 
     def match(self, chain: Chain, tokens: Sequence[int], most: int) -> list[Node]:
         """The longest run of pages, at most `most`, that hold the beginning of `tokens`."""
-        found: list[Node] = []
         parent, size = self._roots.get(chain.context), self.page_size
         if parent is None or chain.poisoned:
-            return found
-        for number in range(most):
-            node = self._find(parent, self._name(chain, tokens, number), _content(tokens, number, size))
+            return []
+        before = chain.found.get(self, [])  # compared then, and a node's content never changes
+        found = list(takewhile(lambda node: node.alive and node.page != NO_PAGE, before[:most]))
+        for number in range(len(found), most):
+            node = self._find(found[-1] if found else parent, self._name(chain, tokens, number), _content(tokens, number, size))
             if node is None or node.page == NO_PAGE:
                 break
             found.append(node)
-            parent = node
+        chain.found[self] = found
         return found
 
     def enter(self, chain: Chain, tokens: Sequence[int], pages: Sequence[int], full: int) -> None:

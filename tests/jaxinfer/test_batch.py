@@ -18,7 +18,7 @@ def test_decodes_come_first_and_all_tokens_count():
     batch = Batch(decodes, prefills, (Admission(prefills[0].request, 2),))
     assert batch.rows == decodes + prefills
     assert batch.tokens == 4
-    assert batch.admissions[0].generated == ()
+    assert batch.admissions[0].generated == () == batch.copies
 
 
 def test_the_placeholder_is_no_token():

@@ -63,6 +63,7 @@ def test_meshes_that_are_none(text):
         (lambda: ModelConfig(max_model_len=1), "--max-model-len"),
         (lambda: CacheConfig(page_size=0), "--page-size"),
         (lambda: CacheConfig(page_size=24), "--page-size"),
+        (lambda: CacheConfig(prefix_caching="yes"), "--prefix-caching"),
         (lambda: CacheConfig(memory_fraction=0.0), "--memory-fraction"),
         (lambda: CacheConfig(memory_fraction=1.01), "--memory-fraction"),
         (lambda: CacheConfig(memory_fraction=float("nan")), "--memory-fraction"),

@@ -100,6 +100,19 @@ def test_prompts_are_checked(prompt):
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("cache_salt", "x" * 257), ("cache_salt", None), ("cache_salt", b"x"), ("priority", 2**31), ("priority", True)]
+)
+def test_salt_and_priority_are_checked(name, value):
+    with pytest.raises(RequestError, match=name):
+        Request("r", (1,), **{name: value})
+
+
+def test_choices_share_salt_and_priority():
+    made = choices(Request("r", (1,), SamplingParams(n=2), priority=-3, cache_salt="s"))
+    assert [(request.priority, request.cache_salt) for request in made] == [(-3, "s")] * 2
+
+
 def test_choices_share_the_prompt_and_differ_in_index_and_seed():
     request = Request("r", (1, 2), SamplingParams(n=4, seed=-7, max_tokens=3))
     split = choices(request)

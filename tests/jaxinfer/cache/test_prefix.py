@@ -93,6 +93,23 @@ def test_what_is_dropped_is_not_found_and_leaves_nothing_behind():
     assert found(index, TEXT) == [4, 5, 6], "a chain whose nodes are gone begins again"
 
 
+def test_a_sequence_that_waits_is_looked_up_again_from_where_it_was():
+    asked = []
+    index, waiting = PrefixIndex(4, digest=lambda data: (asked.append(data), sha256(data))[1]), Chain(("",))
+    writer = entered(index, full=2)
+    look = lambda: [node.page for node in index.match(waiting, TEXT, 3)]
+    assert look() == [1, 2]
+    index.enter(writer, TEXT, (1, 2, 3), 3)
+    asked.clear()
+    assert look() == [1, 2, 3] and asked == []
+    index.drop(2)
+    assert look() == [1]
+    entered(index, pages=(1, 5, 3))
+    assert look() == [1, 5, 3]
+    index.poison(index.node(5))
+    assert look() == [1]
+
+
 def test_poison_takes_everything_behind_and_is_remembered():
     index = PrefixIndex(4)
     chain = entered(index, full=2)
