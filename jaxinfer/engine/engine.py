@@ -15,9 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import UInt32
 
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.grammar import Grammars, Matcher, masks
+from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
@@ -33,12 +37,13 @@ __all__ = ["Engine", "EngineInfo", "Progress"]
 
 @dataclass
 class _Active:
-    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, its seed."""
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, its seed, its grammar."""
 
     sequence: Sequence
     text: OutputText
     limit: int
     seed: int
+    matcher: Matcher | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class _Drawn:
 class Engine:
     """Loads and compiles a model when it is made; ready afterwards.
 
-    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics.
+    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics, grammars (compile one
+    there before its request is added, if `add` must not wait for it).
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked, with what to do about it.
@@ -68,6 +74,7 @@ class Engine:
         self.metrics = EngineMetrics(compile_seconds=built.program.compile_seconds)
         self.scheduler = built.scheduler
         self.program = built.program
+        self.grammars = Grammars(built.tokenizer, built.program.config.vocab)
         self._active: dict[Key, _Active] = {}
         self._pending: list[Output] = []
         self._last_step_end = 0.0
@@ -81,7 +88,7 @@ class Engine:
         """Put one sequence (`n` = 1; see `request.choices`) in line.
 
         Raises:
-            RequestError: it can never run (too long, a token outside the vocabulary). QueueFull: too many wait already.
+            RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.
         """
         limit = self._check(request)
         if self.scheduler.waiting >= self.config.scheduler.max_waiting:
@@ -89,7 +96,8 @@ class Engine:
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         text = OutputText(detokenizer, request.params.stop)
-        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed)
+        matcher = None if request.params.grammar is None else self.grammars.matcher(request.params.grammar)
+        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed, matcher)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -108,7 +116,7 @@ class Engine:
         for admission in batch.admissions:
             self._admit(admission)
         packed = pack(batch, self.program.bucket_for(batch))
-        launched = self.program.sample(self.program.forward(packed))
+        launched = self.program.sample(self.program.forward(packed), self._masks(packed))
         outputs = self._take_pending() + self.commit(packed, launched)
         self._measure(batch, packed, begun)
         return outputs
@@ -133,6 +141,13 @@ class Engine:
         for key in list(self._active):
             self.abort(key[0])
         self._pending.clear()
+        self.grammars.close()
+
+    def _masks(self, packed: Packed) -> UInt32[np.ndarray, "rows words"] | None:
+        """What the rows' grammars allow next, from the tokens that are known now; None if no row has one."""
+        found = ((index, self._active.get(row.request.key)) for index, row in packed.rows if row.samples)
+        matchers = {index: active.matcher for index, active in found if active is not None and active.matcher is not None}
+        return masks(matchers, packed.shapes.bucket.rows * packed.shapes.replicas, self.program.config.vocab)
 
     def _admit(self, admission: Admission) -> None:
         active = self._active[admission.request.key]
@@ -148,7 +163,11 @@ class Engine:
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
+            if active.matcher is not None:
+                active.matcher.accept(drawn.token)
             return self._emit(active, drawn)
+        except GrammarProblem as error:
+            return self._end(active, FinishReason.ERROR, error=str(error))
         except Exception:  # whatever a tokenizer raises must not reach the other requests
             logger.exception("request %s failed while its text was made", active.sequence.request.id)
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
@@ -161,7 +180,8 @@ class Engine:
             piece = active.text.flush()
         else:
             piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
-        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by else None
+        complete = active.matcher is not None and active.matcher.finished
+        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by or complete else None
         if reason is None and count >= active.limit:
             reason = FinishReason.LENGTH
         if reason is not None and piece.stopped_by is None:

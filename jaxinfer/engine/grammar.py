@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import UInt32
@@ -19,10 +20,10 @@ from jaxinfer.engine.grammar_compile import GrammarProblem, compiled, tokenizer_
 from jaxinfer.engine.grammar_trial import SECONDS, Trial
 from jaxinfer.errors import RequestError
 from jaxinfer.grammar import Grammar
+from jaxinfer.sampling import ALL_ALLOWED, mask_words
 from jaxinfer.tokenizer import Tokenizer
 
 KEPT = 128
-ALL = np.uint32(0xFFFFFFFF)
 
 
 class Grammars:
@@ -134,8 +135,18 @@ class Matcher:
         """Write which tokens may come next: bit t % 32 of word t // 32 for token t. All bits once something is wrong."""
         allowed = np.frombuffer(self._core.compute_bitmask(), "<u4")
         if self._core.is_error():
-            row[:] = ALL
+            row[:] = ALL_ALLOWED
             return
         row[:] = allowed[: len(row)]
         if self._vocab % 32:
             row[-1] &= np.uint32((1 << self._vocab % 32) - 1)
+
+
+def masks(matchers: Mapping[int, Matcher], rows: int, vocab: int) -> UInt32[np.ndarray, "rows words"] | None:
+    """A fresh mask for a step's sampler (see `sampling.masked`): rows without a matcher allow everything. None if there is no matcher."""
+    if not matchers:
+        return None
+    mask = np.full((rows, mask_words(vocab)), ALL_ALLOWED)
+    for index, matcher in matchers.items():
+        matcher.fill(mask[index])
+    return mask

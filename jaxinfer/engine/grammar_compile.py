@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from jaxinfer.grammar import Grammar, GrammarKind
 
 # One blank, or a line break and its indentation: JSON as people and models write it, without room to write blanks for ever.
-WHITESPACE = r"\x20|\n\x20{0,32}"
+WHITESPACE = r"\x20|\n\x20{0,16}"
 MAX_MESSAGE = 300
 MAX_LEXER_STATES = 20_000  # 1 to 2 kB each, per sequence
 
