@@ -117,6 +117,25 @@ class Program:
             for future in futures:
                 future.result()
 
+    def measure(self) -> int:
+        """Compile the largest forward and sampler only: `bytes_beside` before the pool has its size."""
+        for key in (max(self.config.buckets, key=lambda bucket: bucket.tokens), self.config.samplers[-1]):
+            self._compile(key, self.lower(key))
+        return self.bytes_beside
+
+    @property
+    def bytes_beside(self) -> int:
+        """What compiled programs take on each device beside weights, pool and slots, as the compiler says: the largest forward's temporaries,
+        two steps' outputs (one is computed while the other is read), and the largest sampler's temporaries."""
+        forwards, others = [(0, 0)], [0]
+        for key, compiled in self._compiled.items():
+            sizes = compiled.memory_analysis()
+            if isinstance(key, Bucket):
+                forwards.append((sizes.temp_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes))
+            else:
+                others.append(sizes.temp_size_in_bytes)
+        return max(temporary for temporary, _ in forwards) + 2 * max(output for _, output in forwards) + max(others)
+
     def lower(self, key: Any) -> Any:
         """The lowered program of a bucket, a sampler, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
         if isinstance(key, Bucket):
@@ -143,7 +162,9 @@ class Program:
 
     def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""
-        return self.config.shapes(choose(self.config.buckets, occupancy(batch, self.config.pool.replicas)))
+        buckets = self.config.buckets
+        laid = batch if any(bucket.decode_rows for bucket in buckets) else batch.folded()
+        return self.config.shapes(choose(buckets, occupancy(laid, self.config.pool.replicas)))
 
     def admit(self, admission: Admission, seed: int, held: Sequence[int]) -> None:
         """Write a sequence's settings into its slot."""

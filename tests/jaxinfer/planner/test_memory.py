@@ -31,7 +31,7 @@ def test_with_plenty_of_memory_every_sequence_may_be_full():
     assert made.pool.tokens == 8 * 256
     assert made.weights == GRAPH.nbytes
     assert made.pages == (8 * 256 + 16) * TOKEN_BYTES
-    assert made.total == made.weights + made.reserved + made.pages <= 0.9 * 64 * MIB
+    assert made.total == made.weights + made.slots + made.programs + made.pages <= 0.9 * 64 * MIB
 
 
 def test_little_memory_is_filled_to_its_fraction():
