@@ -79,8 +79,7 @@ def _entries(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def _lines(name: str) -> Iterator[Any]:
-    text = sys.stdin.read() if name == "-" else _text_of("--input", name)
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_text_of("--input", name).splitlines(), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -89,8 +88,9 @@ def _lines(name: str) -> Iterator[Any]:
 
 
 def _text_of(flag: str, name: str) -> str:
+    """The text of a file that a flag names ("-" for stdin)."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{flag} {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
 
