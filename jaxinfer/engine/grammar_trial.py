@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 from llguidance import LLTokenizer
 
@@ -126,7 +126,7 @@ def _ask(process: subprocess.Popen[str], message: dict[str, Any], seconds: float
     return json.loads(line) if line.endswith("\n") else None
 
 
-def _tell(target: IO[str], message: dict[str, Any]) -> None:
+def _tell(target: Any, message: dict[str, Any]) -> None:
     target.write(json.dumps(message) + "\n")
     target.flush()
 

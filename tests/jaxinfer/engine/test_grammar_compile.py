@@ -53,7 +53,7 @@ def test_kinds(grammar, good, bad):
         (Grammar.regex("(?=a)b"), "look-around"),
         (Grammar.lark("start: x"), "unknown name"),
         (Grammar.lark("start: " + "x" * 5000), "unknown name"),
-        (Grammar.lark("root ::= ("), ""),
+        (Grammar.lark("root ::= ("), "GBNF"),
     ],
 )
 def test_problems_are_told_shortly(grammar, words):
