@@ -8,7 +8,7 @@ pages and slots; `replica` says whose a row is, and page ids count within that r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxinfer.request import Request
@@ -72,6 +72,10 @@ class Batch:
     def rows(self) -> tuple[Row, ...]:
         """All rows, decodes first."""
         return self.decodes + self.prefills
+
+    def folded(self) -> Batch:
+        """The same step with its decodes as prefill rows of one token."""
+        return replace(self, decodes=(), prefills=self.rows)
 
     @property
     def tokens(self) -> int:

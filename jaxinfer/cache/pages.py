@@ -115,6 +115,10 @@ class PagePool:
         """How many of the pages have a single owner, so that its release makes them available."""
         return sum(self._owners[page] == 1 for page in pages)
 
+    def private(self, pages: Iterable[int]) -> list[int]:
+        """Those of the pages that have a single owner and whose content nobody knows."""
+        return [page for page in pages if self._owners[page] == 1 and (self.index is None or page not in self.index)]
+
     def unowned(self, pages: Iterable[int]) -> int:
         """How many of the pages count as available now."""
         return sum(page in self._cached for page in pages)

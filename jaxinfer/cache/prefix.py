@@ -125,7 +125,7 @@ class PrefixIndex:
             self._prune(node)
 
     def poison(self, node: Node) -> list[int]:
-        """Forget a node and everything that was computed behind it; returns the pages, which are not entered again before they are dropped."""
+        """Forget a node and everything that was computed behind it; returns the pages; none is entered again before it is dropped."""
         if not node.alive:
             return []
         pages = [member.page for member in _descendants(node) if member.page != NO_PAGE]

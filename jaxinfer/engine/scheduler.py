@@ -167,10 +167,15 @@ class Scheduler:
         else:
             self._follow(family)
 
-    def poison(self, sequence: Sequence) -> None:
-        """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again."""
+    def poison(self, sequence: Sequence) -> list[int]:
+        """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again.
+
+        Returns:
+            The pages of its replica that are its alone and hold nothing that anybody knows: to be wiped before they are used again.
+        """
         for pool in self.pools:
             pool.poison(sequence.chain)
+        return self.pools[sequence.replica].private(sequence.pages)
 
     def check(self) -> None:
         """Verify the invariants of pools, slots and sequences.

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jaxinfer import devices
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.cache.pages import PagePool
+from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
@@ -104,7 +105,8 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
     limits = _limits(config)
-    pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
+    size, shared = memory.pool, config.cache.prefix_caching == "on"
+    pools = [PagePool(size.pages, size.page_size, PrefixIndex(size.page_size) if shared else None) for _ in range(limits.replicas)]
     scheduler = Scheduler(limits, pools, config.scheduler.policy)
     if config.model.load_format != "random" and model.folder is not None:
         read.verify(model.folder, model.graph)  # before anything is compiled

@@ -68,17 +68,17 @@ def plan_memory(
     weights = sum(device_bytes(spec, mesh, rules) for spec in graph.arrays)
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
     slots = 5 * vocab * (sequences + 1)  # counts (4 bytes) and prompt marks (1 byte)
-    programs = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
+    needed = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
     one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
     per_page = sum(device_bytes(spec, mesh, rules) for spec in one_page)
-    left = int(device_memory * cache.memory_fraction) - weights - slots - programs
+    left = int(device_memory * cache.memory_fraction) - weights - slots - needed
     row = -(-demand.tokens // pool.page_size)
     wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
     pages = min(wanted, left // per_page - 1)
     if pages < row:
         raise ConfigError(_too_small(cache, pages=max(0, pages), row=row, left=left))
     sized = replace(pool, pages=pages + 1)
-    return MemoryPlan(device_memory, weights, slots, programs, sized.pages * per_page, sized, wanted)
+    return MemoryPlan(device_memory, weights, slots, needed, sized.pages * per_page, sized, wanted)
 
 
 def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> MemoryPlan:
@@ -91,8 +91,9 @@ def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> Memor
     if made.total <= plan.device * cache.memory_fraction:
         return made
     raise ConfigError(
-        f"programs need {programs / GIB:.2f} GiB beside {plan.weights / GIB:.2f} GiB of weights and {plan.pages / GIB:.2f} GiB of KV cache, more than"
-        f" --memory-fraction {cache.memory_fraction:g} of {plan.device / GIB:.1f} GiB; lower --max-step-tokens, --max-sequences or --kv-tokens"
+        f"programs need {programs / GIB:.2f} GiB beside {plan.weights / GIB:.2f} GiB of weights and {plan.pages / GIB:.2f} GiB of KV cache,"
+        f" more than --memory-fraction {cache.memory_fraction:g} of {plan.device / GIB:.1f} GiB;"
+        " lower --max-step-tokens, --max-sequences or --kv-tokens"
     )
 
 

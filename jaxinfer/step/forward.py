@@ -111,7 +111,7 @@ class Sampler:
 
 
 def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:
-    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last: in decode rows, or anywhere if there are none."""
+    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last: in decode rows, or anywhere without any."""
     bucket, replicas = shapes.bucket, shapes.replicas
     tokens = inputs.tokens.reshape(replicas, bucket.tokens)
     last = slots.last_token[inputs.slots.reshape(replicas, bucket.rows)]
