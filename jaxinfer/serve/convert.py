@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from jaxinfer.request import Request, SamplingParams, choices
+from jaxinfer.serve import structured
 from jaxinfer.serve.errors import ApiError, refused
 from jaxinfer.serve.schema import ChatBody, CompletionBody, Sampling, TokenizeChatBody
 from jaxinfer.tokenizer import Tokenizer
@@ -160,6 +161,8 @@ def sampling(body: CompletionBody | ChatBody, defaults: Mapping[str, Any], limit
     logprobs = _logprobs(body)
     if logprobs is not None:
         values["logprobs"] = logprobs
+    if (found := structured.asked(body)) is not None:
+        values["grammar"] = found.grammar
     params = SamplingParams.of(**values)
     check_tokens("logit_bias", params.logit_bias, limits.vocab_size)
     check_tokens("stop_token_ids", params.stop.token_ids, limits.vocab_size)
