@@ -18,6 +18,7 @@ import jax
 
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine import words
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
@@ -25,10 +26,13 @@ from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.inputs import Packed, pack
+from jaxinfer.step.slots import Draws
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineInfo", "Progress"]
+
+_NO_TOKEN = "no token could be drawn: the model's numbers are not finite for this request, or its rules exclude every token"
 
 
 @dataclass
@@ -39,6 +43,7 @@ class _Active:
     text: OutputText
     limit: int
     seed: int
+    banned: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Engine:
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         text = OutputText(detokenizer, request.params.stop)
-        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed)
+        banned = words.sequences(self.tokenizer, request.params.bad_words)
+        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed, banned)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -139,12 +145,12 @@ class Engine:
         stop = admission.request.params.stop
         ends = () if stop.ignore_eos else self._eos
         held = tuple(dict.fromkeys((*ends, *stop.token_ids))) if admission.request.params.min_tokens else ()
-        self.program.admit(admission, active.seed, held)
+        self.program.admit(admission, Draws(active.seed, held, active.banned))
 
     def _advance(self, active: _Active, drawn: _Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
         if not drawn.finite:
-            return self._end(active, FinishReason.ERROR, error="the model produced numbers that are not finite for this request")
+            return self._end(active, FinishReason.ERROR, error=_NO_TOKEN)
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
@@ -210,7 +216,10 @@ class Engine:
             raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
         if request.key in self._active:
             raise RequestError("a request with this id is running already", "id")
-        for name, ids in (("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids)):
+        for name, ids in (
+            ("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids),
+            ("allowed_token_ids", params.allowed_token_ids),
+        ):  # fmt: skip
             if ids and max(ids) >= vocab:
                 raise RequestError(f"{name} holds token id {max(ids)}, but the vocabulary ends at {vocab - 1}", name)
         length = len(request.prompt)

@@ -74,9 +74,7 @@ def sample(
     adjusted = jax.lax.cond(
         penalise, lambda: sampling.penalised(logits, slots.counts[rows], slots.in_prompt[rows], settings), lambda: logits
     )
-    adjusted = jax.lax.cond(
-        slot_state.wants_bias(slots, rows), lambda: slot_state.biased(adjusted, slots, rows, positions), lambda: adjusted
-    )
+    adjusted = jax.lax.cond(slot_state.has_rules(slots, rows), lambda: slot_state.ruled(adjusted, slots, rows, positions), lambda: adjusted)
     sampled = sampling.sample(logits, adjusted, settings)
     drawn = (jnp.where(inputs.samples == 1, rows, spare_slot), sampled.token)
     written, tokens = (constrain(values, (None,), placement.mesh, placement.rules) for values in drawn)

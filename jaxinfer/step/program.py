@@ -29,6 +29,7 @@ from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
 from jaxinfer.step.forward import Step
 from jaxinfer.step.inputs import Packed, Shapes
+from jaxinfer.step.slots import Draws
 
 ADMIT = "admit"
 
@@ -118,9 +119,9 @@ class Program:
         """The layout that a batch is packed into."""
         return self.config.shapes(choose(self.config.buckets, occupancy(batch, self.config.pool.replicas)))
 
-    def admit(self, admission: Admission, seed: int, held: Sequence[int]) -> None:
+    def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
-        words = slot_state.pack_admission(admission, seed, held, self.config.max_tokens)
+        words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, jax.device_put(words, self._replicated))
 
     def run(self, packed: Packed) -> Sampled:

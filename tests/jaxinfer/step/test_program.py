@@ -12,6 +12,7 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import pack
 from jaxinfer.step.program import ADMIT
+from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -60,7 +61,7 @@ def test_one_shape_of_everything(plain):
 def test_a_step_takes_over_pool_and_slots(plain):
     """Donated: after a step the old arrays are gone, the weights stay."""
     program = plain.program
-    program.admit(Admission(Request("0", (1, 2)), 0), seed=1, held=())
+    program.admit(Admission(Request("0", (1, 2)), 0), Draws(1))
     before = (*program._kv, *jax.tree.leaves(program._slots))
     step(program, Batch((), rows(1, (1, 2))))
     assert all(array.is_deleted() for array in before)
