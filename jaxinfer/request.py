@@ -22,7 +22,7 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 32
 MAX_WORD_LENGTH = 64
 MAX_ALLOWED_TOKENS = 1024
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 16
 SEED_BITS = 64
@@ -89,7 +89,7 @@ class StopRules:
     tokens unless `ignore_eos`.
 
     Raises:
-        RequestError: more than 4 strings, an empty string or one over 256 characters, more than 16 token ids.
+        RequestError: more than 16 strings, an empty string or one over 256 characters, more than 16 token ids.
     """
 
     strings: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
 """From logits to tokens: pure functions of logits, per-row settings and per-(request, position) keys, vectorised over rows.
 
-The order is the usual one: penalties, biases and excluded tokens, temperature, top-k, top-p, min-p, then a draw. A token is drawn by the Gumbel-max
-trick (Gumbel 1954; Maddison et al. 2014) with noise that depends on the request's seed and the token's position alone, so that a
-draw does not depend on what else is in the batch. Filters find their threshold by bisection over the ordered bits of the float, which
-is exact, needs no sort and costs 32 reductions. Work that no row asks for is skipped at run time inside the one compiled program.
+The order is the usual one: penalties, biases and excluded tokens, temperature, top-k, top-p, min-p, then a draw. A token is drawn by
+the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014) with noise that depends on the request's seed and the token's position alone,
+so that a draw does not depend on what else is in the batch. Filters find their threshold by bisection over the ordered bits of the
+float, which is exact, needs no sort and costs 32 reductions. Work that no row asks for is skipped at run time inside the one program.
 This file does not know about slots, requests or buckets.
 """
 
@@ -56,7 +56,8 @@ class RowSettings:
 class Sampled:
     """One drawn token per row with its log probability under the unmodified logits (nats) and the most likely alternatives.
 
-    `finite` is False where the row's logits held a NaN or were all infinite, or where no token may be drawn. Alternatives are zeros unless a row asked for any.
+    `finite` is False where the row's logits held a NaN or were all infinite, or where no token may be drawn. Alternatives are zeros
+    unless a row asked for any.
     """
 
     token: Int[Array, " rows"]

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineInfo", "Progress"]
 
-_NO_TOKEN = "no token could be drawn: the model's numbers are not finite for this request, or its rules exclude every token"
+_NOTHING_DRAWN = "no token could be drawn: the model's numbers are not finite for this request, or its rules exclude every token"
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Engine:
     def _advance(self, active: _Active, drawn: _Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
         if not drawn.finite:
-            return self._end(active, FinishReason.ERROR, error=_NO_TOKEN)
+            return self._end(active, FinishReason.ERROR, error=_NOTHING_DRAWN)
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
