@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 MAX_TOP = 20
 NEVER = float("-inf")
+ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 
 
 def pytree(cls: type) -> Any:
@@ -25,13 +27,18 @@ def pytree(cls: type) -> Any:
     names = tuple(f.name for f in fields(cls))
 
     def unflatten(_: None, children: tuple[Any, ...]) -> Any:
-        made = object.__new__(cls)
-        for name, child in zip(names, children, strict=True):
-            object.__setattr__(made, name, child)
-        return made
+        return unchecked(cls, dict(zip(names, children, strict=True)))
 
     jax.tree_util.register_pytree_node(cls, lambda value: (tuple(getattr(value, n) for n in names), None), unflatten)
     return cls
+
+
+def unchecked(cls: type, values: dict[str, Any]) -> Any:
+    """A dataclass made without its checks: for descriptions in the place of arrays."""
+    made = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 @pytree
@@ -87,6 +94,17 @@ def penalised(
     repetition = settings.repetition[:, None]
     logits = jnp.where(in_prompt | produced, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     return logits - settings.frequency[:, None] * counts.astype(logits.dtype) - settings.presence[:, None] * produced.astype(logits.dtype)
+
+
+def mask_words(vocab: int) -> int:
+    """32-bit words of one row's mask of allowed tokens."""
+    return -(-vocab // 32)
+
+
+def masked(logits: Float[Array, "rows vocab"], mask: UInt32[Array, "rows words"]) -> Float[Array, "rows vocab"]:
+    """Logits with -inf where a row's mask has no bit: token t is allowed if bit t % 32 of word t // 32 is set."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & jnp.uint32(1)
+    return jnp.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, NEVER)
 
 
 def filtered(logits: Float[Array, "rows vocab"], settings: RowSettings) -> Float[Array, "rows vocab"]:

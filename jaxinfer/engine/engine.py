@@ -114,7 +114,7 @@ class Engine:
         for admission in batch.admissions:
             self._admit(admission)
         packed = pack(batch, self.program.bucket_for(batch))
-        launched = self.program.run(packed)
+        launched = self.program.sample(self.program.forward(packed))
         outputs = self._take_pending() + self.commit(packed, launched)
         self._measure(batch, packed, begun)
         return outputs

@@ -209,6 +209,6 @@ def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: M
         model=model.name, architecture=model.architecture, parameters=model.parameters, dtype=str(model.dtype),
         device=devices.label(program.placement.mesh.devices.flat[0]), device_count=mesh.size, mesh=f"data={mesh.data},tensor={mesh.tensor}",
         max_model_len=model.max_tokens, kv_tokens=tokens,
-        max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.buckets) + 1,
+        max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.keys),
         weight_bytes=memory.weights,
     )  # fmt: skip

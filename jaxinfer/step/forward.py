@@ -1,8 +1,9 @@
 """What one step computes, as pure functions: packed tokens through the model, then one drawn token for each row that samples.
 
-`forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the
-paged cache and keeps the hidden state of each row's last token; `sample` turns those into tokens and updates the slots. Both run
-inside one compiled program per bucket. This file does not know about compilation, buffers on the host or requests.
+`Forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the
+paged cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled
+programs, so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as
+many rows. This file does not know about compilation, buffers on the host or requests.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxinfer import sampling
 from jaxinfer.batch import LAST_SAMPLED
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, StepContext
-from jaxinfer.sampling import Sampled
+from jaxinfer.sampling import Sampled, pytree
 from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
@@ -26,59 +27,87 @@ from jaxinfer.step.slots import Slots
 from pallas_kernels import PagedMetadata
 
 
+@pytree
 @dataclass(frozen=True)
-class Step:
-    """Everything static about a step: the model's description, the bucket's shapes, where arrays live."""
+class RowInputs:
+    """What the sampler needs to know of each row: its slot, the position of the token to be drawn, and whether to keep it (1 or 0)."""
+
+    slots: Int[Array, " rows"]
+    positions: Int[Array, " rows"]
+    samples: Int[Array, " rows"]
+
+
+@pytree
+@dataclass(frozen=True)
+class Computed:
+    """What a forward pass leaves for later programs: hidden states of all tokens, float32 logits of each row's last one, its rows."""
+
+    hidden: Float[Array, "tokens embed"]
+    logits: Float[Array, "rows vocab"]
+    rows: RowInputs
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Everything static about a forward pass: the model's description, the bucket's shapes, where arrays live."""
 
     graph: Graph
     shapes: Shapes
     placement: Placement
 
-    def __call__(self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"]) -> Any:
-        """(kv, slots, sampled) after one step. Donates `kv` and `slots`."""
-        inputs = unpack(buffer, self.shapes)
+    def __call__(
+        self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"]
+    ) -> tuple[tuple[Array, ...], Computed]:
+        """(kv, computed) after the step's tokens went through the model. Donates `kv`."""
+        inputs, bucket, replicas = unpack(buffer, self.shapes), self.shapes.bucket, self.shapes.replicas
         model: Any = self.graph.bind(leaves)
-        hidden, kv = forward(model, kv, slots, inputs, self)
-        logits = model.head(hidden, self.placement)
-        slots, sampled = sample(logits, slots, inputs, spare_slot=self.shapes.spare_slot, placement=self.placement)
-        return kv, slots, sampled
+        metadata = PagedMetadata(
+            page_tables=inputs.page_tables, query_starts=inputs.query_starts, query_lengths=inputs.query_lengths,
+            kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows,
+        )  # fmt: skip
+        context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement)
+        result = model(_current_tokens(inputs, slots, self.shapes), kv, context)
+        tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens
+        last = (inputs.query_starts + jnp.maximum(inputs.query_lengths - 1, 0)).reshape(replicas, bucket.rows, 1)
+        of_rows = jnp.take_along_axis(tokens, last, axis=1).reshape(replicas * bucket.rows, -1)
+        rows = RowInputs(inputs.slots, inputs.kv_lengths, inputs.samples)
+        return result.kv, Computed(result.hidden, model.head(of_rows, self.placement), rows)
 
 
-def forward(
-    model: Any, kv: tuple[Array, ...], slots: Slots, inputs: StepInputs, step: Step
-) -> tuple[Float[Array, "rows embed"], tuple[Array, ...]]:  # fmt: skip
-    """Hidden state of each row's last token (empty rows: of some token), and the cache with the step's keys and values."""
-    bucket, replicas = step.shapes.bucket, step.shapes.replicas
-    metadata = PagedMetadata(
-        page_tables=inputs.page_tables, query_starts=inputs.query_starts, query_lengths=inputs.query_lengths,
-        kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows,
-    )  # fmt: skip
-    context = StepContext(positions=inputs.positions, metadata=metadata, placement=step.placement)
-    result = model(_current_tokens(inputs, slots, step.shapes), kv, context)
-    tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens
-    last = (inputs.query_starts + jnp.maximum(inputs.query_lengths - 1, 0)).reshape(replicas, bucket.rows, 1)
-    hidden = jnp.take_along_axis(tokens, last, axis=1).reshape(replicas * bucket.rows, -1)
-    return hidden, result.kv
+@dataclass(frozen=True)
+class Sampler:
+    """Draws a token for each row; rows that do not sample leave their slot as it is (they write to the spare one)."""
 
+    spare_slot: int
+    placement: Placement
 
-def sample(
-    logits: Float[Array, "rows vocab"], slots: Slots, inputs: StepInputs, *, spare_slot: int, placement: Placement
-) -> tuple[Slots, Sampled]:
-    """Draw a token for each row; rows that do not sample leave their slot as it is.
+    def __call__(
+        self, logits: Float[Array, "rows vocab"], rows: RowInputs, mask: UInt32[Array, "rows words"], slots: Slots
+    ) -> tuple[Slots, Sampled]:
+        """(slots, sampled). mask: one bit per token, see `sampling.masked`. Donates `slots`.
 
-    Slots are whole on every device, so each learns every row's token first: else XLA would add up the devices' tables of counts.
-    """
-    rows, positions = inputs.slots, inputs.kv_lengths
-    settings = slot_state.settings(slots, rows, positions)
-    penalise = jnp.any((settings.presence != 0) | (settings.frequency != 0) | (settings.repetition != 1))
-    adjusted = jax.lax.cond(
-        penalise, lambda: sampling.penalised(logits, slots.counts[rows], slots.in_prompt[rows], settings), lambda: logits
-    )
-    adjusted = jax.lax.cond(slot_state.has_rules(slots, rows), lambda: slot_state.ruled(adjusted, slots, rows, positions), lambda: adjusted)
-    sampled = sampling.sample(logits, adjusted, settings)
-    drawn = (jnp.where(inputs.samples == 1, rows, spare_slot), sampled.token)
-    written, tokens = (constrain(values, (None,), placement.mesh, placement.rules) for values in drawn)
-    return slot_state.record(slots, written, tokens), sampled
+        Slots are whole on every device, so each learns every row's token first: else XLA would add up the devices' tables of counts.
+        """
+        settings = slot_state.settings(slots, rows.slots, rows.positions)
+        adjusted = self._adjusted(logits, rows, mask, slots, settings)
+        sampled = sampling.sample(logits, adjusted, settings)
+        drawn = (jnp.where(rows.samples == 1, rows.slots, self.spare_slot), sampled.token)
+        written, tokens = (constrain(values, (None,), self.placement.mesh, self.placement.rules) for values in drawn)
+        return slot_state.record(slots, written, tokens), sampled
+
+    def _adjusted(
+        self, logits: Float[Array, "rows vocab"], rows: RowInputs, mask: UInt32[Array, "rows words"], slots: Slots,
+        settings: sampling.RowSettings,
+    ) -> Float[Array, "rows vocab"]:  # fmt: skip
+        """Logits after penalties, rules and masks; each is skipped at run time when no row asks for it."""
+        penalise = jnp.any((settings.presence != 0) | (settings.frequency != 0) | (settings.repetition != 1))
+        logits = jax.lax.cond(
+            penalise, lambda: sampling.penalised(logits, slots.counts[rows.slots], slots.in_prompt[rows.slots], settings), lambda: logits
+        )
+        ruled = jax.lax.cond(
+            slot_state.has_rules(slots, rows.slots), lambda: slot_state.ruled(logits, slots, rows.slots, rows.positions), lambda: logits
+        )
+        return jax.lax.cond(jnp.any(mask != sampling.ALL_ALLOWED), lambda: sampling.masked(ruled, mask), lambda: ruled)
 
 
 def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:

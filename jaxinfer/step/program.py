@@ -1,8 +1,9 @@
 """The compiled programs and the arrays they run on: the only place that lowers, compiles and launches.
 
-`Program` owns weights (a flat tuple), KV pool and slots. `compile` lowers one program for every bucket and compiles them in parallel;
-afterwards nothing is traced or compiled any more: a batch that fits no bucket is an error. `run` launches a packed batch and hands
-back device arrays without waiting for them. This file does not know about requests beyond what a batch says.
+`Program` owns weights (a flat tuple), KV pool and slots. `compile` lowers a forward program for every bucket, a sampler for every
+number of rows and the small programs that edit slots and pages, and compiles them in parallel; afterwards nothing is traced or compiled any
+more: a batch that fits no bucket is an error. `forward` and `sample` launch the two halves of a step and hand back device arrays
+without waiting for them. This file does not know about requests beyond what a batch says.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, UInt32
 
+from jaxinfer import sampling
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.cache import kv as kv_cache
 from jaxinfer.cache.kv import PoolShape
@@ -27,11 +29,22 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import ArraySpec, struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
-from jaxinfer.step.forward import Step
+from jaxinfer.step.forward import Computed, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
+from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.slots import Draws
 
-ADMIT = "admit"
+ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
+
+
+@dataclass(frozen=True)
+class SamplerKey:
+    """Names the sampler for so many rows (of all replicas)."""
+
+    rows: int
+
+    def __str__(self) -> str:
+        return f"sample{self.rows}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,16 @@ class ProgramConfig:
         """The slot that padding rows write to."""
         return self.max_sequences * self.pool.replicas
 
+    @property
+    def samplers(self) -> tuple[SamplerKey, ...]:
+        """One for each number of rows that a bucket has."""
+        return tuple(SamplerKey(rows) for rows in sorted({bucket.rows * self.pool.replicas for bucket in self.buckets}))
+
+    @property
+    def keys(self) -> tuple[Any, ...]:
+        """Everything that is compiled."""
+        return (*self.buckets, *self.samplers, ADMIT, COPY, WIPE)
+
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
         page_size = self.pool.page_size
@@ -77,12 +100,15 @@ class Program:
         self._leaves: tuple[Array, ...] = ()
         self._kv: tuple[Array, ...] = ()
         self._slots: Any = None
-        self._replicated = NamedSharding(config.placement.mesh, PartitionSpec())
-        self._by_replica = NamedSharding(config.placement.mesh, PartitionSpec("data", None))
+        self._open_masks: dict[int, Array] = {}
+        mesh = config.placement.mesh
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._by_replica = NamedSharding(mesh, PartitionSpec("data"))
+        self._edit = PageEdit(config.kv_specs, mesh, config.placement.rules)
 
     def compile(self, progress: Callable[[str, int, int], None]) -> None:
         """Lower every program here and compile them on `threads` threads; calls progress("compile", done, total) from any thread."""
-        work: list[Any] = [*self.config.buckets, ADMIT]
+        work = self.config.keys
         progress("compile", 0, len(work))
         with ThreadPoolExecutor(self.config.threads) as pool:
             futures = []
@@ -93,20 +119,18 @@ class Program:
                 future.result()
 
     def lower(self, key: Any) -> Any:
-        """The lowered program of a bucket, or of `ADMIT`, from descriptions alone."""
-        config = self.config
-        slots = jax.tree.map(self._on_all, slot_state.describe(config.spare_slot + 1, config.vocab))
+        """The lowered program of a bucket, a sampler, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
+        if isinstance(key, Bucket):
+            return self._lower_forward(self.config.shapes(key))
+        if isinstance(key, SamplerKey):
+            return self._lower_sampler(key.rows)
         if key == ADMIT:
-            words = self._on_all(jax.ShapeDtypeStruct((slot_state.admission_words(config.max_tokens),), np.int32))
-            return jax.jit(slot_state.admit, donate_argnums=0).lower(slots, words)
-        shapes = config.shapes(key)
-        mesh, rules = config.placement.mesh, config.placement.rules
-        step = Step(config.graph, shapes, config.placement)
-        leaves = config.graph.structs(mesh, rules)
-        pool = tuple(struct(spec, mesh, rules) for spec in config.kv_specs)
-        buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
-        out = (tuple(spec.sharding for spec in pool), self._replicated, self._replicated)
-        return jax.jit(step, donate_argnums=(1, 2), out_shardings=out).lower(leaves, pool, slots, buffer)
+            words = jax.ShapeDtypeStruct((slot_state.admission_words(self.config.max_tokens),), np.int32)
+            return jax.jit(slot_state.admit, donate_argnums=0).lower(self._slot_structs, self._on_all(words))
+        ids = jax.ShapeDtypeStruct((self.config.pool.replicas, AT_ONCE), np.int32, sharding=self._by_replica)
+        edit, columns = {COPY: (self._edit.copy, 2), WIPE: (self._edit.wipe, 1)}[key]
+        shardings = tuple(spec.sharding for spec in self._pool_structs)
+        return jax.jit(edit, donate_argnums=0, out_shardings=shardings).lower(self._pool_structs, *(ids,) * columns)
 
     def load(self, leaves: Sequence[Array]) -> None:
         """Take the weights and make the KV pool and the slots."""
@@ -114,6 +138,9 @@ class Program:
         self._leaves = tuple(leaves)
         self._kv = kv_cache.allocate(config.kv_specs, config.placement.mesh, config.placement.rules)
         self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
+        words = sampling.mask_words(config.vocab)
+        for key in config.samplers:
+            self._open_masks[key.rows] = jax.device_put(np.full((key.rows, words), sampling.ALL_ALLOWED), self._by_replica)
 
     def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""
@@ -124,16 +151,61 @@ class Program:
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, jax.device_put(words, self._replicated))
 
-    def run(self, packed: Packed) -> Sampled:
-        """Launch a step; its result is on its way and has to be fetched."""
+    def forward(self, packed: Packed) -> Computed:
+        """Launch the forward pass of a step."""
         buffer = jax.device_put(packed.buffer, self._by_replica)
-        self._kv, self._slots, sampled = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
+        self._kv, computed = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
+        return computed
+
+    def sample(self, computed: Computed, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
+        """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`."""
+        rows = computed.logits.shape[0]
+        allowed = self._open_masks[rows] if mask is None else jax.device_put(mask, self._by_replica)
+        self._slots, sampled = self._compiled[SamplerKey(rows)](computed.logits, computed.rows, allowed, self._slots)
+        for result in (sampled.token, sampled.finite):
+            result.copy_to_host_async()
         return sampled
+
+    def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy pages before the next step: (replica, source, target) each."""
+        for sources, targets in blocks(copies, self.config.pool.replicas, 2):
+            self._kv = self._compiled[COPY](self._kv, *jax.device_put((sources, targets), self._by_replica))
+
+    def wipe_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Fill pages with zeros before the next step: (replica, page) each."""
+        for (ids,) in blocks(pages, self.config.pool.replicas, 1):
+            self._kv = self._compiled[WIPE](self._kv, jax.device_put(ids, self._by_replica))
+
+    def _lower_forward(self, shapes: Shapes) -> Any:
+        config = self.config
+        leaves = config.graph.structs(config.placement.mesh, config.placement.rules)
+        buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
+        out = (tuple(spec.sharding for spec in self._pool_structs), self._by_replica)
+        step = Forward(config.graph, shapes, config.placement)
+        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, self._pool_structs, self._slot_structs, buffer)
+
+    def _lower_sampler(self, rows: int) -> Any:
+        config, shape = self.config, jax.ShapeDtypeStruct
+        logits = shape((rows, config.vocab), np.float32, sharding=self._by_replica)
+        mask = shape((rows, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
+        of_row = shape((rows,), np.int32, sharding=self._by_replica)
+        of_rows = sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), of_row))
+        step = Sampler(config.spare_slot, config.placement)
+        out = (self._replicated, self._replicated)
+        return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
 
     def _compile(self, key: Any, lowered: Any) -> None:
         begun = time.perf_counter()
         self._compiled[key] = lowered.compile()
         self.compile_seconds[str(key)] = time.perf_counter() - begun
+
+    @property
+    def _pool_structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(struct(spec, self.config.placement.mesh, self.config.placement.rules) for spec in self.config.kv_specs)
+
+    @property
+    def _slot_structs(self) -> Any:
+        return jax.tree.map(self._on_all, slot_state.describe(self.config.spare_slot + 1, self.config.vocab))
 
     def _on_all(self, spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=self._replicated)

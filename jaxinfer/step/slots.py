@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.batch import Admission
 from jaxinfer.request import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
-from jaxinfer.sampling import RowSettings, pytree
+from jaxinfer.sampling import RowSettings, pytree, unchecked
 
 HELD = 2 * MAX_STOP_TOKENS
 BANNED, BANNED_LENGTH = 2 * MAX_BAD_WORDS, 8  # token sequences (a word has one inside and one between words), tokens of each
@@ -55,8 +55,7 @@ class Slots:
 def describe(slots: int, vocab: int) -> Slots:
     """Shapes and dtypes of the state for so many slots (the spare one included)."""
     shape = jax.ShapeDtypeStruct
-    made = object.__new__(Slots)  # descriptions, not arrays: the checks do not apply
-    for name, value in {
+    return unchecked(Slots, {
         "last_token": shape((slots,), jnp.int32),
         "counts": shape((slots, vocab), jnp.int32),
         "in_prompt": shape((slots, vocab), jnp.bool_),
@@ -68,9 +67,7 @@ def describe(slots: int, vocab: int) -> Slots:
         "recent": shape((slots, RECENT), jnp.int32),
         "banned": shape((slots, BANNED, BANNED_LENGTH), jnp.int32),
         "allowed": shape((slots, MAX_ALLOWED_TOKENS), jnp.int32),
-    }.items():
-        object.__setattr__(made, name, value)
-    return made
+    })  # fmt: skip
 
 
 def neutral(slots: int, vocab: int) -> Slots:

@@ -10,11 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
 from jaxinfer.models.layers import Placement
 from jaxinfer.request import Request, SamplingParams
+from jaxinfer.sampling import ALL_ALLOWED, mask_words
 from jaxinfer.sharding import make_mesh, zeros
-from jaxinfer.step import forward, slots
+from jaxinfer.step import slots
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.forward import Step
-from jaxinfer.step.inputs import Shapes, pack, unpack
+from jaxinfer.step.forward import Forward, RowInputs, Sampler
+from jaxinfer.step.inputs import Shapes, pack
 from tests.driving import Driver
 
 BUCKET = Bucket(prefill_tokens=12, prefill_rows=2, decode_rows=2)
@@ -42,7 +43,8 @@ class Stepper:
     def __init__(self, driver):
         self.mesh, self.graph, self.leaves = driver.mesh, driver.graph, driver.leaves
         self.shapes = Shapes(BUCKET, self.mesh.shape["data"], WIDTH, PAGE, spare_slot=4)
-        self.run = jax.jit(Step(self.graph, self.shapes, Placement(self.mesh)))
+        self.forward = jax.jit(Forward(self.graph, self.shapes, Placement(self.mesh)))
+        self.sample = jax.jit(Sampler(self.shapes.spare_slot, Placement(self.mesh)))
 
     def begin(self, *names):
         """Empty the pool and admit requests."""
@@ -56,7 +58,9 @@ class Stepper:
 
     def __call__(self, decodes, prefills):
         packed = pack(Batch(tuple(decodes), tuple(prefills)), self.shapes)
-        self.kv, self.slots, sampled = self.run(self.leaves, self.kv, self.slots, packed.buffer)
+        self.kv, computed = self.forward(self.leaves, self.kv, self.slots, packed.buffer)
+        mask = np.full((computed.logits.shape[0], mask_words(computed.logits.shape[1])), ALL_ALLOWED)
+        self.slots, sampled = self.sample(computed.logits, computed.rows, mask, self.slots)
         return {row.request.id: np.asarray(sampled.token)[index].item() for index, row in packed.rows if row.samples}
 
 
@@ -102,8 +106,8 @@ def test_rows_that_do_not_sample_leave_their_slot_alone(stepper):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:4], np.asarray(y)[:4]), before, stepper.slots)
 
 
-def test_every_row_gets_its_own_penalties_biases_and_holds():
-    """forward.sample alone: requests with prompt 1, 2, 3 and some output, each row with the same logits."""
+def test_every_row_gets_its_own_penalties_biases_holds_and_mask():
+    """The sampler alone: requests with prompt 1, 2, 3 and some output, each row with the same logits."""
     logits, cold = np.array([1.0, 5.0, 4.5, 4.0, 3.5, 3.0, 0.0, -1.0], np.float32), replace(GREEDY, max_tokens=9)
     cases = [
         (cold, (), (6,), 1),
@@ -112,17 +116,18 @@ def test_every_row_gets_its_own_penalties_biases_and_holds():
         (replace(cold, logit_bias={7: 7.0}, repetition_penalty=3.0, logprobs=2), (), (6,), 7),
         (replace(cold, min_tokens=3), (1, 2), (6, 6), 3),
         (replace(cold, min_tokens=2), (1, 2), (6, 6), 1),
+        (cold, (), (6,), 2),
     ]
     rows, state = [], slots.neutral(len(cases) + 1, len(logits))
     for slot, (params, held, generated, _) in enumerate(cases):
         admission = Admission(Request("r", (1, 2, 3), params), slot, generated)
         state = admit(state, slots.pack_admission(admission, slots.Draws(5, held), LONGEST))
         rows.append(Row(admission.request, slot, 2 + len(generated), (LAST_SAMPLED,), (1, 2), samples=True))
-    shapes = Shapes(Bucket(0, 0, len(cases)), 1, WIDTH, PAGE, spare_slot=len(cases))
-    buffer = pack(Batch(tuple(rows), ()), shapes).buffer
-    where = {"spare_slot": shapes.spare_slot, "placement": Placement(make_mesh({}))}
-    run = jax.jit(lambda logits, state, buffer: forward.sample(logits, state, unpack(buffer, shapes), **where))
-    after, sampled = run(np.tile(logits, (len(cases), 1)), state, buffer)
+    inputs = RowInputs(*(jax.numpy.array(values, np.int32) for values in zip(*((row.slot, row.kv_length, 1) for row in rows), strict=True)))
+    mask = np.full((len(cases), 1), ALL_ALLOWED)
+    mask[-1] &= ~np.uint32(1 << 1)  # the likeliest token is forbidden to the last row
+    run = jax.jit(Sampler(len(cases), Placement(make_mesh({}))))
+    after, sampled = run(np.tile(logits, (len(cases), 1)), inputs, mask, state)
     assert sampled.token.tolist() == [token for *_, token in cases]
     assert after.last_token.tolist()[:-1] == sampled.token.tolist()
     assert after.counts[2].tolist() == [0, 2, 1, 1, 0, 0, 0, 0]

@@ -11,7 +11,7 @@ from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import ADMIT
+from jaxinfer.step.program import ADMIT, COPY, WIPE, SamplerKey
 from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
@@ -22,12 +22,12 @@ def rows(count, tokens, start=0):
 
 
 def step(program, batch):
-    return program.run(pack(batch, program.bucket_for(batch)))
+    return program.sample(program.forward(pack(batch, program.bucket_for(batch))))
 
 
 def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
     compiled = set(plain.program._compiled)
-    assert compiled == {*plain.program.config.buckets, ADMIT}
+    assert compiled == {*plain.program.config.buckets, *map(SamplerKey, (1, 2, 4, 8)), ADMIT, COPY, WIPE}
     assert set(plain.metrics.compile_seconds) == {str(key) for key in compiled}
     reports = [(done, total) for stage, done, total in progress if stage == "compile"]
     assert reports[0] == (0, len(compiled))
@@ -100,9 +100,31 @@ def test_a_mesh_reduces_after_attention_and_after_the_mlp(meshed):
     found = collectives(meshed.program, Bucket(0, 0, 1))
     assert 2 * 2 <= found.count(("f32[1,32]", "all-reduce")) <= 2 * 2 + 2, found
     assert not any(kind == "all-to-all" for _, kind in found)
-    assert ("s32[3,272]", "all-reduce") not in found, "the slots' tables of counts travel"
+    sampler = collectives(meshed.program, SamplerKey(2))
+    assert ("s32[3,272]", "all-reduce") not in sampler, "the slots' tables of counts travel"
 
 
 def test_a_mesh_splits_the_pool(meshed):
     for spec, pool in zip(meshed.program.config.kv_specs, meshed.program._kv, strict=True):
         assert {shard.data.size for shard in pool.addressable_shards} == {prod(spec.shape) // 4}
+
+
+@pytest.mark.parametrize("engine", ["plain", "meshed"])
+def test_pages_are_copied_and_wiped_in_their_replica_alone(engine, request):
+    program = request.getfixturevalue(engine).program
+    pages, replicas = program.config.pool.pages, program.config.pool.replicas
+    step(program, Batch((), rows(1, (1, 2, 3))))  # page 1 of replica 0 holds something
+    last = replicas - 1
+    before = [np.array(pool).reshape(replicas, pages, *pool.shape[1:]) for pool in program._kv]
+    program.copy_pages([(0, 1, target) for target in range(2, 12)] + [(0, 1, target) for target in range(12, pages)])  # several launches
+    copied = [np.array(pool).reshape(replicas, pages, *pool.shape[1:]) for pool in program._kv]
+    for old, new in zip(before, copied, strict=True):
+        assert np.abs(old[0, 1]).max() > 0
+        np.testing.assert_array_equal(new[0, 2:], np.broadcast_to(old[0, 1], new[0, 2:].shape))
+        np.testing.assert_array_equal(new[1:, 1:], old[1:, 1:])
+    program.wipe_pages([(0, page) for page in range(1, pages) if page != 3] + [(last, 3)])
+    for old, new in zip(copied, [np.array(pool).reshape(replicas, pages, *pool.shape[1:]) for pool in program._kv], strict=True):
+        assert not new[0, 1:3].any() and not new[last, 3].any() and not new[0, 4:].any()
+        if replicas > 1:
+            np.testing.assert_array_equal(new[0, 3], old[0, 3])
+    program.wipe_pages([(0, 3)])
