@@ -21,11 +21,13 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine import words
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
+from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.inputs import Packed, pack
+from jaxinfer.step.score import Scored, places
 from jaxinfer.step.slots import Draws
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class _Active:
     limit: int
     seed: int
     banned: tuple[tuple[int, ...], ...] = ()
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ class Engine:
         seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         text = OutputText(detokenizer, request.params.stop)
         banned = words.sequences(self.tokenizer, request.params.bad_words)
-        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed, banned)
+        scores = None if request.params.prompt_logprobs is None else PromptScores(request)
+        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed, banned, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -114,8 +118,10 @@ class Engine:
         for admission in batch.admissions:
             self._admit(admission)
         packed = pack(batch, self.program.bucket_for(batch))
-        launched = self.program.sample(self.program.forward(packed))
-        outputs = self._take_pending() + self.commit(packed, launched)
+        computed = self.program.forward(packed)
+        scored = self.program.score(packed, computed)
+        launched = self.program.sample(computed)
+        outputs = self._take_pending() + self.commit(packed, launched, scored)
         self._measure(batch, packed, begun)
         return outputs
 
@@ -124,8 +130,10 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
-    def commit(self, packed: Packed, launched: Sampled) -> list[Output]:
+    def commit(self, packed: Packed, launched: Sampled, scored: Scored | None = None) -> list[Output]:
         """Fetch what a step drew and move its sequences on: append tokens, end what is finished, emit."""
+        if scored is not None:
+            self._take_scores(packed, scored)
         drawn = _fetch(packed, launched)
         outputs = []
         for index, row in packed.rows:
@@ -133,6 +141,13 @@ class Engine:
             if row.samples and sequence is not None:
                 outputs.append(self._advance(self._active[row.request.key], drawn[index]))
         return outputs
+
+    def _take_scores(self, packed: Packed, scored: Scored) -> None:
+        on_host = jax.device_get(scored)
+        for row, at in places(packed):
+            active = self._active.get(row.request.key)
+            if active is not None and active.scores is not None:
+                active.scores.take(row, on_host, at)
 
     def shutdown(self) -> None:
         """Forget all requests; the engine must not be used afterwards."""
@@ -175,7 +190,9 @@ class Engine:
             text, piece = text + rest.text, rest
             reason = FinishReason.STOP if rest.stopped_by else reason
         stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
-        output = self._output(active, text=text, token_ids=(drawn.token,), logprobs=(drawn.logprob,) if drawn.logprob else ())
+        scores = active.scores.entries() if active.scores is not None and count == 1 else ()
+        logprobs = (drawn.logprob,) if drawn.logprob else ()
+        output = self._output(active, text=text, token_ids=(drawn.token,), logprobs=logprobs, prompt_logprobs=scores)
         if reason is None:
             return output
         self._forget(active, reason)

@@ -32,6 +32,7 @@ from jaxinfer.step.buckets import Bucket, choose, occupancy
 from jaxinfer.step.forward import Computed, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
+from jaxinfer.step.score import Score, Scored, pack_targets
 from jaxinfer.step.slots import Draws
 
 ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
@@ -45,6 +46,16 @@ class SamplerKey:
 
     def __str__(self) -> str:
         return f"sample{self.rows}"
+
+
+@dataclass(frozen=True)
+class ScoreKey:
+    """Names the program that scores a bucket's prompts."""
+
+    bucket: Bucket
+
+    def __str__(self) -> str:
+        return f"score-{self.bucket}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,14 @@ class ProgramConfig:
         return tuple(SamplerKey(rows) for rows in sorted({bucket.rows * self.pool.replicas for bucket in self.buckets}))
 
     @property
+    def scorers(self) -> tuple[ScoreKey, ...]:
+        """One for each bucket that holds prompts."""
+        return tuple(ScoreKey(bucket) for bucket in self.buckets if bucket.prefill_tokens)
+
+    @property
     def keys(self) -> tuple[Any, ...]:
         """Everything that is compiled."""
-        return (*self.buckets, *self.samplers, ADMIT, COPY, WIPE)
+        return (*self.buckets, *self.samplers, *self.scorers, ADMIT, COPY, WIPE)
 
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
@@ -119,11 +135,13 @@ class Program:
                 future.result()
 
     def lower(self, key: Any) -> Any:
-        """The lowered program of a bucket, a sampler, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
+        """The lowered program of a bucket, a sampler, a scorer, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
         if isinstance(key, Bucket):
             return self._lower_forward(self.config.shapes(key))
         if isinstance(key, SamplerKey):
             return self._lower_sampler(key.rows)
+        if isinstance(key, ScoreKey):
+            return self._lower_score(self.config.shapes(key.bucket))
         if key == ADMIT:
             words = jax.ShapeDtypeStruct((slot_state.admission_words(self.config.max_tokens),), np.int32)
             return jax.jit(slot_state.admit, donate_argnums=0).lower(self._slot_structs, self._on_all(words))
@@ -166,6 +184,14 @@ class Program:
             result.copy_to_host_async()
         return sampled
 
+    def score(self, packed: Packed, computed: Computed) -> Scored | None:
+        """Launch the scoring of the prompts that ask for it; None if there are none."""
+        targets = pack_targets(packed)
+        if targets is None:
+            return None
+        program = self._compiled[ScoreKey(packed.shapes.bucket)]
+        return program(self._leaves, computed.hidden, jax.device_put(targets, self._by_replica))
+
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
         for sources, targets in blocks(copies, self.config.pool.replicas, 2):
@@ -193,6 +219,15 @@ class Program:
         step = Sampler(config.spare_slot, config.placement)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
+
+    def _lower_score(self, shapes: Shapes) -> Any:
+        config, shape, bucket = self.config, jax.ShapeDtypeStruct, shapes.bucket
+        leaves = config.graph.structs(config.placement.mesh, config.placement.rules)
+        size = (shapes.replicas * bucket.tokens, config.graph.config.hidden_size)
+        hidden = shape(size, config.graph.dtype, sharding=self._by_replica)
+        targets = shape((shapes.replicas, bucket.prefill_tokens), np.int32, sharding=self._by_replica)
+        step = Score(config.graph, shapes, config.placement)
+        return jax.jit(step, out_shardings=self._replicated).lower(leaves, hidden, targets)
 
     def _compile(self, key: Any, lowered: Any) -> None:
         begun = time.perf_counter()
