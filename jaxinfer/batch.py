@@ -7,26 +7,29 @@ pages and slots; `replica` says whose a row is, and page ids count within that r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jaxinfer.request import Request
 
 LAST_SAMPLED = -1  # a row's token that is taken from the slot on the device: the one the previous step sampled there
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's share of a step.
 
     slot: where its state lives on the device. start: position of `tokens[0]`. tokens: ids, or `LAST_SAMPLED`.
-    pages: page ids that hold positions 0 .. start + len(tokens) - 1. samples: whether the step draws a token after the last one.
+    pages: page ids that hold positions 0 .. start + len(tokens) - 1, and perhaps more: the sequence's own list, which grows with it, not
+    a copy (a long context has thousands); read it before the next batch is scheduled. samples: whether the step draws a token after
+    the last one.
     """
 
     request: Request
     slot: int
     start: int
     tokens: tuple[int, ...]
-    pages: tuple[int, ...]
+    pages: Sequence[int]
     samples: bool
     replica: int = 0
 
@@ -45,18 +48,34 @@ class Admission:
     generated: tuple[int, ...] = ()
 
 
+class PageCopy(NamedTuple):
+    """A page whose content is copied to another one of the same replica, in every layer, before the step's forward."""
+
+    source: int
+    target: int
+    replica: int = 0
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One step: decode rows first (one token each), then prefill rows, and the sequences that enter their slots before it."""
+    """One step: decode rows first (one token each), then prefill rows; before it sequences enter their slots and pages are copied.
+
+    Within the step every row writes its K and V before any row reads: a row may read pages that another row of the step fills.
+    """
 
     decodes: tuple[Row, ...]
     prefills: tuple[Row, ...]
     admissions: tuple[Admission, ...] = ()
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows, decodes first."""
         return self.decodes + self.prefills
+
+    def folded(self) -> Batch:
+        """The same step with its decodes as prefill rows of one token."""
+        return replace(self, decodes=(), prefills=self.rows)
 
     @property
     def tokens(self) -> int:

@@ -121,8 +121,10 @@ class CacheConfig:
     page_size: int = option(32, "tokens in one KV page")
     memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
     kv_tokens: int | None = option(None, "tokens in the KV pool, per data replica (default: what the memory holds)", parse=parse_count)
+    prefix_caching: str = option("on", "share the KV pages of common beginnings", choices=SWITCH)
 
     def __post_init__(self) -> None:
+        _one_of("prefix-caching", self.prefix_caching, SWITCH)
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ConfigError(f"--page-size {self.page_size} is not a power of two; write for example 32 or 64")
         if not 0.0 < self.memory_fraction <= 1.0:
@@ -139,7 +141,7 @@ class SchedulerConfig:
         None, "prompt tokens per step and data replica (default: 512 on CPUs, 2048 on accelerators)", parse=parse_count
     )
     max_waiting: int = option(4096, "requests that may wait; more are refused")
-    policy: str = option("fcfs", "order in which waiting requests are admitted")
+    policy: str = option("fcfs", "order in which waiting requests are admitted: fcfs, longest_prefix, priority or shortest")
 
     def __post_init__(self) -> None:
         _at_least("max-sequences", self.max_sequences, 1)
@@ -153,6 +155,10 @@ class ExecutionConfig:
 
     mesh: MeshShape = option(MeshShape(), "device mesh, for example data=2,tensor=4", parse=parse_mesh)
     implementation: str = option("auto", "attention and matmul kernels", choices=IMPLEMENTATIONS)
+    overlap: str = option("on", "schedule and launch a step before the tokens of the one before are on the host", choices=SWITCH)
+    deterministic: str = option(
+        "off", "compute every step in one fixed shape, so that a request's numbers are the same whatever else runs (slower)", choices=SWITCH
+    )
     compile_threads: int = option(0, "programs compiled at once (default: one per core)")
     compilation_cache: str = option("on", "keep compiled programs between starts", choices=SWITCH)
 
@@ -160,6 +166,8 @@ class ExecutionConfig:
         if min(self.mesh) < 1:
             raise ConfigError(f"mesh {self.mesh}: every size must be at least 1")
         _one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        _one_of("overlap", self.overlap, SWITCH)
+        _one_of("deterministic", self.deterministic, SWITCH)
         _one_of("compilation-cache", self.compilation_cache, SWITCH)
         _at_least("compile-threads", self.compile_threads, 0)
 
@@ -220,7 +228,8 @@ def _argument(item: Field[Any]) -> dict[str, Any]:
     default = "" if item.default is None or item.default is MISSING or item.metadata["parse"] is parse_mesh else f" [{item.default}]"
     keywords: dict[str, Any] = {"help": (item.metadata["help"] + default).replace("%", "%%"), "dest": item.name}
     if item.metadata["choices"]:
-        return {**keywords, "choices": item.metadata["choices"]}
+        alone = {"nargs": "?", "const": "on"} if item.metadata["choices"] == SWITCH else {}  # --deterministic means --deterministic on
+        return {**keywords, "choices": item.metadata["choices"], **alone}
     plain = {"int": int, "float": float}.get(str(item.type).removesuffix(" | None"), str)
     return {**keywords, "type": _reported(item.metadata["parse"] or plain), "metavar": item.name.upper()}
 

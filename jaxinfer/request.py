@@ -25,6 +25,8 @@ MAX_ALLOWED_TOKENS = 1024
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 16
+MAX_PRIORITY = 2**31 - 1
+MAX_SALT = 256
 SEED_BITS = 64
 
 
@@ -255,8 +257,10 @@ class SamplingParams(Drawing):
 class Request:
     """One sequence to generate: `prompt` token ids, how to sample, and which choice of its call it is (`index`).
 
+    priority: smaller is more urgent. cache_salt: only requests with the same salt share cached prefixes.
+
     Raises:
-        RequestError: an empty prompt or a token that is not a plain non-negative integer.
+        RequestError: an empty prompt, a token that is not a plain non-negative integer, a salt that is no string or too long.
     """
 
     id: str
@@ -264,10 +268,14 @@ class Request:
     params: SamplingParams = SamplingParams()
     index: int = 0
     priority: int = 0
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise RequestError("the prompt is empty; give at least one token", "prompt")
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT:
+            raise RequestError(f"cache_salt must be a string of at most {MAX_SALT} characters", "cache_salt")
         for token in self.prompt:
             _check_int("prompt", token, 0, None)
 

@@ -63,6 +63,8 @@ class FakeInfo:
     max_concurrency: int = 16
     programs: int = 1
     weight_bytes: int = 0
+    program_bytes: int = 0
+    kv_bytes: int = 0
 
 
 @dataclass

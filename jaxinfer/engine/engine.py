@@ -1,8 +1,10 @@
-"""The one generation loop: schedule a batch, launch it on the devices, commit what it produced.
+"""The one generation loop: schedule a batch, launch it on the devices, commit what the one before produced.
 
 `add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became
-final; `generate()` and the server drive the same engine. Exactly one thread calls an engine. Each request has a wall around it:
-what goes wrong in its own text or numbers ends that request alone. This file does not know how arrays look or where requests come from.
+final; `generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host
+commits the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is
+committed before the next is scheduled; the tokens are the same. Each request has a wall around it: what goes wrong in its own text or
+numbers ends that request alone. This file does not know how arrays look or where requests come from.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +29,7 @@ from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
+from jaxinfer.step.forward import Computed
 from jaxinfer.step.inputs import Packed, pack
 from jaxinfer.step.score import Scored, places
 from jaxinfer.step.slots import Draws
@@ -47,6 +51,19 @@ class _Active:
     seed: int
     banned: tuple[tuple[int, ...], ...] = ()
     scores: PromptScores | None = None
+
+
+@dataclass
+class _Flight:
+    """A batch on the devices, not committed yet. `sampled` is None until its sampler is launched."""
+
+    batch: Batch
+    packed: Packed
+    computed: Computed
+    begun: float
+    host_gap: float
+    scored: Scored | None = None
+    sampled: Sampled | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +95,14 @@ class Engine:
         self.program = built.program
         self._active: dict[Key, _Active] = {}
         self._pending: list[Output] = []
-        self._last_step_end = 0.0
+        self._flights: deque[_Flight] = deque()
+        self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
+        self._idle_since = 0.0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._active or self._pending)
+        return bool(self._active or self._pending or self._flights)
 
     def add(self, request: Request) -> None:
         """Put one sequence (`n` = 1; see `request.choices`) in line.
@@ -99,7 +118,7 @@ class Engine:
         text = OutputText(detokenizer, request.params.stop)
         banned = words.sequences(self.tokenizer, request.params.bad_words)
         scores = None if request.params.prompt_logprobs is None else PromptScores(request)
-        self._active[request.key] = _Active(self.scheduler.add(request), text, limit, seed, banned, scores)
+        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, seed, banned, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -110,19 +129,16 @@ class Engine:
         self._gauge()
 
     def step(self) -> list[Output]:
-        """Schedule one batch, run it on the devices, commit what it produced; [] when there is nothing to do."""
+        """Schedule one batch, launch it on the devices, commit what the one before produced; [] when nothing became final."""
         batch = self.scheduler.schedule()
-        if batch is None:
-            return self._take_pending()
-        begun = time.perf_counter()
-        for admission in batch.admissions:
-            self._admit(admission)
-        packed = pack(batch, self.program.bucket_for(batch))
-        computed = self.program.forward(packed)
-        scored = self.program.score(packed, computed)
-        launched = self.program.sample(computed)
-        outputs = self._take_pending() + self.commit(packed, launched, scored)
-        self._measure(batch, packed, begun)
+        flight = None if batch is None else self._launch(batch)
+        outputs = self._take_pending()
+        if flight is not None:
+            flight.sampled = self.program.sample(flight.computed)
+            self._flights.append(flight)
+        while len(self._flights) > (0 if flight is None else self._depth):
+            outputs += self._commit(self._flights.popleft())
+        self._gauge()
         return outputs
 
     def run(self) -> Iterator[Output]:
@@ -130,30 +146,46 @@ class Engine:
         while self.has_work:
             yield from self.step()
 
-    def commit(self, packed: Packed, launched: Sampled, scored: Scored | None = None) -> list[Output]:
-        """Fetch what a step drew and move its sequences on: append tokens, end what is finished, emit."""
-        if scored is not None:
-            self._take_scores(packed, scored)
-        drawn = _fetch(packed, launched)
-        outputs = []
-        for index, row in packed.rows:
-            sequence = self.scheduler.sequence(row)
-            if row.samples and sequence is not None:
-                outputs.append(self._advance(self._active[row.request.key], drawn[index]))
-        return outputs
-
-    def _take_scores(self, packed: Packed, scored: Scored) -> None:
-        on_host = jax.device_get(scored)
-        for row, at in places(packed):
-            active = self._active.get(row.request.key)
-            if active is not None and active.scores is not None:
-                active.scores.take(row, on_host, at)
-
     def shutdown(self) -> None:
         """Forget all requests; the engine must not be used afterwards."""
         for key in list(self._active):
             self.abort(key[0])
+        while self._flights:
+            self._commit(self._flights.popleft())
         self._pending.clear()
+
+    def _launch(self, batch: Batch) -> _Flight:
+        """Send a batch on its way: pages copied, slots written, then the forward pass."""
+        begun = time.perf_counter()
+        self.program.copy_pages([(copy.replica, copy.source, copy.target) for copy in batch.copies])
+        for admission in batch.admissions:
+            self._admit(admission)
+        packed = pack(batch, self.program.bucket_for(batch))
+        idle = all(flight.sampled is None or flight.sampled.token.is_ready() for flight in self._flights)
+        computed = self.program.forward(packed)
+        gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
+        return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
+
+    def _commit(self, flight: _Flight) -> list[Output]:
+        """Fetch what a flight drew and move its sequences on: append tokens, end what is finished, emit."""
+        self._take_scores(flight)
+        drawn = _fetch(flight)
+        sequences = self.scheduler.commit(flight.batch)
+        outputs = []
+        for (index, row), sequence in zip(flight.packed.rows, sequences, strict=True):
+            if row.samples and sequence is not None:
+                outputs.append(self._advance(self._active[row.request.key], drawn[index]))
+        self._measure(flight)
+        return outputs
+
+    def _take_scores(self, flight: _Flight) -> None:
+        if flight.scored is None:
+            return
+        scored = jax.device_get(flight.scored)
+        for row, at in places(flight.packed):
+            active = self._active.get(row.request.key)
+            if active is not None and active.scores is not None:
+                active.scores.take(row, scored, at)
 
     def _admit(self, admission: Admission) -> None:
         active = self._active[admission.request.key]
@@ -165,6 +197,8 @@ class Engine:
     def _advance(self, active: _Active, drawn: _Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
         if not drawn.finite:
+            pages = self.scheduler.poison(active.sequence)
+            self.program.wipe_pages([(active.sequence.replica, page) for page in pages])  # after all that was launched, before any reuse
             return self._end(active, FinishReason.ERROR, error=_NOTHING_DRAWN)
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
@@ -253,26 +287,29 @@ class Engine:
             raise RequestError(f"min_tokens {params.min_tokens} exceeds the {limit} tokens that still fit; lower it", "min_tokens")
         return limit
 
-    def _measure(self, batch: Batch, packed: Packed, begun: float) -> None:
+    def _measure(self, flight: _Flight) -> None:
         now = time.perf_counter()
-        gap = begun - self._last_step_end if self._last_step_end else 0.0
-        self._last_step_end = now if self._active else 0.0  # waiting for work is no gap
-        padded = packed.shapes.bucket.tokens * packed.shapes.replicas
-        self.metrics.record(StepRecord("mixed" if batch.prefills else "decode", now - begun, gap, batch.tokens, padded))
-        self._gauge()
+        shapes, batch = flight.packed.shapes, flight.batch
+        padded = shapes.bucket.tokens * shapes.replicas
+        phase = "mixed" if batch.prefills else "decode"
+        self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
+        self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 
     def _gauge(self) -> None:
         self.metrics.running, self.metrics.waiting = self.scheduler.running, self.scheduler.waiting
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 
 
-def _fetch(packed: Packed, launched: Sampled) -> dict[int, _Drawn]:
+def _fetch(flight: _Flight) -> dict[int, _Drawn]:
     """What a step drew for each row that samples, copied to the host; log probabilities only when a row asks for them."""
-    wanted = any(row.samples and row.request.params.logprobs is not None for _, row in packed.rows)
-    tokens, finite = jax.device_get((launched.token, launched.finite))
-    scores = jax.device_get((launched.logprob, launched.top_tokens, launched.top_logprobs)) if wanted else None
+    rows, sampled = flight.packed.rows, flight.sampled
+    if sampled is None:
+        raise RuntimeError("a flight is committed whose sampler was not launched")
+    wanted = any(row.samples and row.request.params.logprobs is not None for _, row in rows)
+    tokens, finite = jax.device_get((sampled.token, sampled.finite))
+    scores = jax.device_get((sampled.logprob, sampled.top_tokens, sampled.top_logprobs)) if wanted else None
     drawn = {}
-    for index, row in packed.rows:
+    for index, row in rows:
         if not row.samples:
             continue
         logprob, count = None, row.request.params.logprobs

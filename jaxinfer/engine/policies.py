@@ -1,45 +1,58 @@
 """In which order waiting sequences are admitted: one function per policy, found by its name.
 
-A policy takes the waiting sequences (those preempted first, then in order of arrival) and yields them in the order to try; the scheduler
-stops reading as soon as nothing more fits, so a policy that yields lazily costs nothing for a long queue.
+A policy is a key: of two waiting sequences the one with the smaller key is admitted first. Equal keys go by arrival, those that were
+preempted first. The line (`line.py`) asks for a key when a sequence joins it and again from time to time, never for the whole line at
+once. A sequence that was preempted stands at the head of its class; a policy that would send it back says so itself.
 A new policy is a new function here. This file does not know about pages, slots or devices.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from jaxinfer.config import ConfigError
 from jaxinfer.request import Request
 
+HEAD = float("-inf")
+
 
 @runtime_checkable
 class Waiting(Protocol):
-    """What a policy may look at: the request, and every token that has to be computed for it."""
+    """What a policy may look at: the request, every token that has to be computed for it, and how often it was preempted."""
 
     request: Request
     tokens: list[int]
+    preemptions: int
+
+    @property
+    def cached(self) -> int:
+        """How many of its tokens are in the prefix cache now; looked up when it is read."""
+        ...
 
 
-Line = TypeVar("Line", bound=Waiting)
-Policy = Callable[[Iterable[Any]], Iterator[Any]]
+Policy = Callable[[Waiting], float]
 
 
-def fcfs(waiting: Iterable[Line]) -> Iterator[Line]:
+def fcfs(waiting: Waiting) -> float:
     """First come, first served."""
-    return iter(waiting)
+    return 0
 
 
-def priority(waiting: Iterable[Line]) -> Iterator[Line]:
+def priority(waiting: Waiting) -> float:
     """Smaller `priority` first, equals in order of arrival."""
-    return iter(sorted(waiting, key=lambda sequence: sequence.request.priority))
+    return waiting.request.priority
 
 
-def shortest(waiting: Iterable[Line]) -> Iterator[Line]:
-    """Fewest tokens to prefill first, equals in order of arrival."""
-    return iter(sorted(waiting, key=lambda sequence: len(sequence.tokens)))
+def shortest(waiting: Waiting) -> float:
+    """Shortest prompt first, equals in order of arrival."""
+    return HEAD if waiting.preemptions else len(waiting.tokens)
+
+
+def longest_prefix(waiting: Waiting) -> float:
+    """Most tokens in the prefix cache first, equals in order of arrival."""
+    return HEAD if waiting.preemptions else -waiting.cached
 
 
 def names() -> list[str]:

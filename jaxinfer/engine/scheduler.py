@@ -1,135 +1,181 @@
 """Which sequences run in the next step, and in which pages and slots: plain Python, never reaches jax.
 
-Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a slot, pages for its whole prompt), computes its prompt
-in chunks beside the decodes of the others, then decodes one token a step; `append` takes the token that a step sampled; `finish`
-gives slot and pages back. When pages run out the sequence admitted last is preempted: it gives everything back and waits at the
-head of the line to be computed again. On a mesh with a data axis every replica has its own pages and slots, and a sequence
-stays where it was admitted. This file does not know about texts, stop rules or buckets.
+Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a slot, pages for its whole prompt; pages whose content is
+cached already are taken as they are), computes its prompt in chunks beside the decodes of the others, then decodes one token a step;
+`append` takes the token that a step sampled; `finish` ends it at any moment. On a mesh with a data axis every replica has its own
+pages and slots, and a sequence stays where it was admitted.
+
+Steps overlap: `schedule` may be called while the batch before is not committed. What a launched step still uses (pages, a slot)
+comes free only when `commit` is told that the step is done, and a sequence whose last possible token is on its way rests until then.
+
+When pages run out, the running sequence of lowest standing (priority, then latest arrival) is preempted: it gives everything back and
+waits at the head of its class to be computed again. Admission keeps some pages free for those that run, so this stays rare. The one of
+highest standing always moves and nobody's standing sinks, so everybody's turn comes.
+
+Several sequences of one request share their prompt: siblings wait until the first has computed it, then take its full pages as they
+are and a copy of the one that its last token falls into, and compute that token alone. If the first ends before, they proceed alone.
+This file does not know about texts, stop rules or buckets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Values
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count
 
-from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
+from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, PageCopy, Row
 from jaxinfer.cache.pages import PagePool
+from jaxinfer.cache.prefix import Chain
 from jaxinfer.engine import policies
+from jaxinfer.engine.line import Line
+from jaxinfer.engine.sequence import NEVER, Family, Key, Launched, Limits, Place, Sequence, Step
 from jaxinfer.request import Request
 
-Key = tuple[str, int]
+__all__ = ["Key", "Limits", "Scheduler", "Sequence"]
 
-
-@dataclass(frozen=True)
-class Limits:
-    """What one step may hold, per replica: sequences running, prompt tokens, and sequences whose prompt is being computed."""
-
-    sequences: int
-    prefill_tokens: int
-    prefill_rows: int
-    replicas: int = 1
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One request on its way. Invariant: 0 <= computed <= len(tokens), and pages hold the first `computed` tokens.
-
-    tokens: prompt and output so far. computed: how many of them are in the cache. slot: -1 while waiting.
-    """
-
-    request: Request
-    tokens: list[int]
-    computed: int = 0
-    pages: list[int] = field(default_factory=list)
-    slot: int = -1
-    replica: int = 0
-
-    @property
-    def output(self) -> list[int]:
-        """Tokens generated so far."""
-        return self.tokens[len(self.request.prompt) :]
-
-    @property
-    def missing(self) -> int:
-        """Tokens that are known but not in the cache yet; 1 means that the next step is a decode."""
-        return len(self.tokens) - self.computed
-
-
-@dataclass
-class _Budget:
-    """What is left of a step's limits for one replica."""
-
-    tokens: int
-    rows: int
+HEADROOM = 2  # pages kept free at admission for each sequence that runs
+_DECODE = (LAST_SAMPLED,)
 
 
 class Scheduler:
-    """Decides step by step; `pools` has one page pool for each data replica."""
+    """Decides step by step; `pools` has one page pool for each data replica.
+
+    Attributes: preemptions, looked_up and reused (tokens of admitted sequences, and those of them found computed).
+    """
 
     def __init__(self, limits: Limits, pools: Values[PagePool], policy: str = "fcfs") -> None:
         self.limits = limits
         self.pools = list(pools)
-        self.preemptions = 0
-        self._order = policies.find(policy)
-        self._waiting: dict[Key, Sequence] = {}
-        self._preempted: dict[Key, Sequence] = {}
-        self._running: dict[Key, Sequence] = {}
+        self.preemptions = self.looked_up = self.reused = 0
+        self._line = Line(policies.find(policy))
+        self._families: dict[str, Family] = {}
+        self._ripe: list[Family] = []
+        self._parked = 0
+        self._running: list[Sequence] = []  # best standing first
+        self._leaving: dict[Sequence, None] = {}
+        self._launched: deque[Launched] = deque()
         self._slots = [list(range(limits.sequences * (r + 1) - 1, limits.sequences * r - 1, -1)) for r in range(limits.replicas)]
+        self._arrivals = count()
+        self._step = 0
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
+        """Sequences that were admitted and have neither ended nor been preempted."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
         """Sequences that hold nothing yet (or again)."""
-        return len(self._waiting) + len(self._preempted)
+        return len(self._line) + self._parked
 
     @property
     def usage(self) -> float:
-        """Share of the KV pages that is owned, 0 to 1."""
+        """Share of the KV pages that is owned, 0 to 1; cached pages are as good as free."""
         return sum(pool.owned for pool in self.pools) / sum(pool.size - 1 for pool in self.pools)
 
-    def add(self, request: Request) -> Sequence:
-        """Put a request at the end of the line. The caller has checked that it can ever fit."""
-        sequence = Sequence(request, list(request.prompt))
-        self._waiting[request.key] = sequence
+    @property
+    def uncommitted(self) -> int:
+        """Batches that were scheduled and not committed."""
+        return len(self._launched)
+
+    def add(self, request: Request, limit: int = NEVER) -> Sequence:
+        """Put a request that may produce `limit` tokens in the line. The caller has checked that it can ever fit."""
+        sequence = Sequence(request, list(request.prompt), limit, next(self._arrivals), Chain((request.cache_salt,)), self._cached)
+        family = self._families.setdefault(request.id, Family())
+        first = family.members[0] if family.members else None
+        family.members.append(sequence)
+        if first is not None and _same_prompt(first, sequence) and first.ready == NEVER:
+            sequence.chain.digests = first.chain.digests[: len(request.prompt) // self.pools[0].page_size + 1]
+            family.parked.append(sequence)
+            self._parked += 1
+        else:
+            self._line.push(sequence)
         return sequence
 
     def find(self, request_id: str) -> list[Sequence]:
         """Every sequence of one request, running or waiting."""
-        lines = chain(self._running.values(), self._preempted.values(), self._waiting.values())
-        return [sequence for sequence in lines if sequence.request.id == request_id]
+        return list(self._families[request_id].members) if request_id in self._families else []
+
+    def schedule(self) -> Batch | None:
+        """Choose the rows of the next step and reserve their pages.
+
+        Returns:
+            None when nothing can run now: nobody is here, or all depends on a batch that is not committed.
+        """
+        self._step += 1
+        for family in self._ripe:
+            self._unpark(family)
+        self._ripe.clear()
+        step = Step([self.limits.prefill_tokens] * len(self.pools), [self.limits.prefill_rows] * len(self.pools))
+        prefilling = []
+        for sequence in tuple(self._running):
+            missing = sequence.missing
+            if missing > 1:
+                prefilling.append(sequence)
+            elif missing == 1 and sequence.running and not sequence.last and self._room(sequence, step):
+                self._decode(sequence, step)
+        for sequence in prefilling:
+            if sequence.running:
+                self._prefill(sequence, step)
+        self._admit(step)
+        return self._launch(step)
+
+    def commit(self, batch: Batch) -> list[Sequence | None]:
+        """A batch is done on the device: what only it still used comes free. Once for each batch, in order, before its tokens are appended.
+
+        Returns:
+            For each row its sequence, None if that has ended since.
+
+        Raises:
+            ValueError: it is not the oldest uncommitted batch.
+        """
+        if not self._launched or self._launched[0].batch is not batch:
+            raise ValueError("batches are committed once each, in the order in which they were scheduled")
+        launched = self._launched.popleft()
+        for replica, page in launched.sources:
+            self.pools[replica].release((page,))
+        for sequence in launched.sequences:
+            sequence.in_flight -= 1
+            if not sequence.in_flight and sequence in self._leaving:
+                self._release(sequence)
+        return [None if sequence.ended else sequence for sequence in launched.sequences]
 
     def append(self, sequence: Sequence, token: int) -> None:
         """Take the token that a step sampled; it is the next one to be computed."""
         sequence.tokens.append(token)
+        sequence.pending -= 1
+        if sequence.running:
+            self._enter(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget a sequence wherever it is and give back what it holds."""
-        for line in (self._running, self._preempted, self._waiting):
-            line.pop(sequence.request.key, None)
-        self._give_back(sequence)
+        """End a sequence wherever it is; what it holds comes free when no launched step uses it."""
+        if sequence.ended:
+            return
+        sequence.ended = True
+        family = self._families[sequence.request.id]
+        family.members.remove(sequence)
+        if not family.members:
+            del self._families[sequence.request.id]
+        if sequence in family.parked:
+            family.parked.remove(sequence)
+            self._parked -= 1
+        self._line.remove(sequence)
+        if sequence.running:
+            self._leave(sequence)
+        else:
+            self._follow(family)
 
-    def schedule(self) -> Batch | None:
-        """Choose the rows of the next step and reserve their pages; None when nothing waits or runs."""
-        decodes = [row for sequence in list(self._running.values()) for row in self._decode(sequence)]
-        budgets = [_Budget(self.limits.prefill_tokens, self.limits.prefill_rows) for _ in self.pools]
-        prefills = [row for sequence in list(self._running.values()) for row in self._prefill(sequence, budgets[sequence.replica])]
-        admissions: list[Admission] = []
-        for sequence in self._admissible(budgets):
-            admissions.append(Admission(sequence.request, sequence.slot, tuple(sequence.output)))
-            prefills.extend(self._prefill(sequence, budgets[sequence.replica]))
-        if not decodes and not prefills:
-            return None
-        return Batch(tuple(decodes), tuple(prefills), tuple(admissions))
+    def poison(self, sequence: Sequence) -> list[int]:
+        """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again.
 
-    def sequence(self, row: Row) -> Sequence | None:
-        """The sequence that a row of a batch belongs to, None if it has ended since."""
-        return self._running.get(row.request.key)
+        Returns:
+            The pages of its replica that are its alone and hold nothing that anybody knows: to be wiped before they are used again.
+        """
+        for pool in self.pools:
+            pool.poison(sequence.chain)
+        return self.pools[sequence.replica].private(sequence.pages)
 
     def check(self) -> None:
         """Verify the invariants of pools, slots and sequences.
@@ -137,78 +183,206 @@ class Scheduler:
         Raises:
             RuntimeError: an invariant is broken.
         """
+        holding = [*self._running, *self._leaving]
         for replica, pool in enumerate(self.pools):
-            pool.check()
-            held = [page for sequence in self._running.values() if sequence.replica == replica for page in sequence.pages]
-            if len(held) != len(set(held)) or len(held) != pool.owned:
-                raise RuntimeError("pages owned and pages held by sequences differ")
-        slots = [sequence.slot for sequence in self._running.values()] + list(chain(*self._slots))
+            held: list[Values[int]] = [sequence.pages for sequence in holding if sequence.replica == replica]
+            held += [(page,) for launched in self._launched for at, page in launched.sources if at == replica]
+            pool.check(held)
+            pages = list(chain.from_iterable(sequence.pages for sequence in holding if sequence.replica == replica))
+            if len(pages) != len(set(pages)):
+                self._check_shared(replica, Counter(pages))
+        slots = [sequence.slot for sequence in holding] + list(chain(*self._slots))
         if sorted(slots) != list(range(self.limits.sequences * self.limits.replicas)):
             raise RuntimeError("a slot is lost or used twice")
-        if any(not 0 <= s.computed <= len(s.tokens) or len(s.pages) * self._page_size < s.computed for s in self._running.values()):
-            raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
+        for sequence in self._running:
+            if not 0 <= sequence.computed <= sequence.length or len(sequence.pages) * self._page_size < sequence.computed:
+                raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
+            if sequence.pending not in (0, 1) or sequence.length - len(sequence.request.prompt) > sequence.limit:
+                raise RuntimeError("a sequence draws more tokens than it may")
+        if [s.standing for s in self._running] != sorted(s.standing for s in self._running):
+            raise RuntimeError("the running sequences are not in the order of their standing")
+
+    def _check_shared(self, replica: int, owners: Counter[int]) -> None:
+        for sequence in self._running:
+            written = sequence.pages[sequence.computed // self._page_size :] if sequence.replica == replica else ()
+            if any(owners[page] > 1 for page in written):
+                raise RuntimeError("a page is shared but not full")
 
     @property
     def _page_size(self) -> int:
         return self.pools[0].page_size
 
-    def _decode(self, sequence: Sequence) -> Iterator[Row]:
-        """The decode row of a sequence whose last token alone is missing, after making room for it.
+    def _cached(self, sequence: Sequence) -> int:
+        return self._page_size * max(len(pool.match(sequence.chain, sequence.tokens)) for pool in self.pools)
 
-        Victims are taken from the end of the running line, so no row that stands in the batch already loses its pages.
+    def _room(self, sequence: Sequence, step: Step) -> bool:
+        """Make room for a sequence's next token, at the cost of those of lower standing.
+
+        Victims are taken from the end of the running list and rows are made from its front, so none has a row in the batch already.
+        While pages are about to come free (a launched step still reads them) the sequence just waits.
         """
-        if sequence.missing != 1 or sequence.request.key not in self._running:
-            return
-        pool = self.pools[sequence.replica]
-        while not pool.grow(sequence.pages, len(sequence.tokens)):
-            victim = next(s for s in reversed(self._running.values()) if s.replica == sequence.replica)
+        replica, pool = sequence.replica, self.pools[sequence.replica]
+        if pool.grow(sequence.pages, sequence.length):
+            return True
+        if replica not in step.coming:
+            going = [*self._leaving, *(s for s in self._running if s.last)]
+            step.coming[replica] = sum(pool.exclusive(s.pages) for s in going if s.replica == replica)
+        while not step.coming[replica]:
+            victim = next(s for s in reversed(self._running) if s.replica == replica and not s.last)
+            step.coming[replica] += pool.exclusive(victim.pages) if victim.in_flight else 0
             self._preempt(victim)
             if victim is sequence:
-                return
-        yield self._row(sequence, (LAST_SAMPLED,))
+                return False
+            if pool.grow(sequence.pages, sequence.length):
+                return True
+        step.coming[replica] -= 1
+        return False
 
-    def _prefill(self, sequence: Sequence, budget: _Budget) -> Iterator[Row]:
-        """The next chunk of a sequence whose tokens are not computed yet, as far as the budget goes."""
-        count = min(sequence.missing, budget.tokens)
-        if sequence.missing < 1 or count < 1 or budget.rows < 1:
+    def _decode(self, sequence: Sequence, step: Step) -> None:
+        """The row of a sequence whose last token alone is missing; what stands in its slot is that token."""
+        at = sequence.computed
+        self._row(sequence, _DECODE if at >= len(sequence.request.prompt) else (sequence.tokens[at],), step, 0)
+
+    def _prefill(self, sequence: Sequence, step: Step) -> None:
+        """The next chunk of a sequence whose tokens are not computed yet, as far as the step's limits go."""
+        replica = sequence.replica
+        tokens = min(sequence.missing, step.tokens[replica])
+        if tokens < 1 or step.rows[replica] < 1:
             return
-        budget.tokens -= count
-        budget.rows -= 1
-        yield self._row(sequence, tuple(sequence.tokens[sequence.computed : sequence.computed + count]))
+        step.tokens[replica] -= tokens
+        step.rows[replica] -= 1
+        self._row(sequence, tuple(sequence.tokens[sequence.computed : sequence.computed + tokens]), step, 1)
 
-    def _row(self, sequence: Sequence, tokens: tuple[int, ...]) -> Row:
-        start = sequence.computed
-        sequence.computed += len(tokens)
-        samples = sequence.computed == len(sequence.tokens)
-        return Row(sequence.request, sequence.slot, start, tokens, tuple(sequence.pages), samples, sequence.replica)
+    def _row(self, sequence: Sequence, tokens: tuple[int, ...], step: Step, kind: int) -> None:
+        start, request = sequence.computed, sequence.request
+        sequence.computed = end = start + len(tokens)
+        sequence.in_flight += 1
+        samples = end == len(sequence.tokens) + sequence.pending
+        row = Row(request, sequence.slot, start, tokens, sequence.pages, samples, sequence.replica)
+        (step.prefills if kind else step.decodes).append(row)
+        step.sequences[kind].append(sequence)
+        if samples:
+            sequence.pending += 1
+        if tokens is not _DECODE:
+            self._enter(sequence)
+        if sequence.ready == NEVER and end >= len(request.prompt):
+            sequence.ready = self._step
+            self._ripe.append(self._families[request.id])
 
-    def _admissible(self, budgets: list[_Budget]) -> Iterator[Sequence]:
+    def _enter(self, sequence: Sequence) -> None:
+        """Make known what the sequence's pages hold, as far as they are full of known tokens."""
+        known = min(sequence.computed, len(sequence.tokens))
+        self.pools[sequence.replica].enter(sequence.chain, sequence.tokens, sequence.pages, known)
+
+    def _admit(self, step: Step) -> None:
         """Admit sequences in the policy's order until one does not fit: none overtakes it for its pages or slot."""
-        for sequence in list(self._next_waiting()):
-            open_replicas = [r for r, budget in enumerate(budgets) if self._slots[r] and budget.tokens > 0 and budget.rows > 0]
-            replica = max(open_replicas, key=lambda r: self.pools[r].free, default=None)
-            if replica is None or not self.pools[replica].grow(sequence.pages, len(sequence.tokens)):
+        self._line.refresh()
+        while any(self._slots) and (sequence := self._line.head()) is not None:
+            if sequence.pending or sequence.in_flight:
                 return
-            self._preempted.pop(sequence.request.key, None)
-            self._waiting.pop(sequence.request.key, None)
-            sequence.slot, sequence.replica = self._slots[replica].pop(), replica
-            self._running[sequence.request.key] = sequence
-            yield sequence
+            fitting = [place for place in self._places(sequence, step) if self._fits(sequence, place, step)]
+            if not fitting:
+                return
+            place = max(fitting, key=lambda p: (p.computed, self.pools[p.replica].available))
+            self._line.take()
+            self._move_in(sequence, place, step)
+            if sequence.missing == 1:
+                self._decode(sequence, step)
+            else:
+                self._prefill(sequence, step)
 
-    def _next_waiting(self) -> Iterable[Sequence]:
-        """As many as could be admitted at most, in the policy's order; the rest of the line is not looked at."""
-        open_slots = sum(len(slots) for slots in self._slots)
-        ordered = self._order(chain(self._preempted.values(), self._waiting.values()))
-        return islice(ordered, open_slots)
+    def _places(self, sequence: Sequence, step: Step) -> Iterator[Place]:
+        """In each replica that has a slot, the place that spares most tokens, if what remains has a row in this step."""
+        sibling = next((s for s in self._families[sequence.request.id].members if s.ready < self._step and _same_prompt(s, sequence)), None)
+        size, most = self._page_size, len(sequence.request.prompt) - 1
+        for replica, pool in enumerate(self.pools):
+            if not self._slots[replica]:
+                continue
+            nodes = pool.match(sequence.chain, sequence.tokens)
+            place = Place(replica, [node.page for node in nodes], len(nodes) * size, nodes[-1] if nodes else None)
+            if sibling is not None and sibling.replica == replica and most > place.computed:
+                pages = list(sibling.pages[: most // size])
+                place = Place(replica, pages, most, source=sibling.pages[most // size] if most % size else None)
+            if len(sequence.tokens) - place.computed == 1 or (step.tokens[replica] > 0 and step.rows[replica] > 0):
+                yield place
+
+    def _fits(self, sequence: Sequence, place: Place, step: Step) -> bool:
+        """Whether the pages that are missing are there, and some more for those that run."""
+        replica, pool = place.replica, self.pools[place.replica]
+        if replica not in step.headroom:
+            running = [s for s in self._running if s.replica == replica]
+            step.headroom[replica] = sum(min(HEADROOM, self._growth(s)) for s in running)
+        needed = pool.needed(len(sequence.tokens)) - len(place.pages) + pool.unowned(place.pages)
+        return needed + step.headroom[replica] <= pool.available
+
+    def _growth(self, sequence: Sequence) -> int:
+        """Pages that a sequence may ask for until it ends."""
+        return self.pools[0].needed(len(sequence.request.prompt) + sequence.limit) - len(sequence.pages)
+
+    def _move_in(self, sequence: Sequence, place: Place, step: Step) -> None:
+        replica, pool = place.replica, self.pools[place.replica]
+        pool.share(place.pages)
+        sequence.pages.extend(place.pages)
+        if place.source is not None:
+            pool.share((place.source,))  # until the copy has run
+        pool.grow(sequence.pages, len(sequence.tokens))
+        if place.source is not None:
+            step.copies.append(PageCopy(place.source, sequence.pages[len(place.pages)], replica))
+        sequence.chain.restart(place.node, len(place.pages) if place.node else 0)
+        sequence.slot, sequence.replica, sequence.running = self._slots[replica].pop(), replica, True
+        sequence.computed = sequence.reused = place.computed
+        self.looked_up += len(sequence.tokens)
+        self.reused += place.computed
+        insort(self._running, sequence, key=_standing)
+        step.headroom[replica] += min(HEADROOM, self._growth(sequence))
+        step.admissions.append(Admission(sequence.request, sequence.slot, tuple(sequence.output)))
+
+    def _launch(self, step: Step) -> Batch | None:
+        if not step.decodes and not step.prefills:
+            return None
+        batch = Batch(tuple(step.decodes), tuple(step.prefills), tuple(step.admissions), tuple(step.copies))
+        sources = [(copy.replica, copy.source) for copy in step.copies]
+        self._launched.append(Launched(batch, step.sequences[0] + step.sequences[1], sources))
+        return batch
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
-        self._running.pop(sequence.request.key)
-        self._give_back(sequence)
-        self._preempted = {sequence.request.key: sequence} | self._preempted
+        self._leave(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self._line.push(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
+        """A sequence no longer runs; what it holds comes free now or with the last batch that has a row of it."""
+        del self._running[bisect_left(self._running, sequence.standing, key=_standing)]
+        sequence.running, sequence.ready = False, NEVER
+        self._follow(self._families.get(sequence.request.id))
+        if sequence.in_flight:
+            self._leaving[sequence] = None
+        else:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._leaving.pop(sequence, None)
         self.pools[sequence.replica].release(sequence.pages)
-        if sequence.slot >= 0:
-            self._slots[sequence.replica].append(sequence.slot)
-        sequence.pages, sequence.slot, sequence.computed = [], -1, 0
+        self._slots[sequence.replica].append(sequence.slot)
+        sequence.pages, sequence.slot = sequence.pages[:0], -1
+
+    def _follow(self, family: Family | None) -> None:
+        """Nobody waits for the prompt of a sequence that will not have it soon."""
+        if family and family.parked and not any(s.ready == NEVER and (s.running or s in self._line) for s in family.members):
+            self._unpark(family)
+
+    def _unpark(self, family: Family) -> None:
+        for sequence in family.parked:
+            self._line.push(sequence)
+        self._parked -= len(family.parked)
+        family.parked.clear()
+
+
+def _standing(sequence: Sequence) -> tuple[float, int]:
+    return sequence.standing
+
+
+def _same_prompt(one: Sequence, other: Sequence) -> bool:
+    return one.request.prompt == other.request.prompt and one.request.cache_salt == other.request.cache_salt

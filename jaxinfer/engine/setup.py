@@ -1,8 +1,8 @@
 """From settings to a compiled, loaded program: the engine's start-up, in order.
 
 Find the model, read its configuration, describe its weights, arrange the mesh, size the KV pool by arithmetic (a model that cannot
-fit is refused before a weight is read), compile every program while the weights are read, then load. Nothing here runs again
-once the engine is ready. This file does not know about requests.
+fit is refused before a weight is read) and, where memory is tight, by what the compiler says the largest programs need; compile every
+program while the weights are read, then load. Nothing here runs again once the engine is ready. This file does not know about requests.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from jax.sharding import Mesh
 from jaxinfer import devices
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.cache.pages import PagePool
+from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization, random_weights
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.memory import Demand, MemoryPlan, plan_memory
+from jaxinfer.planner.memory import Demand, MemoryPlan, check_programs, plan_memory
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
-from jaxinfer.step.buckets import buckets
+from jaxinfer.step.buckets import Bucket, buckets, fixed
 from jaxinfer.step.program import Program, ProgramConfig
 from jaxinfer.tokenizer import Tokenizer
 
@@ -45,7 +46,7 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What is running, for people: names, sizes in tokens and bytes, counts."""
+    """What is running, for people: names, sizes in tokens, bytes per device, counts."""
 
     model: str
     architecture: str
@@ -59,6 +60,8 @@ class EngineInfo:
     max_concurrency: int
     programs: int
     weight_bytes: int
+    program_bytes: int
+    kv_bytes: int
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,15 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
     limits = _limits(config)
-    pools = [PagePool(memory.pool.pages, memory.pool.page_size) for _ in range(limits.replicas)]
+    size, shared = memory.pool, config.cache.prefix_caching == "on"
+    pools = [PagePool(size.pages, size.page_size, PrefixIndex(size.page_size) if shared else None) for _ in range(limits.replicas)]
     scheduler = Scheduler(limits, pools, config.scheduler.policy)
     if config.model.load_format != "random" and model.folder is not None:
         read.verify(model.folder, model.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
         program.compile(progress)
+        memory = check_programs(memory, program.bytes_beside, config.cache)
         program.load(weights.result())
     info = _info(config, model, program.config, memory)
     return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
@@ -175,23 +180,32 @@ def _limits(config: EngineConfig) -> Limits:
     accelerator = devices.platform() != "cpu"
     sequences = config.scheduler.max_sequences or (256 if accelerator else 64)
     tokens = config.scheduler.max_step_tokens or (2048 if accelerator else 512)
-    return Limits(sequences, tokens, buckets(sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
+    if config.execution.deterministic == "on":
+        tokens = config.scheduler.max_step_tokens or sequences  # every step pays for all of them
+    return Limits(sequences, tokens, _buckets(config, sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
+
+
+def _buckets(config: EngineConfig, sequences: int, tokens: int) -> tuple[Bucket, ...]:
+    return (fixed if config.execution.deterministic == "on" else buckets)(sequences, tokens)
 
 
 def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple[MemoryPlan, Program]:
     limits = _limits(config)
-    memory = plan_memory(
-        model.graph, PoolShape(pages=2, page_size=config.cache.page_size, replicas=limits.replicas),
-        Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
-        device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]),
-    )  # fmt: skip
-    program = Program(
-        ProgramConfig(
-            graph=model.graph, placement=placement, pool=memory.pool, buckets=buckets(limits.sequences, limits.prefill_tokens),
+
+    def planned(programs: int | None) -> tuple[MemoryPlan, Program]:
+        memory = plan_memory(
+            model.graph, PoolShape(pages=2, page_size=config.cache.page_size, replicas=limits.replicas),
+            Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
+            device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]), programs=programs,
+        )  # fmt: skip
+        program = ProgramConfig(
+            graph=model.graph, placement=placement, pool=memory.pool, buckets=_buckets(config, limits.sequences, limits.prefill_tokens),
             max_sequences=limits.sequences, max_tokens=model.max_tokens, threads=config.execution.compile_threads or os.cpu_count() or 1,
-        )
-    )  # fmt: skip
-    return memory, program
+        )  # fmt: skip
+        return memory, Program(program)
+
+    memory, program = planned(None)
+    return planned(program.measure()) if memory.tight else (memory, program)
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:
@@ -210,5 +224,5 @@ def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: M
         device=devices.label(program.placement.mesh.devices.flat[0]), device_count=mesh.size, mesh=f"data={mesh.data},tensor={mesh.tensor}",
         max_model_len=model.max_tokens, kv_tokens=tokens,
         max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.keys),
-        weight_bytes=memory.weights,
+        weight_bytes=memory.weights, program_bytes=memory.programs, kv_bytes=memory.pages,
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """How much KV cache fits: arithmetic over described arrays, before anything is allocated.
 
-Memory per device = weights + slots + what a program needs beside them + KV pages. Everything but the pages is known from shapes, so the
-pool takes what is left of `memory_fraction`, up to what `max_sequences` sequences of full length could ever use. Nothing is allocated here.
+Memory per device = weights + slots + what programs need beside them + KV pages. Weights and slots are known from shapes; what programs
+need is a guess until the compiler has said it. The pool takes what is left of `memory_fraction`, up to what `max_sequences` sequences of
+full length could ever use. Nothing is allocated here.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device, and the pool that follows. `reserved` is set aside for programs and slots."""
+    """Bytes on each device, and the pool that follows. `wanted`: pages (per replica) that could ever be used."""
 
     device: int
     weights: int
-    reserved: int
+    slots: int
+    programs: int
     pages: int
     pool: PoolShape
+    wanted: int
 
     @property
     def total(self) -> int:
         """Bytes that will be in use on each device."""
-        return self.weights + self.reserved + self.pages
+        return self.weights + self.slots + self.programs + self.pages
+
+    @property
+    def tight(self) -> bool:
+        """Whether memory, not demand, sets the size of the pool."""
+        return self.pool.pages - 1 < self.wanted
 
 
 @dataclass(frozen=True)
@@ -42,31 +50,51 @@ class Demand:
 
 
 def plan_memory(
-    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int
+    graph: Graph,
+    pool: PoolShape,
+    demand: Demand,
+    cache: CacheConfig,
+    *,
+    placement: Placement,
+    device_memory: int,
+    programs: int | None = None,
 ) -> MemoryPlan:
-    """Size the pool (the given one's `pages` are replaced); `device_memory` is in bytes per device.
+    """Size the pool (the given one's `pages` are replaced); `device_memory` and `programs` are bytes per device (None: not known yet).
 
     Raises:
         ConfigError: not even one sequence of `demand.tokens` tokens fits, with what is there and what would help.
     """
     mesh, rules = placement.mesh, placement.rules
     weights = sum(device_bytes(spec, mesh, rules) for spec in graph.arrays)
-    reserved = _slot_bytes(graph.config.vocab_size, demand.sequences * pool.replicas) + device_memory // 32
+    vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
+    slots = 5 * vocab * (sequences + 1)  # counts (4 bytes) and prompt marks (1 byte)
+    needed = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
     one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
     per_page = sum(device_bytes(spec, mesh, rules) for spec in one_page)
-    left = int(device_memory * cache.memory_fraction) - weights - reserved
+    left = int(device_memory * cache.memory_fraction) - weights - slots - needed
     row = -(-demand.tokens // pool.page_size)
     wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
     pages = min(wanted, left // per_page - 1)
     if pages < row:
         raise ConfigError(_too_small(cache, pages=max(0, pages), row=row, left=left))
     sized = replace(pool, pages=pages + 1)
-    return MemoryPlan(device_memory, weights, reserved, sized.pages * per_page, sized)
+    return MemoryPlan(device_memory, weights, slots, needed, sized.pages * per_page, sized, wanted)
 
 
-def _slot_bytes(vocab: int, sequences: int) -> int:
-    """Counts (4 bytes) and prompt marks (1 byte) per token of the vocabulary, and a full step's float32 logits, a few times over."""
-    return vocab * (5 * (sequences + 1) + 4 * 4 * sequences)
+def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> MemoryPlan:
+    """The plan with what the compiled programs really need.
+
+    Raises:
+        ConfigError: it is more than memory holds, with the flags that would help.
+    """
+    made = replace(plan, programs=programs)
+    if made.total <= plan.device * cache.memory_fraction:
+        return made
+    raise ConfigError(
+        f"programs need {programs / GIB:.2f} GiB beside {plan.weights / GIB:.2f} GiB of weights and {plan.pages / GIB:.2f} GiB of KV cache,"
+        f" more than --memory-fraction {cache.memory_fraction:g} of {plan.device / GIB:.1f} GiB;"
+        " lower --max-step-tokens, --max-sequences or --kv-tokens"
+    )
 
 
 def _too_small(cache: CacheConfig, *, pages: int, row: int, left: int) -> str:

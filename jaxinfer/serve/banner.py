@@ -42,6 +42,7 @@ def lines(context: Context, port: int, seconds: float) -> list[str]:
         "model": f"{context.model}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters",
         "device": f"{info.device}{mesh}, {info.dtype}",
         "KV cache": f"{info.kv_tokens:,} tokens; up to {info.max_concurrency} requests of {info.max_model_len:,} tokens at once",
+        "memory": f"{_gib(info.weight_bytes)} weights, {_gib(info.program_bytes)} programs, {_gib(info.kv_bytes)} KV cache",
         "sampling": ", ".join(f"{name} {_plain(value)}" for name, value in defaults.items()),
         "key": "clients must send it as a bearer token" if config.api_key else "",
         "open to": "every machine that reaches this one; consider --api-key" if config.host in EVERYWHERE and not config.api_key else "",
@@ -58,6 +59,10 @@ def curl(context: Context, base: str) -> str:
     key = " -H 'Authorization: Bearer KEY'" if context.config.api_key else ""
     route = "chat/completions" if chat else "completions"
     return f"curl {base}/v1/{route} -H 'Content-Type: application/json'{key} -d '{body}'"
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB"
 
 
 def _plain(value: Any) -> str:

@@ -54,6 +54,12 @@ def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
     return tuple(sorted(decodes + mixed))
 
 
+def fixed(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
+    """The one shape of deterministic mode: decodes are rows of one token among the prefill rows (see `Batch.folded`), so that every token
+    goes through the same arithmetic however it is scheduled."""
+    return (Bucket(max_prefill_tokens + max_sequences, max_sequences, 0),)
+
+
 def prefill_rows(prefill_tokens: int, max_sequences: int) -> int:
     """Prompts that may share so many prompt tokens in one step."""
     return min(max_sequences, max(1, prefill_tokens // 8), 64)

@@ -111,11 +111,16 @@ class Sampler:
 
 
 def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:
-    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last."""
-    rows = shapes.bucket.decode_rows
-    if rows == 0:
-        return inputs.tokens
-    tokens = inputs.tokens.reshape(shapes.replicas, shapes.bucket.tokens)
-    held = slots.last_token[inputs.slots.reshape(shapes.replicas, shapes.bucket.rows)[:, :rows]]
-    decodes = jnp.where(tokens[:, :rows] == LAST_SAMPLED, held, tokens[:, :rows])
-    return jnp.concatenate([decodes, tokens[:, rows:]], axis=1).reshape(-1)
+    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last: in decode rows, or anywhere without any."""
+    bucket, replicas = shapes.bucket, shapes.replicas
+    tokens = inputs.tokens.reshape(replicas, bucket.tokens)
+    last = slots.last_token[inputs.slots.reshape(replicas, bucket.rows)]
+    if bucket.decode_rows:
+        held = last[:, : bucket.decode_rows]
+    else:  # the only row that begins at the token, if any does: a row with LAST_SAMPLED has no other token
+        starts = jnp.where(inputs.query_lengths > 0, inputs.query_starts, -1).reshape(replicas, 1, bucket.rows)
+        begins = starts == jnp.arange(bucket.tokens, dtype=jnp.int32)[None, :, None]
+        held = jnp.sum(jnp.where(begins, last[:, None], 0), axis=2)
+    first = held.shape[1]
+    decodes = jnp.where(tokens[:, :first] == LAST_SAMPLED, held, tokens[:, :first])
+    return jnp.concatenate([decodes, tokens[:, first:]], axis=1).reshape(-1)

@@ -78,11 +78,12 @@ class Packed:
 
 
 def pack(batch: Batch, shapes: Shapes) -> Packed:
-    """Lay a batch out in a bucket.
+    """Lay a batch out in a bucket; in one without decode rows, decodes are the first prefill rows.
 
     Raises:
         ValueError: a row names the guard page or too few pages; the scheduler and the pool disagree.
     """
+    batch = batch if shapes.bucket.decode_rows else batch.folded()
     buffer = np.zeros(shapes.buffer, np.int32)
     parts = [_views(buffer[r], shapes) for r in range(shapes.replicas)]
     for part in parts:

@@ -134,6 +134,25 @@ class Program:
             for future in futures:
                 future.result()
 
+    def measure(self) -> int:
+        """Compile the largest forward and sampler only: `bytes_beside` before the pool has its size."""
+        for key in (max(self.config.buckets, key=lambda bucket: bucket.tokens), self.config.samplers[-1]):
+            self._compile(key, self.lower(key))
+        return self.bytes_beside
+
+    @property
+    def bytes_beside(self) -> int:
+        """What compiled programs take on each device beside weights, pool and slots, as the compiler says: the largest forward's
+        temporaries, two steps' outputs (one is computed while the other is read), and the largest sampler's temporaries."""
+        forwards, others = [(0, 0)], [0]
+        for key, compiled in self._compiled.items():
+            sizes = compiled.memory_analysis()
+            if isinstance(key, Bucket):
+                forwards.append((sizes.temp_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes))
+            else:
+                others.append(sizes.temp_size_in_bytes)
+        return max(temporary for temporary, _ in forwards) + 2 * max(output for _, output in forwards) + max(others)
+
     def lower(self, key: Any) -> Any:
         """The lowered program of a bucket, a sampler, a scorer, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
         if isinstance(key, Bucket):
@@ -162,23 +181,25 @@ class Program:
 
     def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""
-        return self.config.shapes(choose(self.config.buckets, occupancy(batch, self.config.pool.replicas)))
+        buckets = self.config.buckets
+        laid = batch if any(bucket.decode_rows for bucket in buckets) else batch.folded()
+        return self.config.shapes(choose(buckets, occupancy(laid, self.config.pool.replicas)))
 
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
-        self._slots = self._compiled[ADMIT](self._slots, jax.device_put(words, self._replicated))
+        self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
 
     def forward(self, packed: Packed) -> Computed:
         """Launch the forward pass of a step."""
-        buffer = jax.device_put(packed.buffer, self._by_replica)
+        buffer = self._send(packed.buffer, self._by_replica)
         self._kv, computed = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
         return computed
 
     def sample(self, computed: Computed, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
         """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`."""
         rows = computed.logits.shape[0]
-        allowed = self._open_masks[rows] if mask is None else jax.device_put(mask, self._by_replica)
+        allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
         self._slots, sampled = self._compiled[SamplerKey(rows)](computed.logits, computed.rows, allowed, self._slots)
         for result in (sampled.token, sampled.finite):
             result.copy_to_host_async()
@@ -190,17 +211,17 @@ class Program:
         if targets is None:
             return None
         program = self._compiled[ScoreKey(packed.shapes.bucket)]
-        return program(self._leaves, computed.hidden, jax.device_put(targets, self._by_replica))
+        return program(self._leaves, computed.hidden, self._send(targets, self._by_replica))
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
         for sources, targets in blocks(copies, self.config.pool.replicas, 2):
-            self._kv = self._compiled[COPY](self._kv, *jax.device_put((sources, targets), self._by_replica))
+            self._kv = self._compiled[COPY](self._kv, self._send(sources, self._by_replica), self._send(targets, self._by_replica))
 
     def wipe_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Fill pages with zeros before the next step: (replica, page) each."""
         for (ids,) in blocks(pages, self.config.pool.replicas, 1):
-            self._kv = self._compiled[WIPE](self._kv, jax.device_put(ids, self._by_replica))
+            self._kv = self._compiled[WIPE](self._kv, self._send(ids, self._by_replica))
 
     def _lower_forward(self, shapes: Shapes) -> Any:
         config = self.config
@@ -228,6 +249,10 @@ class Program:
         targets = shape((shapes.replicas, bucket.prefill_tokens), np.int32, sharding=self._by_replica)
         step = Score(config.graph, shapes, config.placement)
         return jax.jit(step, out_shardings=self._replicated).lower(leaves, hidden, targets)
+
+    def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array:
+        """A copy of host memory on the devices: what the host does to its own afterwards does not matter."""
+        return jax.device_put(values.copy(), sharding)
 
     def _compile(self, key: Any, lowered: Any) -> None:
         begun = time.perf_counter()

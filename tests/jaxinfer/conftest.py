@@ -8,6 +8,7 @@ import json
 import pytest
 
 from jaxinfer.cache.pages import PagePool
+from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.config import CacheConfig, EngineConfig, ExecutionConfig, MeshShape, ModelConfig, SchedulerConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.scheduler import Limits, Scheduler
@@ -29,13 +30,13 @@ def write_folder(folder, **config):
     return folder
 
 
-def settings(folder, *, sequences=4, mesh=None, policy="fcfs", **model):
+def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="off", **model):
     """Settings that compile few and small programs."""
     return EngineConfig(
         ModelConfig(**{"model": str(folder), "dtype": "float32", "load_format": "random", **model}),
         CacheConfig(page_size=4),
         SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=12, policy=policy),
-        ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off"),
+        ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off", deterministic=deterministic),
     )
 
 
@@ -56,12 +57,29 @@ def plain(folder, progress):
     return Engine(settings(folder), progress=lambda *report: progress.append(report))
 
 
+def scheduler(limits, pages, policy="fcfs"):
+    """A scheduler that knows nothing of what the pool holds."""
+    return Scheduler(limits, [PagePool(pages, 4, PrefixIndex(4))], policy)
+
+
 @pytest.fixture
-def cramped(plain, monkeypatch):
+def reschedule(plain):
+    """Put the same programs behind another scheduler for the length of a test; the one after it knows nothing of the pool either."""
+
+    def replace(limits, pages, policy="fcfs"):
+        assert pages <= plain.program.config.pool.pages
+        plain.scheduler = scheduler(limits, pages, policy)
+        return plain
+
+    usual = plain.scheduler
+    yield replace
+    plain.scheduler = scheduler(usual.limits, usual.pools[0].size)
+
+
+@pytest.fixture
+def cramped(reschedule):
     """The same programs behind little KV memory and small steps: prompts come in chunks, sequences are preempted all the time."""
-    limits = Limits(sequences=4, prefill_tokens=11, prefill_rows=2)
-    monkeypatch.setattr(plain, "scheduler", Scheduler(limits, [PagePool(17, 4)]))
-    return plain
+    return reschedule(Limits(sequences=4, prefill_tokens=11, prefill_rows=2), 17)
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.cache.pages import PagePool
-from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.scheduler import Limits
 from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
 from tests.driving import Driver
+from tests.jaxinfer.conftest import scheduler, settings
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -102,16 +103,85 @@ def test_in_a_full_batch(plain, reference):
     assert_same(run(plain, *reversed(VARIETY)), reference)
 
 
-@pytest.mark.parametrize(("chunk", "pages", "policy"), [(1, 65, "fcfs"), (7, 33, "shortest"), (32, 17, "priority")])
-def test_however_it_is_scheduled(plain, reference, monkeypatch, chunk, pages, policy):
-    limits = Limits(sequences=4, prefill_tokens=chunk, prefill_rows=3)
-    monkeypatch.setattr(plain, "scheduler", Scheduler(limits, [PagePool(pages, 4)], policy))
+@pytest.mark.parametrize(
+    ("chunk", "pages", "policy"), [(1, 65, "fcfs"), (7, 33, "shortest"), (32, 17, "priority"), (32, 40, "longest_prefix")]
+)
+def test_however_it_is_scheduled(reschedule, reference, chunk, pages, policy):
+    plain = reschedule(Limits(sequences=4, prefill_tokens=chunk, prefill_rows=3), pages, policy)
     assert_same(run(plain, *(replace(request, priority=-i) for i, request in enumerate(VARIETY))), reference)
 
 
 def test_in_chunks_and_preempted(cramped, reference):
     assert_same(run(cramped, *VARIETY), reference)
-    assert cramped.metrics.preemptions == cramped.scheduler.preemptions > 3
+    assert cramped.metrics.preemptions == cramped.scheduler.preemptions > 0
+
+
+def test_one_step_at_a_time(plain, reference, monkeypatch):
+    monkeypatch.setattr(plain, "_depth", 0)
+    assert_same(run(plain, *VARIETY), reference)
+
+
+def test_whatever_happens_to_host_memory(plain, reference, monkeypatch):
+    """Every buffer that went to the devices is spoiled as soon as it was sent."""
+    send = plain.program._send
+
+    def spoil(values, sharding):
+        sent = send(values, sharding)
+        values.fill(77)
+        return sent
+
+    monkeypatch.setattr(plain.program, "_send", spoil)
+    assert_same(run(plain, *VARIETY), reference)
+
+
+def test_choices_share_their_prompt(reschedule, reference):
+    """The prompt is computed once; its half-filled last page is copied, and each choice goes its own way behind it."""
+    plain = reschedule(Limits(sequences=4, prefill_tokens=32, prefill_rows=4), 65)
+    prompt = tuple(range(100, 118))
+    alone = [tokens(one(plain, prompt, SamplingParams(seed=seed, max_tokens=12))) for seed in (1, 2, 3)]
+    plain = reschedule(plain.scheduler.limits, 65)
+    found = run(plain, *(Request("many", prompt, SamplingParams(seed=seed, max_tokens=12), index) for index, seed in enumerate((1, 2, 3))))
+    assert [tokens(found["many", index]) for index in range(3)] == alone
+    assert plain.scheduler.reused == 2 * 17
+
+
+def test_a_known_beginning_is_not_computed_again(reschedule, reference):
+    plain = reschedule(Limits(sequences=4, prefill_tokens=32, prefill_rows=4), 65)
+    long = Request("again", (*VARIETY[1].prompt, *tokens(reference["long", 0])[:7]), GREEDY)  # 44 tokens, generated ones among them
+    fresh = run(plain, long)[long.key]
+    plain = reschedule(plain.scheduler.limits, 65)
+    assert_same(run(plain, VARIETY[1]), reference, [VARIETY[1].key])
+    assert tokens(run(plain, long)[long.key]) == tokens(fresh)
+    assert plain.scheduler.reused == 40  # full pages, never the last token
+    assert tokens(run(plain, replace(long, cache_salt="mine"))[long.key]) == tokens(fresh)
+    assert plain.scheduler.reused == 40
+
+
+def test_the_same_bits_in_deterministic_mode(folder):
+    """Log probabilities of every drawn token and its rivals, bit by bit, under all that may happen to a request."""
+    engine = Engine(settings(folder, deterministic="on"))
+    requests = [replace(request, params=replace(request.params, logprobs=20)) for request in VARIETY]
+    limits, largest = engine.scheduler.limits, engine.program.config.pool.pages
+
+    def bits(*, chunk=32, pages=largest, leave=None, again=1, together=requests):
+        engine.scheduler = scheduler(replace(limits, prefill_tokens=chunk), pages)
+        for _ in range(again):
+            found = run(engine, *together, during=lambda step: engine.abort((leave or {}).get(step, "nobody")))
+        return {key: [(output.token_ids, output.logprobs) for output in outputs] for key, outputs in found.items()}
+
+    alone = {request.key: bits(together=[request])[request.key] for request in requests}
+    assert bits() == alone
+    assert bits(chunk=1) == bits(chunk=7) == alone
+    assert bits(pages=17) == alone
+    assert engine.scheduler.preemptions
+    assert bits(again=2) == alone
+    assert engine.scheduler.reused
+    left = bits(leave={4: "seeded", 9: "biased"})
+    assert {key: left[key] for key in alone if key[0] not in ("seeded", "biased")} == {
+        key: value for key, value in alone.items() if key[0] not in ("seeded", "biased")
+    }
+    engine._depth = 0
+    assert bits() == alone
 
 
 def test_on_a_mesh(meshed, reference):
@@ -357,9 +427,10 @@ def test_aborting_gives_everything_back_at_once(plain):
     assert plain.metrics.running == 1
     assert plain.metrics.kv_usage > 0
     plain.abort("gone")
-    assert (plain.metrics.running, plain.metrics.kv_usage) == (0, 0.0)
+    assert plain.metrics.running == 0
     (last,) = plain.step()
-    assert (last.finish_reason, last.output_tokens, last.token_ids) == (FinishReason.ABORT, 3, ())
+    assert (last.finish_reason, last.output_tokens, last.token_ids) == (FinishReason.ABORT, 2, ())
+    assert plain.metrics.kv_usage == 0.0
     assert plain.step() == []
     assert not plain.has_work
 
@@ -378,6 +449,9 @@ def test_bad_numbers_end_their_own_row_alone(plain, reference, monkeypatch):
         (last,) = found[request.key]
         assert (last.finish_reason, last.token_ids) == (FinishReason.ERROR, ())
         assert "not finite" in last.error
+    free = plain.scheduler.pools[0]._free
+    for pool in program._kv:
+        assert np.isfinite(np.asarray(pool)[free]).all(), "a free page holds what a failed request left"
     assert_same(found, reference)
     assert_same(run(plain, *VARIETY), reference)
 

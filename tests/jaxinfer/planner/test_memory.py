@@ -9,7 +9,7 @@ from jaxinfer.config import CacheConfig, ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.memory import Demand, plan_memory
+from jaxinfer.planner.memory import Demand, check_programs, plan_memory
 from jaxinfer.sharding import make_mesh
 
 GRAPH = Graph.of(llama, llama.TINY, "float32")
@@ -17,11 +17,12 @@ MIB = 1 << 20
 TOKEN_BYTES = llama.TINY.layers * 2 * llama.TINY.heads.kv_heads * llama.TINY.heads.head_dim * 4
 
 
-def plan(*, memory=64 * MIB, sequences=8, tokens=256, mesh=None, graph=GRAPH, **cache):
+def plan(*, memory=64 * MIB, sequences=8, tokens=256, mesh=None, graph=GRAPH, programs=None, **cache):
     mesh = make_mesh(mesh or {})
     pool = PoolShape(pages=2, page_size=cache.get("page_size", 16), replicas=mesh.shape["data"])
     return plan_memory(
-        graph, pool, Demand(sequences, tokens), CacheConfig(**{"page_size": 16, **cache}), placement=Placement(mesh), device_memory=memory
+        graph, pool, Demand(sequences, tokens), CacheConfig(**{"page_size": 16, **cache}), placement=Placement(mesh), device_memory=memory,
+        programs=programs,
     )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def test_with_plenty_of_memory_every_sequence_may_be_full():
     assert made.pool.tokens == 8 * 256
     assert made.weights == GRAPH.nbytes
     assert made.pages == (8 * 256 + 16) * TOKEN_BYTES
-    assert made.total == made.weights + made.reserved + made.pages <= 0.9 * 64 * MIB
+    assert made.total == made.weights + made.slots + made.programs + made.pages <= 0.9 * 64 * MIB
 
 
 def test_little_memory_is_filled_to_its_fraction():
@@ -91,3 +92,20 @@ def test_a_given_pool_must_hold_one_sequence():
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 255])
 def test_lengths_are_rounded_up_to_pages(tokens):
     assert plan(tokens=tokens, sequences=1).pool.pages == 1 + math.ceil(tokens / 16)
+
+
+def test_the_compiler_has_the_last_word():
+    rough = plan()
+    assert not rough.tight
+    exact = check_programs(rough, 12345, CacheConfig(page_size=16))
+    assert (exact.programs, exact.pool, exact.total) == (12345, rough.pool, rough.total - rough.programs + 12345)
+    with pytest.raises(ConfigError, match=r"programs need 0\.06 GiB .* lower --max-step-tokens"):
+        check_programs(rough, 64 * MIB, CacheConfig(page_size=16))
+
+
+def test_a_tight_pool_takes_what_the_programs_leave():
+    rough = plan(memory=4 * MIB, sequences=64)
+    assert rough.tight
+    exact = plan(memory=4 * MIB, sequences=64, programs=rough.programs // 2)
+    assert exact.pool.tokens > rough.pool.tokens
+    assert exact.total <= 0.9 * 4 * MIB

@@ -1,0 +1,210 @@
+"""Which page holds which text: the index of full KV pages that lets requests with a common beginning share them. Plain Python.
+
+The K and V of a token depend on every token before it, so a page's content is named by its whole beginning: a *node* is one page of
+token ids behind its parent node, and a root stands for what is not text (adapter, dtype, salt). Nodes are found by a SHA-256 that is
+chained over (parent's digest, token ids); because nodes know their parents and token ids are compared as well, two texts with the
+same digest are still told apart: the second is simply not kept. A node outlives its page for as long as a child of it has one.
+Life of a page here: `enter` when its tokens are known and their step is scheduled, `match` as often as somebody has the same
+beginning, `drop` when the pool needs the page for something else, or `poison` when what was written there is not to be trusted.
+This file does not know who owns a page or which is evicted next (`pages.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+NO_PAGE = -1
+Digest = Callable[[bytes], bytes]
+
+
+def sha256(data: bytes) -> bytes:
+    """The digest that names contents."""
+    return hashlib.sha256(data).digest()
+
+
+class Node:
+    """One page of text behind its parent. `page` is NO_PAGE when no page holds it; `alive` ends when the index lets it go."""
+
+    __slots__ = ("alive", "children", "digest", "page", "parent", "tokens")
+
+    def __init__(self, parent: Node | None, digest: bytes, tokens: Sequence[int] = ()) -> None:
+        self.parent = parent
+        self.digest = digest
+        self.tokens = tokens
+        self.page = NO_PAGE
+        self.children: set[Node] = set()
+        self.alive = True
+
+
+@dataclass(eq=False)
+class Chain:
+    """One sequence's way through an index: digests of its full pages (computed once), and how many of its own pages are entered.
+
+    context: what is hashed before the first token. written: nodes that hold pages which this sequence wrote, in any tenure.
+    closed: nothing more is entered, because of a collision (until `restart`) or because the content is not to be trusted (`poisoned`).
+    """
+
+    context: tuple[str, ...]
+    digests: list[bytes] = field(default_factory=list)
+    node: Node | None = None
+    entered: int = 0
+    written: list[tuple[PrefixIndex, Node]] = field(default_factory=list)
+    closed: bool = False
+    poisoned: bool = False
+
+    def restart(self, node: Node | None = None, entered: int = 0) -> None:
+        """Begin a new tenure, perhaps in another index, behind the pages that were found there."""
+        self.node, self.entered, self.closed = node, entered, self.poisoned
+
+
+class PrefixIndex:
+    """The contents of one pool's pages. `digest` is replaced in tests that force collisions."""
+
+    def __init__(self, page_size: int, digest: Digest = sha256) -> None:
+        self.page_size = page_size
+        self._digest = digest
+        self._roots: dict[tuple[str, ...], Node] = {}
+        self._nodes: dict[bytes, Node] = {}
+        self._pages: dict[int, Node] = {}
+        self._bad: set[int] = set()
+        self._checked = 0
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._pages
+
+    def node(self, page: int) -> Node:
+        """The content of a page that is in the index."""
+        return self._pages[page]
+
+    def match(self, chain: Chain, tokens: Sequence[int], most: int) -> list[Node]:
+        """The longest run of pages, at most `most`, that hold the beginning of `tokens`."""
+        found: list[Node] = []
+        parent, size = self._roots.get(chain.context), self.page_size
+        if parent is None or chain.poisoned:
+            return found
+        for number in range(most):
+            node = self._find(parent, self._name(chain, tokens, number), tokens[number * size : (number + 1) * size])
+            if node is None or node.page == NO_PAGE:
+                break
+            found.append(node)
+            parent = node
+        return found
+
+    def enter(self, chain: Chain, tokens: Sequence[int], pages: Sequence[int], full: int) -> None:
+        """Make a sequence's first `full` pages known; those whose content another page holds already stay unknown."""
+        if chain.closed:
+            return
+        parent = chain.node
+        if parent is None or not parent.alive:
+            parent, chain.entered = self._root(chain), 0
+        for number in range(chain.entered, full):
+            node = None if pages[number] in self._bad else self._child(chain, parent, tokens, number)
+            if node is None:
+                chain.closed = True
+                break
+            if node.page == NO_PAGE and pages[number] not in self._pages:
+                node.page = pages[number]
+                self._pages[node.page] = node
+                chain.written.append((self, node))
+            parent, chain.entered = node, number + 1
+        chain.node = parent
+        self._prune(parent)
+
+    def drop(self, page: int) -> None:
+        """Forget the content of a page, for example because it gets another one."""
+        self._bad.discard(page)
+        node = self._pages.pop(page, None)
+        if node is not None:
+            node.page = NO_PAGE
+            self._prune(node)
+
+    def poison(self, node: Node) -> list[int]:
+        """Forget a node and everything that was computed behind it; returns the pages; none is entered again before it is dropped."""
+        if not node.alive:
+            return []
+        pages = [member.page for member in _descendants(node) if member.page != NO_PAGE]
+        for page in pages:
+            self.drop(page)
+        self._bad.update(pages)
+        return pages
+
+    def pages(self) -> Iterable[int]:
+        """Every page whose content is known."""
+        return self._pages.keys()
+
+    def check(self) -> None:
+        """Verify that pages and nodes agree; of the digests one is computed again at each call, in rotation.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        for page, node in self._pages.items():
+            if node.page != page or not node.alive or self._nodes.get(node.digest) is not node or page in self._bad:
+                raise RuntimeError(f"page {page} and the content it is known by disagree")
+        if not self._pages and (self._nodes or self._roots):
+            raise RuntimeError("contents are kept that no page holds")
+        if self._pages:
+            self._checked = (self._checked + 1) % len(self._pages)
+            node = list(self._pages.values())[self._checked]
+            if node.parent is None or len(node.tokens) != self.page_size or node.digest != self._behind(node.parent.digest, node.tokens):
+                raise RuntimeError(f"page {node.page} stands under a digest that is not its content's")
+
+    def _root(self, chain: Chain) -> Node:
+        root = self._roots.get(chain.context)
+        if root is None:
+            root = self._roots[chain.context] = Node(None, self._base(chain))
+        return root
+
+    def _child(self, chain: Chain, parent: Node, tokens: Sequence[int], number: int) -> Node | None:
+        """The node of a page, made if it is new; None when another content has its digest."""
+        digest, content = self._name(chain, tokens, number), tokens[number * self.page_size : (number + 1) * self.page_size]
+        if digest in self._nodes:
+            return self._find(parent, digest, content)
+        node = self._nodes[digest] = Node(parent, digest, content)
+        parent.children.add(node)
+        return node
+
+    def _find(self, parent: Node, digest: bytes, tokens: Sequence[int]) -> Node | None:
+        node = self._nodes.get(digest)
+        return node if node is not None and node.parent is parent and node.tokens == tokens else None
+
+    def _name(self, chain: Chain, tokens: Sequence[int], number: int) -> bytes:
+        """Digest of page `number` of a sequence; what is missing of the chain is computed and kept."""
+        digests, size = chain.digests, self.page_size
+        if not digests:
+            digests.append(self._base(chain))
+        for at in range(len(digests) - 1, number + 1):
+            digests.append(self._behind(digests[at], tokens[at * size : (at + 1) * size]))
+        return digests[number + 1]
+
+    def _base(self, chain: Chain) -> bytes:
+        return self._digest(repr(chain.context).encode())
+
+    def _behind(self, parent: bytes, tokens: Sequence[int]) -> bytes:
+        return self._digest(parent + array("q", tokens).tobytes())
+
+    def _prune(self, node: Node) -> None:
+        """Let go of a node that holds no page and leads to none, and then perhaps of its parent."""
+        while node.page == NO_PAGE and not node.children and node.alive:
+            node.alive = False
+            if node.parent is None:
+                self._roots = {context: root for context, root in self._roots.items() if root is not node}
+                return
+            del self._nodes[node.digest]
+            node.parent.children.discard(node)
+            node = node.parent
+
+
+def _descendants(node: Node) -> Iterator[Node]:
+    """The node and all behind it, without recursion: a chain may be thousands of pages long."""
+    open_nodes = [node]
+    while open_nodes:
+        found = open_nodes.pop()
+        yield found
+        open_nodes.extend(found.children)

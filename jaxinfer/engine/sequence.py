@@ -1,0 +1,132 @@
+"""What the scheduler works with: sequences on their way, the limits of a step, a batch in the making. Plain Python values.
+
+A sequence waits, runs (it has a slot and pages), may be preempted and wait again, and ends. Steps are launched before the one before
+is known, so three clocks count its tokens: `tokens` are known on the host, `length` counts the one that a launched step is drawing as
+well, `computed` is what the cache will hold once everything launched has run.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jaxinfer.batch import Admission, Batch, PageCopy, Row
+from jaxinfer.cache.prefix import Chain, Node
+from jaxinfer.request import Request
+
+Key = tuple[str, int]
+NEVER = 1 << 62
+PATIENCE = 4  # preemptions after which a sequence's priority no longer makes it a victim
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step may hold, per replica: sequences running, prompt tokens, and sequences whose prompt is being computed."""
+
+    sequences: int
+    prefill_tokens: int
+    prefill_rows: int
+    replicas: int = 1
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One request on its way. Invariant: 0 <= computed <= length, and while it runs its pages hold the first `computed` tokens.
+
+    tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
+    sampled on the device and not known yet (0 or 1). in_flight: launched, uncommitted batches with a row of it. slot: -1 while it has
+    none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed when it was admitted last.
+    probe: how many of its tokens the prefix cache holds.
+    """
+
+    request: Request
+    tokens: list[int]
+    limit: int
+    arrival: int
+    chain: Chain
+    probe: Callable[[Sequence], int]
+    computed: int = 0
+    pending: int = 0
+    in_flight: int = 0
+    pages: array[int] = field(default_factory=lambda: array("i"))
+    slot: int = -1
+    replica: int = 0
+    running: bool = False
+    ended: bool = False
+    preemptions: int = 0
+    ready: int = NEVER
+    reused: int = 0
+
+    @property
+    def output(self) -> list[int]:
+        """Tokens generated so far, as far as they are known."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def length(self) -> int:
+        """Tokens, the one that is being drawn included."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def missing(self) -> int:
+        """Tokens that no scheduled step has computed; 1 means that the next step is a decode."""
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def last(self) -> bool:
+        """Whether its last token is known or on its way: nothing of it is scheduled again."""
+        return len(self.tokens) + self.pending - len(self.request.prompt) >= self.limit
+
+    @property
+    def cached(self) -> int:
+        """How many of its tokens are in the prefix cache now."""
+        return self.probe(self)
+
+    @property
+    def standing(self) -> tuple[float, int]:
+        """Who keeps its pages longest: by priority, then by arrival; who was preempted often enough goes before every priority."""
+        return (float("-inf") if self.preemptions >= PATIENCE else self.request.priority, self.arrival)
+
+
+@dataclass(eq=False)
+class Family:
+    """The sequences of one request that have not ended, and those among them that wait for the first one's prompt."""
+
+    members: list[Sequence] = field(default_factory=list)
+    parked: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Launched:
+    """A batch that is not committed yet: whose its rows are, and the pages that its copies read."""
+
+    batch: Batch
+    sequences: list[Sequence]
+    sources: list[tuple[int, int]]
+
+
+@dataclass
+class Step:
+    """A batch in the making. Per replica: prompt tokens and rows left, and pages that come free without anybody's doing (once asked)."""
+
+    tokens: list[int]
+    rows: list[int]
+    decodes: list[Row] = field(default_factory=list)
+    prefills: list[Row] = field(default_factory=list)
+    sequences: list[list[Sequence]] = field(default_factory=lambda: [[], []])
+    admissions: list[Admission] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    coming: dict[int, int] = field(default_factory=dict)
+    headroom: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence could be admitted: with these pages in front, tokens of them that need not be computed, a page to copy."""
+
+    replica: int
+    pages: list[int]
+    computed: int
+    node: Node | None = None
+    source: int | None = None
