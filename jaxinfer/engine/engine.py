@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "EngineInfo", "Progress"]
 
-_NOTHING_DRAWN = "no token could be drawn: the model's numbers are not finite for this request, or its rules exclude every token"
-
 
 @dataclass
 class _Active:
@@ -73,6 +71,7 @@ class _Drawn:
     token: int
     logprob: TokenLogprob | None
     finite: bool
+    possible: bool
 
 
 class Engine:
@@ -184,7 +183,7 @@ class Engine:
         scored = jax.device_get(flight.scored)
         for row, at in places(flight.packed):
             active = self._active.get(row.request.key)
-            if active is not None and active.scores is not None:
+            if active is not None and active.scores is not None and active.sequence.request is row.request:
                 active.scores.take(row, scored, at)
 
     def _admit(self, admission: Admission) -> None:
@@ -199,7 +198,9 @@ class Engine:
         if not drawn.finite:
             pages = self.scheduler.poison(active.sequence)
             self.program.wipe_pages([(active.sequence.replica, page) for page in pages])  # after all that was launched, before any reuse
-            return self._end(active, FinishReason.ERROR, error=_NOTHING_DRAWN)
+            return self._end(active, FinishReason.ERROR, error="the model produced numbers that are not finite for this request")
+        if not drawn.possible:
+            return self._end(active, FinishReason.ERROR, error="the rules of this request leave no token to be drawn")
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
@@ -306,7 +307,7 @@ def _fetch(flight: _Flight) -> dict[int, _Drawn]:
     if sampled is None:
         raise RuntimeError("a flight is committed whose sampler was not launched")
     wanted = any(row.samples and row.request.params.logprobs is not None for _, row in rows)
-    tokens, finite = jax.device_get((sampled.token, sampled.finite))
+    tokens, finite, possible = jax.device_get((sampled.token, sampled.finite, sampled.possible))
     scores = jax.device_get((sampled.logprob, sampled.top_tokens, sampled.top_logprobs)) if wanted else None
     drawn = {}
     for index, row in rows:
@@ -316,5 +317,5 @@ def _fetch(flight: _Flight) -> dict[int, _Drawn]:
         if scores is not None and count is not None:
             top = tuple(zip(scores[1][index, :count].tolist(), scores[2][index, :count].tolist(), strict=True))
             logprob = TokenLogprob(int(tokens[index]), float(scores[0][index]), top)
-        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]))
+        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]), bool(possible[index]))
     return drawn

@@ -19,10 +19,12 @@ def sequences(tokenizer: Tokenizer | None, words: Sequence[str]) -> tuple[tuple[
     Raises:
         RequestError: a word of too many tokens, or there is no tokenizer.
     """
-    if words and tokenizer is None:
+    if not words:
+        return ()
+    if tokenizer is None:
         raise RequestError("bad_words needs a tokenizer, which this model does not have; use logit_bias", "bad_words")
     found: dict[tuple[int, ...], None] = {}
-    for word in words if tokenizer is not None else ():
+    for word in words:
         inside, after_blank = (tuple(tokenizer.encode(blank + word.lstrip(), special=False)) for blank in ("", " "))
         if inside:  # characters that the vocabulary does not have cannot be written anyway
             found[inside] = None

@@ -201,7 +201,7 @@ class Program:
         rows = computed.logits.shape[0]
         allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
         self._slots, sampled = self._compiled[SamplerKey(rows)](computed.logits, computed.rows, allowed, self._slots)
-        for result in (sampled.token, sampled.finite):
+        for result in (sampled.token, sampled.finite, sampled.possible):
             result.copy_to_host_async()
         return sampled
 

@@ -85,11 +85,14 @@ def wanted(row: Row) -> bool:
 
 def places(packed: Packed) -> Iterator[tuple[Row, int]]:
     """The rows to be scored, each with the index of its first token among the prefill tokens of all replicas."""
-    bucket, offsets = packed.shapes.bucket, packed.shapes.offsets()
+    bucket = packed.shapes.bucket
+    filled = [replica * bucket.prefill_tokens for replica in range(packed.shapes.replicas)]
     for index, row in packed.rows:
-        if wanted(row) and index % bucket.rows >= bucket.decode_rows:
-            start = packed.buffer[row.replica, offsets["query_starts"][0] + index % bucket.rows]
-            yield row, row.replica * bucket.prefill_tokens + int(start) - bucket.decode_rows
+        if index % bucket.rows < bucket.decode_rows:
+            continue
+        if wanted(row):
+            yield row, filled[row.replica]
+        filled[row.replica] += len(row.tokens)
 
 
 def pack_targets(packed: Packed) -> np.ndarray | None:

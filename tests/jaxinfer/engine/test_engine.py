@@ -352,7 +352,7 @@ def test_allowed_tokens_are_the_only_ones(plain):
 def test_rules_that_leave_nothing_end_the_request_alone(plain):
     outputs = one(plain, allowed_token_ids=plain.tokenizer.encode("a"), bad_words=["a"])
     assert outputs[-1].finish_reason == FinishReason.ERROR
-    assert "exclude every token" in outputs[-1].error
+    assert "no token" in outputs[-1].error
     assert not plain.has_work
 
 
@@ -371,6 +371,15 @@ def test_a_prompts_scores_are_what_the_sampler_says(plain):
         assert mine.logprob == mine.top[0][1]
         np.testing.assert_allclose(mine.logprob, other.logprob, atol=1e-4)
     assert outputs[1].prompt_logprobs == ()
+
+
+def test_every_choice_scores_the_prompt_itself(plain):
+    """Neither a sibling's pages nor the cache's may stand in for it."""
+    asked = Request("two", tuple(range(20)), replace(GREEDY, n=2, prompt_logprobs=0))
+    for _ in range(2):
+        first, second = (outputs[0].prompt_logprobs for outputs in run(plain, *choices(asked)).values())
+        assert len(first) == len(second) == 20
+        np.testing.assert_allclose([e.logprob for e in first[1:]], [e.logprob for e in second[1:]], atol=1e-4)
 
 
 # Errors
