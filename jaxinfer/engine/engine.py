@@ -225,9 +225,7 @@ class Engine:
             text, piece = text + rest.text, rest
             reason = FinishReason.STOP if rest.stopped_by else reason
         stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
-        scores = active.scores.entries() if active.scores is not None and count == 1 else ()
-        logprobs = (drawn.logprob,) if drawn.logprob else ()
-        output = self._output(active, text=text, token_ids=(drawn.token,), logprobs=logprobs, prompt_logprobs=scores)
+        output = self._output(active, text=text, token_ids=(drawn.token,), **_logprobs(active, drawn))
         if reason is None:
             return output
         self._forget(active, reason)
@@ -299,6 +297,15 @@ class Engine:
     def _gauge(self) -> None:
         self.metrics.running, self.metrics.waiting = self.scheduler.running, self.scheduler.waiting
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
+
+
+def _logprobs(active: _Active, drawn: _Drawn) -> dict[str, Any]:
+    """What an output says about probabilities: those of the prompt come with the first token."""
+    first = len(active.sequence.output) == 1
+    return {
+        "logprobs": () if drawn.logprob is None else (drawn.logprob,),
+        "prompt_logprobs": active.scores.entries() if active.scores is not None and first else (),
+    }
 
 
 def _fetch(flight: _Flight) -> dict[int, _Drawn]:
