@@ -77,7 +77,8 @@ class _Drawn:
 class Engine:
     """Loads and compiles a model when it is made; ready afterwards.
 
-    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics.
+    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics, last_packed (the batch
+    launched last).
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked, with what to do about it.
@@ -93,6 +94,7 @@ class Engine:
         self.scheduler = built.scheduler
         self.program = built.program
         self._active: dict[Key, _Active] = {}
+        self.last_packed: Packed | None = None
         self._pending: list[Output] = []
         self._flights: deque[_Flight] = deque()
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
@@ -159,7 +161,7 @@ class Engine:
         self.program.copy_pages([(copy.replica, copy.source, copy.target) for copy in batch.copies])
         for admission in batch.admissions:
             self._admit(admission)
-        packed = pack(batch, self.program.bucket_for(batch))
+        self.last_packed = packed = pack(batch, self.program.bucket_for(batch))
         idle = all(flight.sampled is None or flight.sampled.token.is_ready() for flight in self._flights)
         computed = self.program.forward(packed)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
