@@ -41,13 +41,12 @@ __all__ = ["Engine", "EngineInfo", "Progress"]
 
 @dataclass
 class _Active:
-    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, its seed."""
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, how they are drawn."""
 
     sequence: Sequence
     text: OutputText
     limit: int
-    seed: int
-    banned: tuple[tuple[int, ...], ...] = ()
+    draws: Draws
     scores: PromptScores | None = None
 
 
@@ -115,11 +114,10 @@ class Engine:
         if self.scheduler.waiting >= self.config.scheduler.max_waiting:
             raise QueueFull(f"{self.scheduler.waiting} requests are waiting already; try again later")
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
-        seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         text = OutputText(detokenizer, request.params.stop)
-        banned = words.sequences(self.tokenizer, request.params.bad_words)
+        draws = self._draws(request.params)
         scores = None if request.params.prompt_logprobs is None else PromptScores(request)
-        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, seed, banned, scores)
+        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -189,11 +187,18 @@ class Engine:
                 active.scores.take(row, scored, at)
 
     def _admit(self, admission: Admission) -> None:
-        active = self._active[admission.request.key]
-        stop = admission.request.params.stop
-        ends = () if stop.ignore_eos else self._eos
-        held = tuple(dict.fromkeys((*ends, *stop.token_ids))) if admission.request.params.min_tokens else ()
-        self.program.admit(admission, Draws(active.seed, held, active.banned))
+        self.program.admit(admission, self._active[admission.request.key].draws)
+
+    def _draws(self, params: SamplingParams) -> Draws:
+        """What the sampler has to know beside the request; refuses rules that leave no token to be drawn."""
+        ends = () if params.stop.ignore_eos else self._eos
+        held = tuple(dict.fromkeys((*ends, *params.stop.token_ids))) if params.min_tokens else ()
+        banned = words.sequences(self.tokenizer, params.bad_words)
+        never = {*held, *(sequence[0] for sequence in banned if len(sequence) == 1)}
+        if params.allowed_token_ids is not None and never.issuperset(params.allowed_token_ids):
+            message = "allowed_token_ids holds only tokens that bad_words or min_tokens exclude; allow one more, or drop the other rule"
+            raise RequestError(message, "allowed_token_ids")
+        return Draws(secrets.randbits(64) if params.seed is None else params.seed, held, banned)
 
     def _advance(self, active: _Active, drawn: _Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""

@@ -349,8 +349,17 @@ def test_allowed_tokens_are_the_only_ones(plain):
     assert caught.value.param == "allowed_token_ids"
 
 
+def test_rules_that_can_leave_nothing_are_refused(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    for changes in ({"bad_words": ["a"], "allowed_token_ids": plain.tokenizer.encode("a")}, {"min_tokens": 1, "allowed_token_ids": [eos]}):
+        with pytest.raises(RequestError) as caught:
+            one(plain, **changes)
+        assert caught.value.param == "allowed_token_ids"
+
+
 def test_rules_that_leave_nothing_end_the_request_alone(plain):
-    outputs = one(plain, allowed_token_ids=plain.tokenizer.encode("a"), bad_words=["a"])
+    outputs = one(plain, allowed_token_ids=plain.tokenizer.encode("ab"), bad_words=["aa", "ab", "ba", "bb"])
+    assert len(tokens(outputs)) == 1
     assert outputs[-1].finish_reason == FinishReason.ERROR
     assert "no token" in outputs[-1].error
     assert not plain.has_work
