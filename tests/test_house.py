@@ -22,7 +22,9 @@ PLAIN = (
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "marshal", "torch", "transformers", "shelve"}
 FORBIDDEN_NODES = {"eval()", "exec()", "compile()", "__import__()", "Global", "Assert"}
 READS_ENVIRONMENT = {"jaxinfer/config.py", "jaxinfer/devices.py", "jaxinfer/commands/doctor.py"}  # the others look at XLA's and JAX's own
-WITHOUT_SOURCE = {"tests/pallas_kernels/test_contract.py", "tests/checkpoints/test_files.py"}  # every backend; the committed weights
+WITHOUT_SOURCE = {  # every backend; the committed weights; the whole sampler
+    "tests/pallas_kernels/test_contract.py", "tests/checkpoints/test_files.py", "tests/jaxinfer/test_sampling_statistics.py",
+}  # fmt: skip
 OTHER_INTERPRETERS = {"jaxinfer/bench/peer_hf.py"}  # run by an interpreter that has torch
 
 
