@@ -306,7 +306,7 @@ class Scheduler:
         for replica, pool in enumerate(self.pools):
             if not self._slots[replica]:
                 continue
-            nodes = pool.match(sequence.chain, sequence.tokens)
+            nodes = [] if sequence.whole else pool.match(sequence.chain, sequence.tokens)
             place = Place(replica, [node.page for node in nodes], len(nodes) * size, nodes[-1] if nodes else None)
             if sibling is not None and sibling.replica == replica and most > place.computed:
                 pages = list(sibling.pages[: most // size])

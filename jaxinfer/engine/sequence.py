@@ -77,11 +77,16 @@ class Sequence:
     @property
     def cached(self) -> int:
         """How many of its tokens are in the prefix cache now."""
-        return self.chain.longest(self.tokens)
+        return 0 if self.whole else self.chain.longest(self.tokens)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of the prompt has to be computed here: it is to be scored."""
+        return self.request.params.prompt_logprobs is not None
 
     def begins_like(self, other: Sequence) -> bool:
         """Whether two sequences of one request share their prompt and may share its pages."""
-        return self.request.prompt == other.request.prompt and self.request.cache_salt == other.request.cache_salt
+        return not self.whole and self.request.prompt == other.request.prompt and self.request.cache_salt == other.request.cache_salt
 
     @property
     def standing(self) -> tuple[float, int]:

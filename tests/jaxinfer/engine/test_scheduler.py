@@ -10,7 +10,7 @@ from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.engine import policies
 from jaxinfer.engine.scheduler import Limits, Scheduler
-from jaxinfer.request import Request
+from jaxinfer.request import Request, SamplingParams
 
 PAGE = 4
 
@@ -224,6 +224,17 @@ def test_salts_do_not_share():
         step(line)
         assert sequence.reused == reused
         line.finish(sequence)
+
+
+def test_a_prompt_that_is_scored_shares_nothing_with_those_before():
+    line = scheduler(pages=24, prefill_rows=4)
+    line.finish(line.add(prompt("a", 9, first=0)))
+    scored = SamplingParams(prompt_logprobs=0)
+    for index in range(2):
+        line.add(prompt("b", 9, index, first=0, params=scored), 1)
+    batch = step(line)
+    assert [(row.start, len(row.tokens)) for row in batch.prefills] == [(0, 9), (0, 7)]
+    assert batch.copies == () and line.reused == 0
 
 
 def test_poisoned_pages_are_never_found_and_may_be_wiped():

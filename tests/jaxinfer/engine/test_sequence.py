@@ -4,7 +4,7 @@ import pytest
 
 from jaxinfer.cache.prefix import Chain, PrefixIndex
 from jaxinfer.engine.sequence import PATIENCE, Sequence
-from jaxinfer.request import Request
+from jaxinfer.request import Request, SamplingParams
 
 
 def sequence(arrival=0, priority=0, limit=3, preemptions=0, **changes):
@@ -41,3 +41,12 @@ def test_the_cached_length_is_looked_up_when_it_is_read():
 def test_standing_goes_by_priority_then_arrival_until_patience_ends():
     order = [sequence(9, 5, preemptions=PATIENCE), sequence(3, -1), sequence(1), sequence(2), sequence(0, 1, preemptions=PATIENCE - 1)]
     assert sorted(reversed(order), key=lambda s: s.standing) == order
+
+
+def test_a_prompt_that_is_scored_is_computed_whole():
+    index = PrefixIndex(1)
+    index.enter(Chain(("",)), [1, 2, 3], (4, 5, 6), 3)
+    scored = Request("r", (1, 2, 3), SamplingParams(prompt_logprobs=0))
+    made = sequence(chain=Chain(("",), (index,)), request=scored)
+    assert (made.whole, made.cached, made.begins_like(made)) == (True, 0, False)
+    assert sequence().begins_like(sequence()) and not sequence().whole
