@@ -15,7 +15,8 @@ PACKAGES = ("jaxinfer", "pallas_kernels", "checkpoints")
 KERNELS = ("tpu.py", "gpu.py")
 PLAIN = (
     "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.errors", "jaxinfer.grammar", "jaxinfer.request", "jaxinfer.batch",
-    "jaxinfer.cache.pages", "jaxinfer.engine.grammar_compile", "jaxinfer.engine.grammar_trial", "jaxinfer.engine.policies", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
+    "jaxinfer.cache.pages", "jaxinfer.engine.grammar_compile", "jaxinfer.engine.grammar_trial", "jaxinfer.engine.policies",
+    "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
 )  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "marshal", "torch", "transformers", "shelve"}
 FORBIDDEN_NODES = {"eval()", "exec()", "compile()", "__import__()", "Global", "Assert"}
