@@ -37,6 +37,7 @@ class Completion:
     prompt_tokens: int
     index: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 Completions = Completion | list[Completion]
@@ -245,6 +246,7 @@ class _Draft:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -253,12 +255,16 @@ class _Draft:
         self.text.append(output.text)
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs)
+        self.prompt_logprobs += output.prompt_logprobs
         self.prompt_tokens = output.prompt_tokens
         self.finish_reason, self.error = output.finish_reason, output.error
 
     def completion(self, index: int) -> Completion:
         reason = FinishReason(self.finish_reason or FinishReason.ERROR)
-        return Completion("".join(self.text), tuple(self.token_ids), reason, tuple(self.logprobs), self.prompt_tokens, index, self.error)
+        return Completion(
+            "".join(self.text), tuple(self.token_ids), reason, tuple(self.logprobs), self.prompt_tokens, index, self.error,
+            prompt_logprobs=self.prompt_logprobs,
+        )  # fmt: skip
 
 
 class _KeptEngine:

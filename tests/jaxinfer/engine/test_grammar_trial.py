@@ -1,7 +1,6 @@
 """The process that tries grammars: answers, is killed in time, starts again."""
 
 import gc
-import pathlib
 import subprocess
 import sys
 import time
