@@ -250,10 +250,7 @@ class Engine:
             piece = active.text.flush()
         else:
             piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
-        complete = active.matcher is not None and active.matcher.finished
-        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by or complete else None
-        if reason is None and count >= active.limit:
-            reason = FinishReason.LENGTH
+        text, reason = piece.text, _reason(active, stopped=bool(stop_token or piece.stopped_by))
         if reason is not None and piece.stopped_by is None:
             rest = active.text.flush()
             text, piece = text + rest.text, rest
@@ -340,6 +337,13 @@ def _logprobs(active: _Active, drawn: _Drawn) -> dict[str, Any]:
         "logprobs": () if drawn.logprob is None else (drawn.logprob,),
         "prompt_logprobs": active.scores.entries() if active.scores is not None and first else (),
     }
+
+
+def _reason(active: _Active, *, stopped: bool) -> FinishReason | None:
+    """Why a sequence ends with the token that it just got, if it does."""
+    if stopped or (active.matcher is not None and active.matcher.finished):
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(active.sequence.output) >= active.limit else None
 
 
 def _fetch(flight: _Flight) -> dict[int, _Drawn]:

@@ -161,5 +161,5 @@ def test_a_grammar_decides_where_the_output_ends():
         with pytest.raises(RequestError, match="grammar") as caught:
             SamplingParams.of(grammar=grammar, **values)
         assert caught.value.param == param
-    with pytest.raises(RequestError, match="Grammar.json_schema"):
+    with pytest.raises(RequestError, match=r"Grammar\.json_schema"):
         SamplingParams.of(grammar={"type": "object"})

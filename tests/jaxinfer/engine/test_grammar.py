@@ -108,8 +108,12 @@ def test_a_hostile_grammar_is_refused_in_time_and_remembered(grammars, monkeypat
 
 
 def test_nobody_waits_behind_a_hostile_grammar_for_one_that_is_ready(grammars):
+    def compile_hostile():
+        with pytest.raises(RequestError):
+            grammars.compile(Grammar.lark(HOSTILE.text + "\n"))
+
     grammars.compile(Grammar.regex("ready"))
-    slow = threading.Thread(target=lambda: pytest.raises(RequestError, grammars.compile, Grammar.lark(HOSTILE.text + "\n")))
+    slow = threading.Thread(target=compile_hostile)
     slow.start()
     grammars.matcher(Grammar.regex("ready"))
     assert slow.is_alive()

@@ -80,12 +80,19 @@ ENDLESS = [
     {"type": "null", "$defs": {"node": {**NODE, "required": ["next"]}}, "anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]},
 ]
 FINITE = [
-    {}, {"type": "object", "required": ["a"]}, {"$defs": {"node": NODE}, "$ref": "#/$defs/node"}, {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
-    {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, {"type": "array", "items": {"$ref": "#"}},
-    {"type": "array", "prefixItems": [{}], "items": {"$ref": "#"}, "minItems": 1}, {"$ref": "#/nowhere/0"}, {"$ref": "other.json#/a"},
-    {"type": "array", "items": [{"$ref": "#/items/1"}, {"type": "null"}]}, {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "null"}}},
+    {},
+    {"type": "object", "required": ["a"]},
+    {"$defs": {"node": NODE}, "$ref": "#/$defs/node"},
+    {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+    {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"type": "array", "items": {"$ref": "#"}},
+    {"type": "array", "prefixItems": [{}], "items": {"$ref": "#"}, "minItems": 1},
+    {"$ref": "#/nowhere/0"},
+    {"$ref": "other.json#/a"},
+    {"type": "array", "items": [{"$ref": "#/items/1"}, {"type": "null"}]},
+    {"$ref": "#/$defs/a~1b", "$defs": {"a/b": {"type": "null"}}},
     {"required": "a", "properties": 3, "anyOf": {}, "$ref": 4, "minItems": "x"},
-]  # fmt: skip
+]
 
 
 def test_circles_without_an_end_are_found():
