@@ -439,7 +439,7 @@ def test_a_full_line_says_so(cramped):
 
 
 def test_aborting_gives_everything_back_at_once(plain):
-    plain.add(Request("gone", tuple(range(20)), SamplingParams(max_tokens=30)))
+    plain.add(Request("gone", tuple(range(20)), SamplingParams(max_tokens=30, stop=StopRules(ignore_eos=True))))
     for _ in range(3):
         plain.step()
     assert plain.metrics.running == 1
