@@ -129,7 +129,7 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any) -> Completions:
         """Complete one prompt (text or token ids) or a list of them, all in one batch, with `params` or with flat names
-        (`max_tokens=40, temperature=0, stop="\\n"`) over the model's own defaults.
+        (`max_tokens=40, temperature=0, stop="\\n", grammar=Grammar.json_schema({...})`) over the model's own defaults.
 
         Returns one `Completion` for one prompt with n = 1, otherwise a list: prompts in order, each with its n choices in order.
 
@@ -155,12 +155,14 @@ class LLM:
         """Encode a prompt or a conversation and settle how it is sampled; for `complete`.
 
         Raises:
-            RequestError: a value that cannot be used. TokenizerError: the chat template fails, or there is none.
+            RequestError: a value or a grammar that cannot be used. TokenizerError: the chat template fails, or there is none.
         """
         if params is not None and sampling:
             raise RequestError(f"give params or {', '.join(sampling)}, not both", "params")
         if params is None:
             params = SamplingParams.of(**{**self.engine.defaults, **sampling})
+        if params.grammar is not None:
+            self.engine.grammars.compile(params.grammar)
         return Request(id=f"local-{next(self._ids)}", prompt=tuple(self._encode(prompt)), params=params)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
+from jaxinfer.errors import RequestError
+from jaxinfer.grammar import Grammar
+
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -28,14 +31,6 @@ MAX_STOP_TOKENS = 16
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 256
 SEED_BITS = 64
-
-
-class RequestError(ValueError):
-    """A request that cannot be honoured. `param` names the field, the message says what, why and what to do."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class QueueFull(RequestError):
@@ -129,7 +124,21 @@ class StopRules:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Penalties:
+    """How much less likely tokens become that are there already: see `sampling.penalised`."""
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+
+
+@dataclass(frozen=True)
+class Drawing(Penalties):
     """How one token is drawn. Defaults are OpenAI's.
 
     temperature: 0 is greedy. top_k: 0 or -1 switches it off. seed: any 64-bit integer, or None for a fresh one.
@@ -144,14 +153,12 @@ class Drawing:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[str, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
@@ -160,9 +167,6 @@ class Drawing:
         _check_number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _check_int("seed", self.seed, -(2 ** (SEED_BITS - 1)), 2 ** (SEED_BITS - 1) - 1)
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         self._check_bias()
         self._check_words()
         self._check_allowed()
@@ -207,6 +211,7 @@ class SamplingParams(Drawing):
 
     logprobs: number of alternatives reported beside each sampled token (0 reports the token alone, None nothing).
     prompt_logprobs: the same for each token of the prompt but the first. n: number of independent sequences for one prompt.
+    grammar: what the output must look like; it also decides where the output may end, so it excludes `min_tokens` and `ignore_eos`.
 
     Raises:
         RequestError: a value of the wrong type or out of range, naming the field.
@@ -219,6 +224,7 @@ class SamplingParams(Drawing):
     stop: StopRules = StopRules()
     n: int = 1
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -231,6 +237,16 @@ class SamplingParams(Drawing):
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
         _check_int("n", self.n, 1, MAX_CHOICES)
         _check_flag("skip_special_tokens", self.skip_special_tokens)
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if self.grammar is None:
+            return
+        if not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar must be a Grammar, such as Grammar.json_schema(...), got {type(self.grammar).__name__}", "grammar")
+        for name, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.stop.ignore_eos)):
+            if given:
+                raise RequestError(f"{name} cannot be combined with a grammar, which decides where the output ends; leave it out", name)
 
     @classmethod
     def of(cls, **values: Any) -> SamplingParams:

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxinfer.config import ServerConfig
+from jaxinfer.engine.grammar import Grammars
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, TokenLogprob
@@ -98,6 +99,7 @@ class FakeEngine:
     closed: bool = False
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size)
         self._running: dict[tuple[str, int], _Running] = {}
         self._pending: deque[Output] = deque()
 
@@ -147,6 +149,7 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         """Nothing may follow."""
+        self.grammars.close()
         self.closed = True
 
     def _advance(self, running: _Running) -> Output:

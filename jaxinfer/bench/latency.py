@@ -73,7 +73,7 @@ def _settings(args: argparse.Namespace) -> EngineConfig:
     """The engine's settings; the context is no longer than the rows need, since page tables are as wide as the context."""
     values = vars(args)
     if args.shape is not None:
-        longest = max([load.tokens + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
+        longest = max([load.tokens + load.batch + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
         values = {"max_model_len": longest, **values, "model": args.shape, "load_format": "random"}
     return from_arguments(EngineConfig, values)
 

@@ -18,10 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import UInt32
 
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import words
+from jaxinfer.engine.grammar import Grammars, Matcher, masks
+from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
@@ -41,13 +45,14 @@ __all__ = ["Engine", "EngineInfo", "Progress"]
 
 @dataclass
 class _Active:
-    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, how they are drawn."""
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may have, how they are drawn, its grammar."""
 
     sequence: Sequence
     text: OutputText
     limit: int
     draws: Draws
-    scores: PromptScores | None = None
+    matcher: Matcher | None
+    scores: PromptScores | None
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Engine:
     """Loads and compiles a model when it is made; ready afterwards.
 
     Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics, last_packed (the batch
-    launched last).
+    launched last), grammars (compile one there before its request is added, if `add` must not wait for it).
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked, with what to do about it.
@@ -92,8 +97,9 @@ class Engine:
         self.metrics = EngineMetrics(compile_seconds=built.program.compile_seconds)
         self.scheduler = built.scheduler
         self.program = built.program
-        self._active: dict[Key, _Active] = {}
+        self.grammars = Grammars(built.tokenizer, built.program.config.vocab)
         self.last_packed: Packed | None = None
+        self._active: dict[Key, _Active] = {}
         self._pending: list[Output] = []
         self._flights: deque[_Flight] = deque()
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
@@ -108,7 +114,7 @@ class Engine:
         """Put one sequence (`n` = 1; see `request.choices`) in line.
 
         Raises:
-            RequestError: it can never run (too long, a token outside the vocabulary). QueueFull: too many wait already.
+            RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.
         """
         limit = self._check(request)
         if self.scheduler.waiting >= self.config.scheduler.max_waiting:
@@ -116,8 +122,9 @@ class Engine:
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
         text = OutputText(detokenizer, request.params.stop)
         draws = self._draws(request.params)
+        matcher = None if request.params.grammar is None else self.grammars.matcher(request.params.grammar)
         scores = None if request.params.prompt_logprobs is None else PromptScores(request)
-        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, scores)
+        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, matcher, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -133,10 +140,11 @@ class Engine:
         flight = None if batch is None else self._launch(batch)
         outputs = self._take_pending()
         if flight is not None:
-            flight.sampled = self.program.sample(flight.computed)
+            if any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows):
+                outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
+            flight.sampled = self.program.sample(flight.computed, self._masks(flight.packed))
             self._flights.append(flight)
-        while len(self._flights) > (0 if flight is None else self._depth):
-            outputs += self._commit(self._flights.popleft())
+        outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
         return outputs
 
@@ -149,9 +157,15 @@ class Engine:
         """Forget all requests; the engine must not be used afterwards."""
         for key in list(self._active):
             self.abort(key[0])
-        while self._flights:
-            self._commit(self._flights.popleft())
+        self._land(0)
         self._pending.clear()
+        self.grammars.close()
+
+    def _masks(self, packed: Packed) -> UInt32[np.ndarray, "rows words"] | None:
+        """What the rows' grammars allow next, from the tokens that are known now; None if no row has one."""
+        found = ((index, self._active.get(row.request.key)) for index, row in packed.rows if row.samples)
+        matchers = {index: active.matcher for index, active in found if active is not None and active.matcher is not None}
+        return masks(matchers, packed.shapes.bucket.rows * packed.shapes.replicas, self.program.config.vocab)
 
     def _launch(self, batch: Batch) -> _Flight:
         """Send a batch on its way: pages copied, slots written, then the forward pass."""
@@ -164,6 +178,13 @@ class Engine:
         computed = self.program.forward(packed)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
+
+    def _land(self, left: int) -> list[Output]:
+        """Commit the oldest flights until so many are left."""
+        outputs = []
+        while len(self._flights) > left:
+            outputs += self._commit(self._flights.popleft())
+        return outputs
 
     def _commit(self, flight: _Flight) -> list[Output]:
         """Fetch what a flight drew and move its sequences on: append tokens, end what is finished, emit."""
@@ -211,7 +232,11 @@ class Engine:
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
+            if active.matcher is not None:
+                active.matcher.accept(drawn.token)
             return self._emit(active, drawn)
+        except GrammarProblem as error:
+            return self._end(active, FinishReason.ERROR, error=str(error))
         except Exception:  # whatever a tokenizer raises must not reach the other requests
             logger.exception("request %s failed while its text was made", active.sequence.request.id)
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
@@ -224,7 +249,8 @@ class Engine:
             piece = active.text.flush()
         else:
             piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
-        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by else None
+        complete = active.matcher is not None and active.matcher.finished
+        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by or complete else None
         if reason is None and count >= active.limit:
             reason = FinishReason.LENGTH
         if reason is not None and piece.stopped_by is None:

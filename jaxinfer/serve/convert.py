@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from jaxinfer.request import MAX_LOGPROBS, FinishReason, Output, Request, SamplingParams, choices
+from jaxinfer.serve import structured
 from jaxinfer.serve.errors import ApiError, refused
 from jaxinfer.serve.schema import ChatBody, CompletionBody, Sampling, TokenizeChatBody
 from jaxinfer.tokenizer import Tokenizer
@@ -178,6 +179,8 @@ def sampling(body: CompletionBody | ChatBody, defaults: Mapping[str, Any], limit
         values["prompt_logprobs"] = max(body.prompt_logprobs or 0, logprobs or 0)
     if _scores(body):
         values["max_tokens"] = 1
+    if (found := structured.asked(body)) is not None:
+        values["grammar"] = found.grammar
     params = SamplingParams.of(**values)
     check_tokens("allowed_token_ids", params.allowed_token_ids or (), limits.vocab_size)
     check_tokens("logit_bias", params.logit_bias, limits.vocab_size)

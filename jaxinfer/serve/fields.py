@@ -42,18 +42,12 @@ REFUSED: Mapping[str, Refusal] = {
     "functions": Refusal(_LATER, ([],)),
     "function_call": Refusal(_LATER, ("none",)),
     # structured output
-    "response_format": Refusal("other than text " + _LATER, ({"type": "text"},)),
-    "structured_outputs": Refusal(_LATER),
-    "guided_json": Refusal(_LATER),
-    "guided_regex": Refusal(_LATER),
-    "guided_choice": Refusal(_LATER),
-    "guided_grammar": Refusal(_LATER),
-    "guided_decoding_backend": Refusal(_LATER),
+    "guided_decoding_backend": Refusal("cannot be chosen: this server has one; leave it out"),
     "guided_whitespace_pattern": Refusal(_LATER),
     "structural_tag": Refusal(_LATER),
-    "json_schema": Refusal(_LATER),
-    "regex": Refusal(_LATER),
-    "ebnf": Refusal(_LATER),
+    "json_schema": Refusal("stands inside response_format"),
+    "regex": Refusal("stands inside structured_outputs"),
+    "ebnf": Refusal("is not a field of this server; use structured_outputs with grammar"),
     # sampling and length
     "use_beam_search": Refusal(_LATER, (False,)),
     "length_penalty": Refusal("belongs to beam search, which is not supported; leave it out", (1, 1.0)),
@@ -97,6 +91,14 @@ REFUSED: Mapping[str, Refusal] = {
     "add_generation_prompt": Refusal(_CHAT_ONLY, (False,)),
     "continue_final_message": Refusal(_CHAT_ONLY, (False,)),
     "chat_template_kwargs": Refusal(_CHAT_ONLY, ({},)),
+}
+
+STRUCTURED_REFUSED: Mapping[str, Refusal] = {
+    "whitespace_pattern": Refusal(_LATER),
+    "disable_any_whitespace": Refusal(_LATER, (False,)),
+    "disable_additional_properties": Refusal(_LATER, (False,)),
+    "disable_fallback": Refusal(_LATER, (False,)),
+    "structural_tag": Refusal(_LATER),
 }
 
 MESSAGE_REFUSED: Mapping[str, Refusal] = {

@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import (
     MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
@@ -138,3 +139,14 @@ def test_outputs_are_plain_values():
     assert FinishReason.STOP == "stop"
     assert Output("r").finish_reason is None
     assert f"{FinishReason.LENGTH}" == "length"
+
+
+def test_a_grammar_decides_where_the_output_ends():
+    grammar = Grammar.regex("a")
+    assert SamplingParams.of(grammar=grammar).grammar is grammar
+    for values, param in (({"min_tokens": 1}, "min_tokens"), ({"ignore_eos": True}, "ignore_eos")):
+        with pytest.raises(RequestError, match="grammar") as caught:
+            SamplingParams.of(grammar=grammar, **values)
+        assert caught.value.param == param
+    with pytest.raises(RequestError, match="Grammar.json_schema"):
+        SamplingParams.of(grammar={"type": "object"})

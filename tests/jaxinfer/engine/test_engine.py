@@ -1,5 +1,6 @@
 """The engine on a tiny random model: the same tokens whatever else happens, stop rules, penalties against NumPy, errors that stay alone."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.grammar import Matcher
 from jaxinfer.engine.scheduler import Limits
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
 from tests.driving import Driver
 from tests.jaxinfer.conftest import scheduler, settings
@@ -69,6 +72,8 @@ VARIETY = [
     Request("biased", (3, 4), SamplingParams(seed=3, logit_bias={70: 5.0, 71: 4.5}, bad_words=["gh", "hg"], min_tokens=4, max_tokens=12)),
     Request("scored", tuple(range(11)), SamplingParams(seed=4, logprobs=3, max_tokens=10)),
     Request("repeated", (77,) * 17, replace(GREEDY, max_tokens=30)),
+    Request("in a grammar", (11, 12), SamplingParams(seed=8, temperature=1.5, grammar=Grammar.regex("([a-f]{2}-){3,5}[x-z]"), max_tokens=24)),
+    Request("cut in a grammar", tuple(range(20)), replace(GREEDY, grammar=Grammar.regex("[0-9]{20}"))),
 ]
 KEYS = [request.key for request in VARIETY]
 
@@ -489,6 +494,58 @@ def test_text_that_cannot_be_made_ends_its_own_request(plain, reference, monkeyp
     assert found[bad.key][-1].finish_reason == FinishReason.ERROR
     assert_same(found, reference)
     assert "bad failed" in caplog.text
+
+
+# Grammars
+
+
+@pytest.mark.parametrize("grammar", [Grammar.choice(["yes", "no"]), Grammar.json_schema({"enum": [[1], {"a": "ü"}]}), Grammar.regex("a{4}")])
+def test_an_output_keeps_to_its_grammar_and_ends_with_it(plain, grammar):
+    for seed in range(4):
+        outputs = one(plain, params=SamplingParams(seed=seed, temperature=2.0, grammar=grammar, logprobs=0))
+        assert text(outputs) in ("yes", "no", "[1]", '{"a":"ü"}', '{"a": "ü"}', '{"a" : "ü"}', "aaaa") or "\n" in text(outputs)
+        assert outputs[-1].finish_reason == FinishReason.STOP
+        assert all(item.logprob < 0 for output in outputs for item in output.logprobs), "of the model, not of what the grammar leaves"
+
+
+def test_the_variety_keeps_to_its_grammars(reference):
+    assert re.fullmatch("([a-f]{2}-){3,5}[x-z]", text(reference["in a grammar", 0]))
+    assert re.fullmatch("[0-9]{8}", text(reference["cut in a grammar", 0]))
+    assert [reference[name, 0][-1].finish_reason for name in ("in a grammar", "cut in a grammar")] == ["stop", "length"]
+
+
+def test_choices_share_a_grammar(plain):
+    params = SamplingParams(n=3, seed=1, temperature=2.0, grammar=Grammar.regex("[a-z]{6}"))
+    found = run(plain, *choices(Request("many", (1, 2, 3), params)))
+    assert len({text(outputs) for outputs in found.values()}) == 3
+    assert all(re.fullmatch("[a-z]{6}", text(outputs)) for outputs in found.values())
+
+
+def test_an_end_of_sequence_token_may_come_where_the_text_may_end(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    outputs = one(plain, grammar=Grammar.regex("[a-z]{2,9}"), logit_bias={eos: 100})
+    assert (len(text(outputs)), tokens(outputs)[-1], outputs[-1].finish_reason) == (2, eos, FinishReason.STOP)
+
+
+def test_a_grammar_that_fails_ends_its_own_request(plain, reference, monkeypatch):
+    original, seen = Matcher.accept, []
+
+    def accept(self, token):
+        seen.append(self)
+        original(self, token if self is not seen[0] or seen.count(self) < 3 else 200)
+
+    bad = Request("bad", (1, 2), replace(GREEDY, grammar=Grammar.regex("[a-z]{20}"), max_tokens=20))
+    monkeypatch.setattr(Matcher, "accept", accept)
+    found = run(plain, bad, *VARIETY)
+    assert (found[bad.key][-1].finish_reason, len(tokens(found[bad.key]))) == (FinishReason.ERROR, 2)
+    assert "grammar" in found[bad.key][-1].error
+    assert_same(found, reference)
+
+
+def test_a_grammar_that_cannot_be_used_is_refused(plain):
+    with pytest.raises(RequestError, match="unclosed group"):
+        plain.add(Request("bad", (1,), replace(GREEDY, grammar=Grammar.regex("(a"))))
+    assert not plain.has_work
 
 
 # Around it
