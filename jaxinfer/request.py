@@ -124,21 +124,7 @@ class StopRules:
 
 
 @dataclass(frozen=True)
-class Penalties:
-    """How much less likely tokens become that are there already: see `sampling.penalised`."""
-
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-
-
-@dataclass(frozen=True)
-class Drawing(Penalties):
+class Drawing:
     """How one token is drawn. Defaults are OpenAI's.
 
     temperature: 0 is greedy. top_k: 0 or -1 switches it off. seed: any 64-bit integer, or None for a fresh one.
@@ -153,12 +139,14 @@ class Drawing(Penalties):
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: tuple[str, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
@@ -167,6 +155,9 @@ class Drawing(Penalties):
         _check_number("min_p", self.min_p, 0.0, 1.0)
         if self.seed is not None:
             _check_int("seed", self.seed, -(2 ** (SEED_BITS - 1)), 2 ** (SEED_BITS - 1) - 1)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         self._check_bias()
         self._check_words()
         self._check_allowed()

@@ -45,14 +45,14 @@ __all__ = ["Engine", "EngineInfo", "Progress"]
 
 @dataclass
 class _Active:
-    """A request inside the engine: its place in the scheduler, its text, how many tokens it may have, how they are drawn, its grammar."""
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, how they are drawn."""
 
     sequence: Sequence
     text: OutputText
     limit: int
     draws: Draws
-    matcher: Matcher | None
-    scores: PromptScores | None
+    matcher: Matcher | None = None
+    scores: PromptScores | None = None
 
 
 @dataclass
@@ -121,9 +121,10 @@ class Engine:
             raise QueueFull(f"{self.scheduler.waiting} requests are waiting already; try again later")
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
         text = OutputText(detokenizer, request.params.stop)
-        draws = self._draws(request.params)
-        matcher = None if request.params.grammar is None else self.grammars.matcher(request.params.grammar)
-        scores = None if request.params.prompt_logprobs is None else PromptScores(request)
+        params = request.params
+        matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
+        scores = None if params.prompt_logprobs is None else PromptScores(request)
+        draws = self._draws(params)
         self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, matcher, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()

@@ -175,12 +175,12 @@ def sampling(body: CompletionBody | ChatBody, defaults: Mapping[str, Any], limit
     logprobs = _logprobs(body)
     if logprobs is not None:
         values["logprobs"] = logprobs
+    if (found := structured.asked(body)) is not None:
+        values["grammar"] = found.grammar
     if _echoes_logprobs(body):
         values["prompt_logprobs"] = max(body.prompt_logprobs or 0, logprobs or 0)
     if _scores(body):
         values["max_tokens"] = 1
-    if (found := structured.asked(body)) is not None:
-        values["grammar"] = found.grammar
     params = SamplingParams.of(**values)
     check_tokens("allowed_token_ids", params.allowed_token_ids or (), limits.vocab_size)
     check_tokens("logit_bias", params.logit_bias, limits.vocab_size)

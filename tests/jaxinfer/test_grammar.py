@@ -42,7 +42,11 @@ def test_depth_is_bounded_at_64():
 def test_size_is_bounded_at_64_kib():
     assert MAX_BYTES == 65536
     Grammar.regex("ä" * (MAX_BYTES // 2))
-    for make in (lambda: Grammar.regex("ä" * (MAX_BYTES // 2) + "a"), lambda: Grammar.choice(["a" * MAX_BYTES]), lambda: Grammar.lark("a" * 10**6)):
+    for make in (
+        lambda: Grammar.regex("ä" * (MAX_BYTES // 2) + "a"),
+        lambda: Grammar.choice(["a" * MAX_BYTES]),
+        lambda: Grammar.lark("a" * 10**6),
+    ):
         with pytest.raises(RequestError, match="at most 65536"):
             make()
 

@@ -72,7 +72,9 @@ VARIETY = [
     Request("biased", (3, 4), SamplingParams(seed=3, logit_bias={70: 5.0, 71: 4.5}, bad_words=["gh", "hg"], min_tokens=4, max_tokens=12)),
     Request("scored", tuple(range(11)), SamplingParams(seed=4, logprobs=3, max_tokens=10)),
     Request("repeated", (77,) * 17, replace(GREEDY, max_tokens=30)),
-    Request("in a grammar", (11, 12), SamplingParams(seed=8, temperature=1.5, grammar=Grammar.regex("([a-f]{2}-){3,5}[x-z]"), max_tokens=24)),
+    Request(
+        "in a grammar", (11, 12), SamplingParams(seed=8, temperature=1.5, grammar=Grammar.regex("([a-f]{2}-){3,5}[x-z]"), max_tokens=24)
+    ),
     Request("cut in a grammar", tuple(range(20)), replace(GREEDY, grammar=Grammar.regex("[0-9]{20}"))),
 ]
 KEYS = [request.key for request in VARIETY]
@@ -499,7 +501,9 @@ def test_text_that_cannot_be_made_ends_its_own_request(plain, reference, monkeyp
 # Grammars
 
 
-@pytest.mark.parametrize("grammar", [Grammar.choice(["yes", "no"]), Grammar.json_schema({"enum": [[1], {"a": "ü"}]}), Grammar.regex("a{4}")])
+@pytest.mark.parametrize(
+    "grammar", [Grammar.choice(["yes", "no"]), Grammar.json_schema({"enum": [[1], {"a": "ü"}]}), Grammar.regex("a{4}")]
+)
 def test_an_output_keeps_to_its_grammar_and_ends_with_it(plain, grammar):
     for seed in range(4):
         outputs = one(plain, params=SamplingParams(seed=seed, temperature=2.0, grammar=grammar, logprobs=0))

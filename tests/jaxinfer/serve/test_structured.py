@@ -22,7 +22,10 @@ def asked(**values):
     ("values", "grammar"),
     [
         ({"response_format": {"type": "json_object"}}, Grammar.json_object()),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}}, Grammar.json_schema(SCHEMA)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+            Grammar.json_schema(SCHEMA),
+        ),
         ({"structured_outputs": {"json": SCHEMA}}, Grammar.json_schema(SCHEMA)),
         ({"structured_outputs": {"json": '{"type": "null"}', "regex": None}}, Grammar.json_schema({"type": "null"})),
         ({"structured_outputs": {"regex": "a+"}}, Grammar.regex("a+")),
@@ -40,7 +43,9 @@ def test_every_way_to_ask(values, grammar):
     assert found.grammar == grammar and found.field in values
 
 
-@pytest.mark.parametrize("values", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"structured_outputs": {"json_object": False}}])
+@pytest.mark.parametrize(
+    "values", [{}, {"response_format": {"type": "text"}}, {"structured_outputs": {}}, {"structured_outputs": {"json_object": False}}]
+)
 def test_asking_for_nothing(values):
     assert asked(**values) is None
 
@@ -76,7 +81,11 @@ def test_grammars_reach_the_engine(client, live):
 @pytest.mark.parametrize(
     ("values", "field", "words"),
     [
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}}, "response_format", "Invalid type: nope"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nope"}}}},
+            "response_format",
+            "Invalid type: nope",
+        ),
         ({"structured_outputs": {"json": {"$ref": "#"}}}, "structured_outputs", "never ends"),
         ({"structured_outputs": {"regex": "(a"}}, "structured_outputs", "unclosed group"),
         ({"guided_grammar": "start: x"}, "guided_grammar", "unknown name"),
