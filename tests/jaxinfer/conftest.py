@@ -35,7 +35,7 @@ def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="of
     return EngineConfig(
         ModelConfig(**{"model": str(folder), "dtype": "float32", "load_format": "random", **model}),
         CacheConfig(page_size=4),
-        SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=14, policy=policy),
+        SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=16, policy=policy),
         ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off", deterministic=deterministic),
     )
 

@@ -435,18 +435,18 @@ def test_one_id_runs_once_at_a_time(plain):
 
 
 def test_a_full_line_says_so(cramped):
-    for index in range(14):
+    for index in range(16):
         cramped.add(Request("waiting", (1, 2), GREEDY, index))
     with pytest.raises(QueueFull):
         cramped.add(Request("late", (1,), GREEDY))
-    assert cramped.metrics.waiting == 14
+    assert cramped.metrics.waiting == 16
     cramped.abort("waiting")
     assert cramped.metrics.waiting == 0
-    assert len(list(cramped.run())) == 14
+    assert len(list(cramped.run())) == 16
 
 
 def test_aborting_gives_everything_back_at_once(plain):
-    plain.add(Request("gone", tuple(range(20)), SamplingParams(max_tokens=30)))
+    plain.add(Request("gone", tuple(range(20)), SamplingParams(max_tokens=30, stop=StopRules(ignore_eos=True))))
     for _ in range(3):
         plain.step()
     assert plain.metrics.running == 1
