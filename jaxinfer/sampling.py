@@ -88,6 +88,20 @@ def sample(logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows voca
     return Sampled(token=token, logprob=logprob, finite=finite, possible=possible, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
+def sample_plainly(logits: Float[Array, "rows vocab"], settings: RowSettings | None) -> Sampled:
+    """Draw one token per row at its temperature, or (without settings) take the likeliest: no filters, nothing reported, and nothing that
+    the device has to decide at run time."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    finite = jnp.isfinite(top[:, 0]) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    token = likeliest(logits)
+    if settings is not None:
+        warm = settings.temperature > 0
+        drawn = draw((logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None], settings)
+        token = jnp.where(warm, drawn, token)
+    logprob, top_tokens, top_logprobs = _not_reported(token, logits.shape[-1])
+    return Sampled(token=token, logprob=logprob, finite=finite, possible=finite, top_tokens=top_tokens, top_logprobs=top_logprobs)
+
+
 def penalised(
     logits: Float[Array, "rows vocab"], counts: Int[Array, "rows vocab"], in_prompt: Bool[Array, "rows vocab"], settings: RowSettings
 ) -> Float[Array, "rows vocab"]:  # fmt: skip

@@ -33,7 +33,7 @@ from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
-from jaxinfer.step.forward import Computed
+from jaxinfer.step.forward import Computed, Demand
 from jaxinfer.step.inputs import Packed, pack
 from jaxinfer.step.score import Scored, places
 from jaxinfer.step.slots import Draws
@@ -51,6 +51,7 @@ class _Active:
     text: OutputText
     limit: int
     draws: Draws
+    demand: Demand
     matcher: Matcher | None = None
     scores: PromptScores | None = None
 
@@ -124,8 +125,9 @@ class Engine:
         params = request.params
         matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
         scores = None if params.prompt_logprobs is None else PromptScores(request)
-        draws = self._draws(params)
-        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, matcher, scores)
+        self._active[request.key] = _Active(
+            self.scheduler.add(request, limit), text, limit, self._draws(params), Demand.of(params), matcher, scores
+        )
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -143,7 +145,7 @@ class Engine:
         if flight is not None:
             if any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows):
                 outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
-            flight.sampled = self.program.sample(flight.computed, self._masks(flight.packed))
+            flight.sampled = self.program.sample(flight.computed, self._demand(flight.packed), self._masks(flight.packed))
             self._flights.append(flight)
         outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
@@ -161,6 +163,11 @@ class Engine:
         self._land(0)
         self._pending.clear()
         self.grammars.close()
+
+    def _demand(self, packed: Packed) -> Demand:
+        """The most that any of the rows asks of the sampler."""
+        found = (self._active.get(row.request.key) for _, row in packed.rows if row.samples)
+        return max((active.demand for active in found if active is not None), default=Demand.GREEDY)
 
     def _masks(self, packed: Packed) -> UInt32[np.ndarray, "rows words"] | None:
         """What the rows' grammars allow next, from the tokens that are known now; None if no row has one."""
@@ -244,7 +251,7 @@ class Engine:
 
     def _emit(self, active: _Active, drawn: _Drawn) -> Output:
         params = active.sequence.request.params
-        count = len(active.sequence.output)
+        count = active.sequence.drawn
         stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
         if stop_token and not params.stop.include_in_output:
             piece = active.text.flush()
@@ -272,7 +279,7 @@ class Engine:
     def _output(self, active: _Active, **values: Any) -> Output:
         request = active.sequence.request
         return Output(
-            request.id, request.index, prompt_tokens=len(request.prompt), output_tokens=len(active.sequence.output), **values
+            request.id, request.index, prompt_tokens=len(request.prompt), output_tokens=active.sequence.drawn, **values
         )  # fmt: skip
 
     def _end(self, active: _Active, reason: FinishReason, error: str | None = None) -> Output:

@@ -60,6 +60,11 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     @property
+    def drawn(self) -> int:
+        """How many tokens of its output are known."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
     def length(self) -> int:
         """Tokens, those that are being drawn included."""
         return len(self.tokens) + self.pending

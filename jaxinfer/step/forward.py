@@ -8,7 +8,8 @@ many rows. This file does not know about compilation, buffers on the host or req
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxinfer import sampling
 from jaxinfer.batch import LAST_SAMPLED
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, StepContext
+from jaxinfer.request import SamplingParams
 from jaxinfer.sampling import Sampled, pytree
 from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
@@ -74,12 +76,35 @@ class Forward:
         return result.kv, Computed(result.hidden, model.head(of_rows, self.placement), rows)
 
 
+class Demand(IntEnum):
+    """What the rows of a step ask of the sampler: the likeliest tokens, tokens drawn at a temperature, or anything.
+
+    A sampler is compiled for each, because a device that has to choose at run time keeps the host waiting until it has chosen.
+    """
+
+    GREEDY = 0
+    DRAWN = 1
+    FULL = 2
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> Demand:
+        """The least that serves a request."""
+        plain = SamplingParams(
+            temperature=params.temperature, seed=params.seed, prompt_logprobs=params.prompt_logprobs, max_tokens=params.max_tokens,
+            stop=params.stop, n=params.n, skip_special_tokens=params.skip_special_tokens,
+        )  # fmt: skip
+        if replace(plain, top_k=params.top_k) != params or params.top_k > 0:
+            return cls.FULL
+        return cls.GREEDY if params.greedy else cls.DRAWN
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws a token for each row; rows that do not sample leave their slot as it is (they write to the spare one)."""
 
     spare_slot: int
     placement: Placement
+    demand: Demand = Demand.FULL
 
     def __call__(
         self, logits: Float[Array, "rows vocab"], rows: RowInputs, mask: UInt32[Array, "rows words"], slots: Slots
@@ -89,8 +114,10 @@ class Sampler:
         Slots are whole on every device, so each learns every row's token first: else XLA would add up the devices' tables of counts.
         """
         settings = slot_state.settings(slots, rows.slots, rows.positions)
-        adjusted = self._adjusted(logits, rows, mask, slots, settings)
-        sampled = sampling.sample(logits, adjusted, settings)
+        if self.demand is Demand.FULL:
+            sampled = sampling.sample(logits, self._adjusted(logits, rows, mask, slots, settings), settings)
+        else:
+            sampled = sampling.sample_plainly(logits, settings if self.demand is Demand.DRAWN else None)
         drawn = (jnp.where(rows.samples == 1, rows.slots, self.spare_slot), sampled.token)
         written, tokens = (constrain(values, (None,), self.placement.mesh, self.placement.rules) for values in drawn)
         return slot_state.record(slots, written, tokens), sampled

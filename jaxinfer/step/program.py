@@ -29,7 +29,7 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import ArraySpec, struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
-from jaxinfer.step.forward import Computed, Forward, RowInputs, Sampler
+from jaxinfer.step.forward import Computed, Demand, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.score import Score, Scored, pack_targets
@@ -40,12 +40,13 @@ ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
 
 @dataclass(frozen=True)
 class SamplerKey:
-    """Names the sampler for so many rows (of all replicas)."""
+    """Names the sampler for so many rows (of all replicas) that ask for no more than `demand`."""
 
     rows: int
+    demand: Demand = Demand.FULL
 
     def __str__(self) -> str:
-        return f"sample{self.rows}"
+        return f"sample{self.rows}-{self.demand.name.lower()}"
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,10 @@ class ProgramConfig:
 
     @property
     def samplers(self) -> tuple[SamplerKey, ...]:
-        """One for each number of rows that a bucket has."""
-        return tuple(SamplerKey(rows) for rows in sorted({bucket.rows * self.pool.replicas for bucket in self.buckets}))
+        """One for each number of rows that a bucket has and each demand; with one fixed shape, one fixed arithmetic too."""
+        demands = Demand if any(bucket.decode_rows for bucket in self.buckets) else (Demand.FULL,)
+        rows = sorted({bucket.rows * self.pool.replicas for bucket in self.buckets})
+        return tuple(SamplerKey(count, demand) for count in rows for demand in demands)
 
     @property
     def scorers(self) -> tuple[ScoreKey, ...]:
@@ -158,7 +161,7 @@ class Program:
         if isinstance(key, Bucket):
             return self._lower_forward(self.config.shapes(key))
         if isinstance(key, SamplerKey):
-            return self._lower_sampler(key.rows)
+            return self._lower_sampler(key)
         if isinstance(key, ScoreKey):
             return self._lower_score(self.config.shapes(key.bucket))
         if key == ADMIT:
@@ -196,11 +199,12 @@ class Program:
         self._kv, computed = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
         return computed
 
-    def sample(self, computed: Computed, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
+    def sample(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
         """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`."""
         rows = computed.logits.shape[0]
         allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
-        self._slots, sampled = self._compiled[SamplerKey(rows)](computed.logits, computed.rows, allowed, self._slots)
+        sampler = self._compiled.get(SamplerKey(rows, demand)) or self._compiled[SamplerKey(rows)]
+        self._slots, sampled = sampler(computed.logits, computed.rows, allowed, self._slots)
         for result in (sampled.token, sampled.finite, sampled.possible):
             result.copy_to_host_async()
         return sampled
@@ -231,13 +235,13 @@ class Program:
         step = Forward(config.graph, shapes, config.placement)
         return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, self._pool_structs, self._slot_structs, buffer)
 
-    def _lower_sampler(self, rows: int) -> Any:
-        config, shape = self.config, jax.ShapeDtypeStruct
+    def _lower_sampler(self, key: SamplerKey) -> Any:
+        config, shape, rows = self.config, jax.ShapeDtypeStruct, key.rows
         logits = shape((rows, config.vocab), np.float32, sharding=self._by_replica)
         mask = shape((rows, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
         of_row = shape((rows,), np.int32, sharding=self._by_replica)
         of_rows = sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), of_row))
-        step = Sampler(config.spare_slot, config.placement)
+        step = Sampler(config.spare_slot, config.placement, key.demand)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
 
