@@ -74,7 +74,7 @@ def test_floors_are_arithmetic():
 def test_a_shape_is_random_weights_and_just_enough_context(capsys):
     run(capsys, "--shape", "llama-3.1-8b", "--decode", "1x20")
     model = Engine.made[-1].model
-    assert (model.model, model.load_format, model.max_model_len) == ("llama-3.1-8b", "random", 20 + 4 * 4)
+    assert (model.model, model.load_format, model.max_model_len) == ("llama-3.1-8b", "random", 20 + 1 + 4 * 4)
     run(capsys, "--shape", "llama-3.1-8b", "--decode", "1x20", "--max-model-len", "128")
     assert Engine.made[-1].model.max_model_len == 128
 
