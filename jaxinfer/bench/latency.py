@@ -126,10 +126,12 @@ def _decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> 
 
 def _device_seconds(engine: Any, steps: int) -> float:
     """Time of the engine's current step on the devices alone: launched `steps` times without looking at what comes out."""
+    from jaxinfer.step.forward import Demand
+
     program, packed = engine.program, engine.last_packed
-    program.sample(program.forward(packed)).token.block_until_ready()
+    program.sample(program.forward(packed), Demand.GREEDY).token.block_until_ready()
     start = time.perf_counter()
-    launched = [program.sample(program.forward(packed)) for _ in range(steps)]
+    launched = [program.sample(program.forward(packed), Demand.GREEDY) for _ in range(steps)]
     launched[-1].token.block_until_ready()
     return (time.perf_counter() - start) / steps
 

@@ -30,7 +30,7 @@ class Engine(FakeEngine):
         specs = graph.kv_specs(33, 32)
         sizes = SimpleNamespace(graph=graph, pool=pool, kv_specs=specs, max_sequences=4)
         result = SimpleNamespace(token=SimpleNamespace(block_until_ready=lambda: None))
-        self.program = SimpleNamespace(config=sizes, forward=lambda packed: packed, sample=lambda computed: result)
+        self.program = SimpleNamespace(config=sizes, forward=lambda packed: packed, sample=lambda computed, demand: result)
         self.last_packed = "a batch"
         self.made.append(config)
 
