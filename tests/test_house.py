@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxinfer", "pallas_kernels", "checkpoints")
 KERNELS = ("tpu.py", "gpu.py")
 PLAIN = (
-    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch", "jaxinfer.cache.pages",
-    "jaxinfer.engine.policies", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
+    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch", "jaxinfer.cache.pages", "jaxinfer.cache.prefix",
+    "jaxinfer.engine.policies", "jaxinfer.engine.line", "jaxinfer.engine.sequence", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
+    "jaxinfer.selftest.device", "jaxinfer.selftest.machine", "jaxinfer.selftest.mutations",
 )  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "marshal", "torch", "transformers", "shelve"}
 FORBIDDEN_NODES = {"eval()", "exec()", "compile()", "__import__()", "Global", "Assert"}

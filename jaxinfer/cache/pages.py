@@ -111,6 +111,10 @@ class PagePool:
             if not self._owners[page]:
                 self._rest(page)
 
+    def owners(self, page: int) -> int:
+        """How many hold a page."""
+        return self._owners[page]
+
     def exclusive(self, pages: Iterable[int]) -> int:
         """How many of the pages have a single owner, so that its release makes them available."""
         return sum(self._owners[page] == 1 for page in pages)
@@ -132,15 +136,15 @@ class PagePool:
         if self.index is not None and count // self.page_size > chain.entered:
             self.index.enter(chain, tokens, pages, count // self.page_size)
 
-    def poison(self, chain: Chain) -> None:
-        """Forget every page that a sequence wrote, and what others computed behind it: none of them is ever found again."""
+    def poison(self, chain: Chain) -> list[int]:
+        """Forget every page that a sequence wrote, and what others computed behind it: none of them is found again. Returns those pages."""
         chain.poisoned = chain.closed = True
-        for index, node in chain.written:
-            if index is self.index:
-                for page in index.poison(node):
-                    if page in self._cached:
-                        del self._cached[page]
-                        self._rest(page)
+        pages = [page for index, node in chain.written if index is self.index for page in index.poison(node)]
+        for page in pages:
+            if page in self._cached:
+                del self._cached[page]
+                self._rest(page)
+        return pages
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
         """Verify the invariants: free + cached + owned = usable, owners as in `held`, the guard page with nobody, contents known rightly.

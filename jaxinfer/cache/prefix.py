@@ -1,7 +1,7 @@
 """Which page holds which text: the index of full KV pages that lets requests with a common beginning share them. Plain Python.
 
 The K and V of a token depend on every token before it, so a page's content is named by its whole beginning: a *node* is one page of
-token ids behind its parent node, and a root stands for what is not text (adapter, dtype, salt). Nodes are found by a SHA-256 that is
+token ids behind its parent node, and a root stands for what is not text (model, adapter, dtype, salt). Nodes are found by a SHA-256 that is
 chained over (parent's digest, token ids); because nodes know their parents and token ids are compared as well, two texts with the
 same digest are still told apart: the second is simply not kept. A node outlives its page for as long as a child of it has one.
 Life of a page here: `enter` when its tokens are known and their step is scheduled, `match` as often as somebody has the same
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 NO_PAGE = -1
@@ -26,16 +26,19 @@ def sha256(data: bytes) -> bytes:
 
 
 class Node:
-    """One page of text behind its parent. `page` is NO_PAGE when no page holds it; `alive` ends when the index lets it go."""
+    """One page of text behind its parent. `page` is NO_PAGE when no page holds it; `alive` ends when the index lets it go.
 
-    __slots__ = ("alive", "children", "digest", "page", "parent", "tokens")
+    content: the token ids as bytes (an index holds many, and the garbage collector need not look into bytes). children: how many.
+    """
 
-    def __init__(self, parent: Node | None, digest: bytes, tokens: Sequence[int] = ()) -> None:
+    __slots__ = ("alive", "children", "content", "digest", "page", "parent")
+
+    def __init__(self, parent: Node | None, digest: bytes, content: bytes = b"") -> None:
         self.parent = parent
         self.digest = digest
-        self.tokens = tokens
+        self.content = content
         self.page = NO_PAGE
-        self.children: set[Node] = set()
+        self.children = 0
         self.alive = True
 
 
@@ -61,10 +64,11 @@ class Chain:
 
 
 class PrefixIndex:
-    """The contents of one pool's pages. `digest` is replaced in tests that force collisions."""
+    """The contents of one pool's pages. model: what all of them are computed with. `digest` is replaced in tests that force collisions."""
 
-    def __init__(self, page_size: int, digest: Digest = sha256) -> None:
+    def __init__(self, page_size: int, model: tuple[str, ...] = (), digest: Digest = sha256) -> None:
         self.page_size = page_size
+        self._model = model
         self._digest = digest
         self._roots: dict[tuple[str, ...], Node] = {}
         self._nodes: dict[bytes, Node] = {}
@@ -89,7 +93,7 @@ class PrefixIndex:
         if parent is None or chain.poisoned:
             return found
         for number in range(most):
-            node = self._find(parent, self._name(chain, tokens, number), tokens[number * size : (number + 1) * size])
+            node = self._find(parent, self._name(chain, tokens, number), _content(tokens, number, size))
             if node is None or node.page == NO_PAGE:
                 break
             found.append(node)
@@ -125,10 +129,10 @@ class PrefixIndex:
             self._prune(node)
 
     def poison(self, node: Node) -> list[int]:
-        """Forget a node and everything that was computed behind it; returns the pages; none is entered again before it is dropped."""
+        """Forget a node and everything that was computed behind it; returns their pages, not entered again before a `drop`."""
         if not node.alive:
             return []
-        pages = [member.page for member in _descendants(node) if member.page != NO_PAGE]
+        pages = sorted(member.page for member in self._behind(node) if member.page != NO_PAGE)
         for page in pages:
             self.drop(page)
         self._bad.update(pages)
@@ -152,7 +156,7 @@ class PrefixIndex:
         if self._pages:
             self._checked = (self._checked + 1) % len(self._pages)
             node = list(self._pages.values())[self._checked]
-            if node.parent is None or len(node.tokens) != self.page_size or node.digest != self._behind(node.parent.digest, node.tokens):
+            if node.parent is None or node.digest != self._digest(node.parent.digest + node.content):
                 raise RuntimeError(f"page {node.page} stands under a digest that is not its content's")
 
     def _root(self, chain: Chain) -> Node:
@@ -163,16 +167,16 @@ class PrefixIndex:
 
     def _child(self, chain: Chain, parent: Node, tokens: Sequence[int], number: int) -> Node | None:
         """The node of a page, made if it is new; None when another content has its digest."""
-        digest, content = self._name(chain, tokens, number), tokens[number * self.page_size : (number + 1) * self.page_size]
+        digest, content = self._name(chain, tokens, number), _content(tokens, number, self.page_size)
         if digest in self._nodes:
             return self._find(parent, digest, content)
         node = self._nodes[digest] = Node(parent, digest, content)
-        parent.children.add(node)
+        parent.children += 1
         return node
 
-    def _find(self, parent: Node, digest: bytes, tokens: Sequence[int]) -> Node | None:
+    def _find(self, parent: Node, digest: bytes, content: bytes) -> Node | None:
         node = self._nodes.get(digest)
-        return node if node is not None and node.parent is parent and node.tokens == tokens else None
+        return node if node is not None and node.parent is parent and node.content == content else None
 
     def _name(self, chain: Chain, tokens: Sequence[int], number: int) -> bytes:
         """Digest of page `number` of a sequence; what is missing of the chain is computed and kept."""
@@ -180,14 +184,19 @@ class PrefixIndex:
         if not digests:
             digests.append(self._base(chain))
         for at in range(len(digests) - 1, number + 1):
-            digests.append(self._behind(digests[at], tokens[at * size : (at + 1) * size]))
+            digests.append(self._digest(digests[at] + _content(tokens, at, size)))
         return digests[number + 1]
 
     def _base(self, chain: Chain) -> bytes:
-        return self._digest(repr(chain.context).encode())
+        return self._digest(repr((self._model, chain.context)).encode())
 
-    def _behind(self, parent: bytes, tokens: Sequence[int]) -> bytes:
-        return self._digest(parent + array("q", tokens).tobytes())
+    def _behind(self, node: Node) -> set[Node]:
+        """The node and all behind it; a parent is always older than its children."""
+        found = {node}
+        for member in self._nodes.values():
+            if member.parent in found:
+                found.add(member)
+        return found
 
     def _prune(self, node: Node) -> None:
         """Let go of a node that holds no page and leads to none, and then perhaps of its parent."""
@@ -197,14 +206,10 @@ class PrefixIndex:
                 self._roots = {context: root for context, root in self._roots.items() if root is not node}
                 return
             del self._nodes[node.digest]
-            node.parent.children.discard(node)
+            node.parent.children -= 1
             node = node.parent
 
 
-def _descendants(node: Node) -> Iterator[Node]:
-    """The node and all behind it, without recursion: a chain may be thousands of pages long."""
-    open_nodes = [node]
-    while open_nodes:
-        found = open_nodes.pop()
-        yield found
-        open_nodes.extend(found.children)
+def _content(tokens: Sequence[int], number: int, size: int) -> bytes:
+    """Token ids of one page."""
+    return array("i", tokens[number * size : (number + 1) * size]).tobytes()

@@ -171,11 +171,14 @@ class Scheduler:
         """What a sequence wrote is not to be trusted: none of it, nor what others computed behind it, is ever found in the cache again.
 
         Returns:
-            The pages of its replica that are its alone and hold nothing that anybody knows: to be wiped before they are used again.
+            Those of the pages, in the sequence's replica, that nobody else holds: they may be wiped.
         """
-        for pool in self.pools:
-            pool.poison(sequence.chain)
-        return self.pools[sequence.replica].private(sequence.pages)
+        found = set(sequence.pages[sequence.reused // self._page_size :])
+        for replica, pool in enumerate(self.pools):
+            pages = pool.poison(sequence.chain)
+            found.update(pages if replica == sequence.replica else ())
+        pool, own = self.pools[sequence.replica], set(sequence.pages)
+        return sorted(page for page in found if pool.owners(page) == (page in own))
 
     def check(self) -> None:
         """Verify the invariants of pools, slots and sequences.
@@ -197,7 +200,7 @@ class Scheduler:
         for sequence in self._running:
             if not 0 <= sequence.computed <= sequence.length or len(sequence.pages) * self._page_size < sequence.computed:
                 raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
-            if sequence.pending not in (0, 1) or sequence.length - len(sequence.request.prompt) > sequence.limit:
+            if not 0 <= sequence.pending <= sequence.in_flight or sequence.length - len(sequence.request.prompt) > sequence.limit:
                 raise RuntimeError("a sequence draws more tokens than it may")
         if [s.standing for s in self._running] != sorted(s.standing for s in self._running):
             raise RuntimeError("the running sequences are not in the order of their standing")

@@ -1,7 +1,7 @@
 """What the scheduler works with: sequences on their way, the limits of a step, a batch in the making. Plain Python values.
 
 A sequence waits, runs (it has a slot and pages), may be preempted and wait again, and ends. Steps are launched before the one before
-is known, so three clocks count its tokens: `tokens` are known on the host, `length` counts the one that a launched step is drawing as
+is known, so three clocks count its tokens: `tokens` are known on the host, `length` counts those that launched steps are drawing as
 well, `computed` is what the cache will hold once everything launched has run.
 """
 
@@ -35,9 +35,9 @@ class Sequence:
     """One request on its way. Invariant: 0 <= computed <= length, and while it runs its pages hold the first `computed` tokens.
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
-    sampled on the device and not known yet (0 or 1). in_flight: launched, uncommitted batches with a row of it. slot: -1 while it has
-    none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed when it was admitted last.
-    probe: how many of its tokens the prefix cache holds.
+    sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a
+    row of it. slot: -1 while it has none. ready: the step in which its prompt was scheduled to the end. reused: tokens found computed
+    when it was admitted last. probe: how many of its tokens the prefix cache holds.
     """
 
     request: Request
@@ -65,7 +65,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, the one that is being drawn included."""
+        """Tokens, those that are being drawn included."""
         return len(self.tokens) + self.pending
 
     @property

@@ -105,8 +105,7 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
     limits = _limits(config)
-    size, shared = memory.pool, config.cache.prefix_caching == "on"
-    pools = [PagePool(size.pages, size.page_size, PrefixIndex(size.page_size) if shared else None) for _ in range(limits.replicas)]
+    pools = [PagePool(memory.pool.pages, memory.pool.page_size, _prefix_index(config, model)) for _ in range(limits.replicas)]
     scheduler = Scheduler(limits, pools, config.scheduler.policy)
     if config.model.load_format != "random" and model.folder is not None:
         read.verify(model.folder, model.graph)  # before anything is compiled
@@ -117,6 +116,10 @@ def build(config: EngineConfig, progress: Progress) -> Built:
         program.load(weights.result())
     info = _info(config, model, program.config, memory)
     return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
+
+
+def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
+    return PrefixIndex(config.cache.page_size, (model.name, str(model.dtype))) if config.cache.prefix_caching == "on" else None
 
 
 def use_compilation_cache(mode: str) -> None:

@@ -1,0 +1,149 @@
+"""A device without arithmetic: for every slot of every page it keeps which text the K and V there were computed from.
+
+The content of a position is a *mark*: a number that stands for the salt and all tokens up to that position, so equal marks mean equal
+beginnings. A batch is run as the compiled step runs it: pages are copied, sequences enter their slots, every row writes, then every
+row reads; what a row finds in its pages must be exactly its own text. Also refused: a write to a page that another row reads, in this
+batch or in one that is not committed. What the model draws is a function of the mark, so equal beginnings go on equally.
+This file does not know how batches are chosen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from zlib import crc32
+
+from jaxinfer.batch import LAST_SAMPLED, Batch, PageCopy, Row
+from jaxinfer.engine.sequence import Key, Sequence
+
+VOCABULARY = 16
+STOP = 0
+RUINED = -1
+MANY: Key = ("", -1)
+
+
+class Broken(RuntimeError):
+    """The scheduler did what it must not."""
+
+
+@dataclass(eq=False, slots=True)
+class Life:
+    """A sequence as it truly is: every token, those only the device knows included, and their marks. `born`: admissions before it came."""
+
+    sequence: Sequence
+    tokens: list[int]
+    marks: list[int]
+    limit: int
+    born: int = 0
+
+    @classmethod
+    def of(cls, sequence: Sequence, limit: int, born: int = 0) -> Life:
+        """Before its first step."""
+        life = cls(sequence, [], [], limit, born)
+        for token in sequence.request.prompt:
+            life.grow(token)
+        return life
+
+    def grow(self, token: int) -> None:
+        """One more token."""
+        before = self.marks[-1] if self.marks else crc32(self.sequence.request.cache_salt.encode())
+        self.tokens.append(token)
+        self.marks.append(hash((before, token)) & 0x7FFFFFFFFFFFFFFF)
+
+    def draw(self) -> int:
+        """What the model says next; the sequences of one request differ in their seeds."""
+        token = hash((self.marks[-1], self.sequence.request.index)) // 7 % VOCABULARY
+        self.grow(token)
+        return token
+
+
+class Device:
+    """Pages and slots of all replicas: for each page its marks, who wrote it last, and the mark before its first."""
+
+    def __init__(self, replicas: int, pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.memory = [[[RUINED] * page_size for _ in range(pages)] for _ in range(replicas)]
+        self.writers: list[list[Key]] = [[MANY] * pages for _ in range(replicas)]
+        self.before = [[RUINED] * pages for _ in range(replicas)]
+        self.slots: dict[int, tuple[Key, int]] = {}
+        self._reading: deque[dict[tuple[int, int], Key]] = deque()
+
+    def run(self, batch: Batch, lives: list[Life]) -> list[int | None]:
+        """Run a batch; `lives` are those of its rows.
+
+        Returns:
+            What each row draws, None for one that draws nothing.
+
+        Raises:
+            Broken: a row reads, writes or draws what it must not.
+        """
+        reading = self._readers(batch)
+        for copy in batch.copies:
+            self._copy(copy, reading)
+        for admission in batch.admissions:
+            self.slots[admission.slot] = admission.request.key, (admission.generated or admission.request.prompt)[-1]
+        for row, life in zip(batch.rows, lives, strict=True):
+            self._write(row, life, reading)
+        drawn = [self._read(row, life) for row, life in zip(batch.rows, lives, strict=True)]
+        self._reading.append(reading)
+        return drawn
+
+    def commit(self) -> None:
+        """The oldest batch is done."""
+        self._reading.popleft()
+
+    def ruin(self, replica: int, page: int) -> None:
+        """What a page holds is not to be read any more."""
+        self.memory[replica][page] = [RUINED] * self.page_size
+
+    def _readers(self, batch: Batch) -> dict[tuple[int, int], Key]:
+        reading: dict[tuple[int, int], Key] = {}
+        for row in batch.rows:
+            key, replica = row.request.key, row.replica
+            for page in row.pages[: -(-row.kv_length // self.page_size)]:
+                place = (replica, page)
+                reading[place] = MANY if place in reading else key
+        return reading
+
+    def _copy(self, copy: PageCopy, reading: dict[tuple[int, int], Key]) -> None:
+        place = (copy.replica, copy.source)
+        owner = self.writers[copy.replica][copy.source]
+        if any((copy.replica, copy.target) in batch for batch in self._reading):
+            raise Broken("a page is copied over while a launched step reads it")
+        self.memory[copy.replica][copy.target] = list(self.memory[copy.replica][copy.source])
+        reading.setdefault(place, owner)
+
+    def _write(self, row: Row, life: Life, reading: dict[tuple[int, int], Key]) -> None:
+        size, replica, key, end = self.page_size, row.replica, row.request.key, row.kv_length
+        owner, last = self.slots[row.slot]
+        if owner != key:
+            raise Broken("a row names another sequence's slot")
+        tokens = list(row.tokens) if row.tokens[0] != LAST_SAMPLED else [last]
+        if tokens != life.tokens[row.start : end]:
+            raise Broken("a row computes tokens that are not its sequence's")
+        for number in range(row.start // size, (end - 1) // size + 1):
+            page, first = row.pages[number], number * size
+            place = (replica, page)
+            if reading[place] != key and end < first + size:
+                raise Broken("a row writes to a page that another row of the batch has")
+            if any(batch.get(place, key) != key for batch in self._reading):
+                raise Broken("a row writes to a page that a launched step of another sequence reads")
+            low, high = max(first, row.start), min(first + size, end)
+            self.memory[replica][page][low - first : high - first] = life.marks[low:high]
+            self.writers[replica][page] = key
+            self.before[replica][page] = life.marks[first - 1] if first else RUINED
+
+    def _read(self, row: Row, life: Life) -> int | None:
+        memory, length = self.memory[row.replica], row.kv_length
+        held = [mark for page in row.pages for mark in memory[page]]
+        if held[:length] != life.marks[:length]:
+            raise Broken("a row's pages hold something else than its text")
+        if not row.samples:
+            return None
+        if length != len(life.tokens):
+            raise Broken("a token is drawn before all before it are computed")
+        token = life.draw()
+        if len(life.tokens) - len(row.request.prompt) > life.limit:
+            raise Broken("a sequence draws more tokens than it may")
+        self.slots[row.slot] = row.request.key, token
+        return token
