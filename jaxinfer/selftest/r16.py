@@ -16,7 +16,7 @@ from dataclasses import replace
 from jaxinfer.config import ConfigError
 from jaxinfer.request import FinishReason, Request, SamplingParams
 from jaxinfer.selftest import r4, stand
-from jaxinfer.selftest.stand import Answers, Schedule, Stand, Verdict
+from jaxinfer.selftest.stand import Answers, Schedule, Stand, Verdict, shuffled_in
 
 PROMISE = "bad numbers stay in their row: it ends with an error, the others get the same tokens, its pages are wiped before reuse"
 ENGINE = True
@@ -47,12 +47,12 @@ def check(tested: Stand, rounds: int, seed: int, prompts: int = PROMPTS) -> Verd
     first: list[str] = []
     for _ in range(rounds):
         poison = draw.randrange(tested.vocab)
-        healthy = [replace(r, params=replace(r.params, logit_bias={poison: -100.0})) for r in r4.variety(draw, prompts, tested) if poison not in r.prompt]
+        healthy = [_without(request, poison) for request in r4.variety(draw, prompts, tested) if poison not in request.prompt]
         expected = tested.run(healthy, Schedule(cache=False))
         ill = [_ill(draw, tested, poison, number) for number in range(ILL)]
         schedule = draw.choice((Schedule(), Schedule(chunk=7), Schedule(pages=r4.scarce(healthy, tested)), Schedule(overlap=False)))
         with poisoned(tested, poison):
-            found = tested.run(_mixed(draw, healthy, ill), schedule, draw)
+            found = tested.run(shuffled_in(healthy, ill, draw), schedule, draw)
         tally = judge.compare([r for r in healthy if poison not in expected[r.key].tokens], expected, found)
         counts["ill"] += len(ill)
         counts["ill_not_ended"] += sum(not _ended(found, request) for request in ill)
@@ -98,12 +98,9 @@ def _ill(draw: random.Random, tested: Stand, poison: int, number: int) -> Reques
     return Request(f"ill {number}", tuple(prompt), SamplingParams(seed=number, max_tokens=8), index=draw.randrange(3))
 
 
-def _mixed(draw: random.Random, healthy: list[Request], ill: list[Request]) -> list[Request]:
-    """Ill ones at random places. Siblings stay together: they are healthy all, or one."""
-    mixed = list(healthy)
-    for request in ill:
-        mixed.insert(draw.randint(0, len(mixed)), request)
-    return mixed
+def _without(request: Request, token: int) -> Request:
+    """The same request, but it does not draw that token."""
+    return replace(request, params=replace(request.params, logit_bias={token: -100.0}))
 
 
 def _ended(found: Answers, request: Request) -> bool:

@@ -20,7 +20,7 @@ from jaxinfer.config import EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, remark
 from jaxinfer.engine.scheduler import Key, Scheduler
-from jaxinfer.request import FinishReason, Output, Request, TokenLogprob
+from jaxinfer.request import FinishReason, Output, Request, SamplingParams, StopRules, TokenLogprob
 
 if TYPE_CHECKING:
     from jaxinfer.engine.engine import Engine
@@ -149,7 +149,7 @@ class Stand:
         for number in range(schedule.rounds):
             remark(f"{len(requests)} sequences, round {number + 1} of {schedule.rounds}, {schedule}")
             doomed = [self._doomed(draw, index) for index in range(schedule.leavers)]
-            found = self.feed(_shuffled_in(requests, doomed, draw), during=lambda step, doomed=doomed: self._leave(step, doomed))
+            found = self.feed(shuffled_in(requests, doomed, draw), during=lambda step, doomed=doomed: self._leave(step, doomed))
             found = {request.key: found[request.key] for request in requests}
         return found
 
@@ -190,8 +190,6 @@ class Stand:
         return answers
 
     def _doomed(self, draw: random.Random, index: int) -> Request:
-        from jaxinfer.request import SamplingParams, StopRules
-
         prompt = tuple(draw.randrange(self.vocab) for _ in range(draw.randint(1, min(40, self.longest // 4))))
         params = SamplingParams(seed=index, max_tokens=self.longest // 2, stop=StopRules(ignore_eos=True))
         return Request(f"doomed {index}", prompt, params)
@@ -201,7 +199,7 @@ class Stand:
             self.engine.abort(doomed[step // 3 % len(doomed)].id)
 
 
-def _shuffled_in(requests: list[Request], others: list[Request], draw: random.Random) -> list[Request]:
+def shuffled_in(requests: list[Request], others: list[Request], draw: random.Random) -> list[Request]:
     """The requests in their order, the others at random places among them."""
     mixed = list(requests)
     for other in others:
