@@ -37,6 +37,7 @@ class Completion:
     prompt_tokens: int
     index: int = 0
     error: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
 
 Completions = Completion | list[Completion]
@@ -128,7 +129,7 @@ class LLM:
 
     def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **sampling: Any) -> Completions:
         """Complete one prompt (text or token ids) or a list of them, all in one batch, with `params` or with flat names
-        (`max_tokens=40, temperature=0, stop="\\n"`) over the model's own defaults.
+        (`max_tokens=40, temperature=0, stop="\\n", grammar=Grammar.json_schema({...})`) over the model's own defaults.
 
         Returns one `Completion` for one prompt with n = 1, otherwise a list: prompts in order, each with its n choices in order.
 
@@ -154,12 +155,14 @@ class LLM:
         """Encode a prompt or a conversation and settle how it is sampled; for `complete`.
 
         Raises:
-            RequestError: a value that cannot be used. TokenizerError: the chat template fails, or there is none.
+            RequestError: a value or a grammar that cannot be used. TokenizerError: the chat template fails, or there is none.
         """
         if params is not None and sampling:
             raise RequestError(f"give params or {', '.join(sampling)}, not both", "params")
         if params is None:
             params = SamplingParams.of(**{**self.engine.defaults, **sampling})
+        if params.grammar is not None:
+            self.engine.grammars.compile(params.grammar)
         return Request(id=f"local-{next(self._ids)}", prompt=tuple(self._encode(prompt)), params=params)
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -243,6 +246,7 @@ class _Draft:
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -251,12 +255,16 @@ class _Draft:
         self.text.append(output.text)
         self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs)
+        self.prompt_logprobs += output.prompt_logprobs
         self.prompt_tokens = output.prompt_tokens
         self.finish_reason, self.error = output.finish_reason, output.error
 
     def completion(self, index: int) -> Completion:
         reason = FinishReason(self.finish_reason or FinishReason.ERROR)
-        return Completion("".join(self.text), tuple(self.token_ids), reason, tuple(self.logprobs), self.prompt_tokens, index, self.error)
+        return Completion(
+            "".join(self.text), tuple(self.token_ids), reason, tuple(self.logprobs), self.prompt_tokens, index, self.error,
+            prompt_logprobs=self.prompt_logprobs,
+        )  # fmt: skip
 
 
 class _KeptEngine:

@@ -16,23 +16,21 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
+from jaxinfer.errors import RequestError
+from jaxinfer.grammar import Grammar
+
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
-MAX_STOP_STRINGS = 4
+MAX_BAD_WORDS = 32
+MAX_WORD_LENGTH = 64
+MAX_ALLOWED_TOKENS = 1024
+MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 16
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT = 256
 SEED_BITS = 64
-
-
-class RequestError(ValueError):
-    """A request that cannot be honoured. `param` names the field, the message says what, why and what to do."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class QueueFull(RequestError):
@@ -64,6 +62,15 @@ def _check_flag(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be true or false, got {type(value).__name__}", name)
 
 
+def _listed(name: str, value: Any, most: int) -> tuple[Any, ...]:
+    """A list of at most `most` entries as a tuple."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise RequestError(f"{name} must be a list, got {type(value).__name__}", name)
+    if len(value) > most:
+        raise RequestError(f"{name} has {len(value)} entries; at most {most} are supported", name)
+    return tuple(value)
+
+
 class FinishReason(StrEnum):
     """Why a sequence ended: a stop token or string, a length limit, an abort by the caller, or an error in its own row."""
 
@@ -79,7 +86,7 @@ class StopRules:
     tokens unless `ignore_eos`.
 
     Raises:
-        RequestError: more than 4 strings, an empty string or one over 256 characters, more than 16 token ids.
+        RequestError: more than 16 strings, an empty string or one over 256 characters, more than 16 token ids.
     """
 
     strings: tuple[str, ...] = ()
@@ -117,12 +124,11 @@ class StopRules:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn and when to stop. Defaults are OpenAI's; `max_tokens=None` means up to the context length.
+class Drawing:
+    """How one token is drawn. Defaults are OpenAI's.
 
     temperature: 0 is greedy. top_k: 0 or -1 switches it off. seed: any 64-bit integer, or None for a fresh one.
-    logprobs: number of alternatives reported beside each sampled token (0 reports the token alone, None nothing).
-    n: number of independent sequences for one prompt.
+    bad_words: texts that the output may not hold, within or between words. allowed_token_ids: the only ones that may be drawn, or None.
 
     Raises:
         RequestError: a value of the wrong type or out of range, naming the field.
@@ -137,15 +143,10 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    logprobs: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    stop: StopRules = StopRules()
-    n: int = 1
-    skip_special_tokens: bool = True
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", StopRules.of(self.stop))
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         if self.top_p == 0.0:
@@ -158,13 +159,8 @@ class SamplingParams:
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         self._check_bias()
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
-        _check_int("n", self.n, 1, MAX_CHOICES)
-        _check_flag("skip_special_tokens", self.skip_special_tokens)
+        self._check_words()
+        self._check_allowed()
 
     def _check_bias(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
@@ -176,10 +172,72 @@ class SamplingParams:
             _check_int("logit_bias", token, 0, None)
             _check_number("logit_bias", bias, -100.0, 100.0)
 
+    def _check_words(self) -> None:
+        words = _listed("bad_words", self.bad_words, MAX_BAD_WORDS)
+        if not all(isinstance(word, str) and word.strip() and len(word) <= MAX_WORD_LENGTH for word in words):
+            raise RequestError(f"each of bad_words must be a string of 1 to {MAX_WORD_LENGTH} characters, not blank", "bad_words")
+        object.__setattr__(self, "bad_words", tuple(dict.fromkeys(words)))
+
+    def _check_allowed(self) -> None:
+        if self.allowed_token_ids is None:
+            return
+        tokens = _listed("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS)
+        if not tokens:
+            raise RequestError(
+                "allowed_token_ids is empty, so nothing could be drawn; leave it out to allow every token", "allowed_token_ids"
+            )
+        for token in tokens:
+            _check_int("allowed_token_ids", token, 0, None)
+        object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(tokens)))
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken, so that the seed does not matter."""
         return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class SamplingParams(Drawing):
+    """How tokens are drawn, what is reported about them and when to stop. `max_tokens=None` means up to the context length.
+
+    logprobs: number of alternatives reported beside each sampled token (0 reports the token alone, None nothing).
+    prompt_logprobs: the same for each token of the prompt but the first. n: number of independent sequences for one prompt.
+    grammar: what the output must look like; it also decides where the output may end, so it excludes `min_tokens` and `ignore_eos`.
+
+    Raises:
+        RequestError: a value of the wrong type or out of range, naming the field.
+    """
+
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: StopRules = StopRules()
+    n: int = 1
+    skip_special_tokens: bool = True
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stop", StopRules.of(self.stop))
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1 if self.max_tokens is None else self.max_tokens)
+        _check_int("n", self.n, 1, MAX_CHOICES)
+        _check_flag("skip_special_tokens", self.skip_special_tokens)
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if self.grammar is None:
+            return
+        if not isinstance(self.grammar, Grammar):
+            raise RequestError(f"grammar must be a Grammar, such as Grammar.json_schema(...), got {type(self.grammar).__name__}", "grammar")
+        for name, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.stop.ignore_eos)):
+            if given:
+                raise RequestError(f"{name} cannot be combined with a grammar, which decides where the output ends; leave it out", name)
 
     @classmethod
     def of(cls, **values: Any) -> SamplingParams:
@@ -245,22 +303,30 @@ def choices(request: Request) -> list[Request]:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A sampled token, its log probability under the unmodified model (nats), and the most likely alternatives in order."""
+    """A token, its log probability under the unmodified model (nats), and the most likely alternatives in order.
+
+    rank: how many tokens were at least as likely, itself included (tokens of a prompt alone).
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one step added to one sequence. `text` is new text that can no longer change; the last delta has a finish reason."""
+    """What one step added to one sequence. `text` is new text that can no longer change; the last delta has a finish reason.
+
+    prompt_logprobs: one entry for each token of the prompt, None for the first, in the first delta of a sequence that asked for them.
+    """
 
     request_id: str
     index: int = 0
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     prompt_tokens: int = 0

@@ -1,9 +1,9 @@
 """From logits to tokens: pure functions of logits, per-row settings and per-(request, position) keys, vectorised over rows.
 
-The order is the usual one: penalties and biases, temperature, top-k, top-p, min-p, then a draw. A token is drawn by the Gumbel-max
-trick (Gumbel 1954; Maddison et al. 2014) with noise that depends on the request's seed and the token's position alone, so that a
-draw does not depend on what else is in the batch. Filters find their threshold by bisection over the ordered bits of the float, which
-is exact, needs no sort and costs 32 reductions. Work that no row asks for is skipped at run time inside the one compiled program.
+The order is the usual one: penalties, biases and excluded tokens, temperature, top-k, top-p, min-p, then a draw. A token is drawn by
+the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014) with noise that depends on the request's seed and the token's position alone,
+so that a draw does not depend on what else is in the batch. Filters find their threshold by bisection over the ordered bits of the
+float, which is exact, needs no sort and costs 32 reductions. Work that no row asks for is skipped at run time inside the one program.
 This file does not know about slots, requests or buckets.
 """
 
@@ -63,26 +63,29 @@ class RowSettings:
 class Sampled:
     """One drawn token per row with its log probability under the unmodified logits (nats) and the most likely alternatives.
 
-    `finite` is False where the row's logits held a NaN or were all infinite. Alternatives are zeros unless a row asked for any.
+    `finite` is False where the row's logits held a NaN or were all infinite, `possible` where the row's rules exclude every token.
+    Alternatives are zeros unless a row asked for any.
     """
 
     token: Int[Array, " rows"]
     logprob: Float[Array, " rows"]
     finite: Bool[Array, " rows"]
+    possible: Bool[Array, " rows"]
     top_tokens: Int[Array, "rows top"]
     top_logprobs: Float[Array, "rows top"]
 
 
 def sample(logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows vocab"], settings: RowSettings) -> Sampled:
-    """Draw one token per row from `adjusted` (logits after penalties and biases); log probabilities come from `logits`."""
+    """Draw one token per row from `adjusted` (logits after penalties and rules); log probabilities come from `logits`."""
     finite = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    possible = jnp.max(adjusted, axis=-1) > NEVER
     greedy = likeliest(adjusted)
     drawn = jax.lax.cond(jnp.any(settings.temperature > 0), lambda: draw(filtered(adjusted, settings), settings), lambda: greedy)
     token = jnp.where(settings.temperature > 0, drawn, greedy)
     logprob, top_tokens, top_logprobs = jax.lax.cond(
         jnp.any(settings.logprobs >= 0), lambda: _reported(logits, token), lambda: _not_reported(token, logits.shape[-1])
     )
-    return Sampled(token=token, logprob=logprob, finite=finite, top_tokens=top_tokens, top_logprobs=top_logprobs)
+    return Sampled(token=token, logprob=logprob, finite=finite, possible=possible, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
 def penalised(

@@ -100,6 +100,11 @@ class Tokenizer:
         return raw.replace("\u2581", " ").encode()
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text: `decode` and streams leave them out unless told otherwise."""
+        return frozenset(token for token, added in self._core.get_added_tokens_decoder().items() if added.special)
+
+    @cached_property
     def _added(self) -> frozenset[int]:
         return frozenset(self._core.get_added_tokens_decoder())
 

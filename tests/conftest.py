@@ -18,7 +18,8 @@ os.environ.setdefault("XLA_FLAGS", FAST)  # `XLA_FLAGS= pytest` tests programs a
 os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-tests-")
 atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=True)
 
-PLAIN = ("config", "request", "batch", "cache.pages", "engine.policies", "engine.scheduler", "step.buckets")
+PLAIN = ("errors", "grammar", "config", "request", "batch", "cache.prefix", "cache.pages", "engine.policies", "engine.sequence", "engine.line",
+         "engine.scheduler", "selftest.device", "selftest.machine", "selftest.mutations", "step.buckets")  # fmt: skip
 for name in PLAIN:
     import_module(f"jaxinfer.{name}")
 

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jaxinfer.config import ServerConfig
+from jaxinfer.engine.grammar import Grammars
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, TokenLogprob
@@ -98,6 +99,7 @@ class FakeEngine:
     closed: bool = False
 
     def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size)
         self._running: dict[tuple[str, int], _Running] = {}
         self._pending: deque[Output] = deque()
 
@@ -147,6 +149,7 @@ class FakeEngine:
 
     def shutdown(self) -> None:
         """Nothing may follow."""
+        self.grammars.close()
         self.closed = True
 
     def _advance(self, running: _Running) -> Output:
@@ -166,7 +169,9 @@ class FakeEngine:
         top = tuple((token + i if token + i < 256 else i, -0.5 - i) for i in range(params.logprobs or 0))
         logprobs = (TokenLogprob(token, -0.5, top),) if params.logprobs is not None else ()
         stop_reason = stopped_by or (token if token in params.stop.token_ids else None)
-        output = self._output(running, text=text, token_ids=(token,), logprobs=logprobs, finish_reason=reason, stop_reason=stop_reason)
+        scored = _scored(prompt, params.prompt_logprobs) if running.made == 1 else ()
+        values = {"logprobs": logprobs, "prompt_logprobs": scored, "finish_reason": reason, "stop_reason": stop_reason}
+        output = self._output(running, text=text, token_ids=(token,), **values)
         if reason is not None:
             self._forget(running, reason)
         return output
@@ -188,6 +193,15 @@ class FakeEngine:
     def running(self) -> int:
         """Sequences that hold anything."""
         return len(self._running)
+
+
+def _scored(prompt: tuple[int, ...], count: int | None) -> tuple[TokenLogprob | None, ...]:
+    """The prompt's logprobs: each token is the third most likely one, after its two successors."""
+    if count is None:
+        return ()
+    top = [((token + 1) % 256, -0.25) for token in prompt], [((token + 2) % 256, -0.5) for token in prompt]
+    rest = [TokenLogprob(token, -1.5, tuple(zip(*top, strict=True))[i][:count], 3) for i, token in enumerate(prompt)]
+    return (None, *rest[1:])
 
 
 class LiveServer:

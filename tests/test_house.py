@@ -14,14 +14,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("jaxinfer", "pallas_kernels", "checkpoints")
 KERNELS = ("tpu.py", "gpu.py")
 PLAIN = (
-    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.request", "jaxinfer.batch", "jaxinfer.cache.pages", "jaxinfer.cache.prefix",
+    "jaxinfer", "jaxinfer.__main__", "jaxinfer.config", "jaxinfer.errors", "jaxinfer.grammar", "jaxinfer.request", "jaxinfer.batch",
+    "jaxinfer.cache.pages", "jaxinfer.cache.prefix", "jaxinfer.engine.grammar_compile", "jaxinfer.engine.grammar_trial",
     "jaxinfer.engine.policies", "jaxinfer.engine.line", "jaxinfer.engine.sequence", "jaxinfer.engine.scheduler", "jaxinfer.tokenizer",
     "jaxinfer.selftest.device", "jaxinfer.selftest.machine", "jaxinfer.selftest.mutations",
 )  # fmt: skip
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "marshal", "torch", "transformers", "shelve"}
 FORBIDDEN_NODES = {"eval()", "exec()", "compile()", "__import__()", "Global", "Assert"}
 READS_ENVIRONMENT = {"jaxinfer/config.py", "jaxinfer/devices.py", "jaxinfer/commands/doctor.py"}  # the others look at XLA's and JAX's own
-WITHOUT_SOURCE = {"tests/pallas_kernels/test_contract.py", "tests/checkpoints/test_files.py"}  # every backend; the committed weights
+WITHOUT_SOURCE = {  # every backend; the committed weights; the whole sampler
+    "tests/pallas_kernels/test_contract.py", "tests/checkpoints/test_files.py", "tests/jaxinfer/test_sampling_statistics.py",
+}  # fmt: skip
 OTHER_INTERPRETERS = {"jaxinfer/bench/peer_hf.py"}  # run by an interpreter that has torch
 
 

@@ -1,9 +1,10 @@
 """Time of a decode step and of a prefill through the real engine, beside the floor that the machine sets.
 
 `--shape NAME` takes random weights of a well-known model. A decode row is BATCHxCONTEXT: so many sequences of about so many tokens,
-one new token each in a step; its floor is (weights + KV read) / bandwidth. A prefill row is BATCHxPROMPT, from handing in to the last
-first token; its floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot hold are
-left out with a word on stderr.
+one new token each in a step; its floor is (weights + KV read) / bandwidth. Its host gap is the share of a step in which the devices wait
+for the host: what launch-to-launch time exceeds that of the same step launched over and over. A prefill row is BATCHxPROMPT, from handing
+in to the last first token; its floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot
+hold are left out with a word on stderr.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _settings(args: argparse.Namespace) -> EngineConfig:
     """The engine's settings; the context is no longer than the rows need, since page tables are as wide as the context."""
     values = vars(args)
     if args.shape is not None:
-        longest = max([load.tokens + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
+        longest = max([load.tokens + load.batch + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
         values = {"max_model_len": longest, **values, "model": args.shape, "load_format": "random"}
     return from_arguments(EngineConfig, values)
 
@@ -114,11 +115,23 @@ def _decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> 
         if any(len(step) != load.batch for step in outputs):
             raise RuntimeError(f"{load}: a sequence did not decode in every step; the engine preempted or ended it")
         lengths.append(sum(output.prompt_tokens + output.output_tokens for output in outputs[args.steps // 2]) / load.batch)
+    device = _device_seconds(engine, args.steps)
     _clear(engine)
     context = sum(lengths[1:]) / args.repeat
     floor = ceiling.decode_floor(_weights_read(engine) + load.batch * context * _kv_bytes(engine)) / engine.info.device_count
     seconds = median(runs[1:])
-    return {"context": round(context), "tokens_per_second": load.batch / seconds, **_timed(seconds, floor, runs[1:])}
+    gap = {"device_milliseconds": device * 1e3, "host_gap_share": max(0.0, 1 - device / seconds)}
+    return {"context": round(context), "tokens_per_second": load.batch / seconds, **_timed(seconds, floor, runs[1:]), **gap}
+
+
+def _device_seconds(engine: Any, steps: int) -> float:
+    """Time of the engine's current step on the devices alone: launched `steps` times without looking at what comes out."""
+    program, packed = engine.program, engine.last_packed
+    program.sample(program.forward(packed)).token.block_until_ready()
+    start = time.perf_counter()
+    launched = [program.sample(program.forward(packed)) for _ in range(steps)]
+    launched[-1].token.block_until_ready()
+    return (time.perf_counter() - start) / steps
 
 
 def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:

@@ -119,10 +119,6 @@ class PagePool:
         """How many of the pages have a single owner, so that its release makes them available."""
         return sum(self._owners[page] == 1 for page in pages)
 
-    def private(self, pages: Iterable[int]) -> list[int]:
-        """Those of the pages that have a single owner and whose content nobody knows."""
-        return [page for page in pages if self._owners[page] == 1 and (self.index is None or page not in self.index)]
-
     def unowned(self, pages: Iterable[int]) -> int:
         """How many of the pages count as available now."""
         return sum(page in self._cached for page in pages)
@@ -158,17 +154,14 @@ class PagePool:
                 counts[page] += 1
         if counts != self._owners or counts[GUARD_PAGE]:
             raise RuntimeError("a page's owners are not those that hold it, or somebody holds the guard page")
-        for page in self._free:
+        for page in (*self._free, *self._cached):
             counts[page] += 1
-        for page in self._cached:
-            counts[page] += 1
-            if self.index is None or page not in self.index:
-                raise RuntimeError(f"page {page} is cached but its content is not known")
         if counts[GUARD_PAGE] or 0 in counts[1:] or self.size - 1 != self.available + self.size - self._owners.count(0):
             raise RuntimeError("a page is in no state or in two, or the guard page was handed out")
+        known = self.index.pages() if self.index is not None else set[int]()
+        if not known >= self._cached.keys() or not known.isdisjoint(self._free):
+            raise RuntimeError("a cached page's content is not known, or a free one's is")
         if self.index is not None:
-            if any(not self._owners[page] and page not in self._cached for page in self.index.pages()):
-                raise RuntimeError("the content of a free page is still known")
             self.index.check()
 
     def _rest(self, page: int) -> None:

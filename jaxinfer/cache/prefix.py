@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import islice
 
 NO_PAGE = -1
 Digest = Callable[[bytes], bytes]
@@ -138,7 +139,7 @@ class PrefixIndex:
         self._bad.update(pages)
         return pages
 
-    def pages(self) -> Iterable[int]:
+    def pages(self) -> Set[int]:
         """Every page whose content is known."""
         return self._pages.keys()
 
@@ -149,13 +150,13 @@ class PrefixIndex:
             RuntimeError: they do not.
         """
         for page, node in self._pages.items():
-            if node.page != page or not node.alive or self._nodes.get(node.digest) is not node or page in self._bad:
+            if node.page != page or not node.alive or self._nodes.get(node.digest) is not node:
                 raise RuntimeError(f"page {page} and the content it is known by disagree")
-        if not self._pages and (self._nodes or self._roots):
-            raise RuntimeError("contents are kept that no page holds")
+        if not self._bad.isdisjoint(self._pages) or (not self._pages and (self._nodes or self._roots)):
+            raise RuntimeError("contents are known that are not to be trusted, or that no page holds")
         if self._pages:
             self._checked = (self._checked + 1) % len(self._pages)
-            node = list(self._pages.values())[self._checked]
+            node = next(islice(self._pages.values(), self._checked, None))
             if node.parent is None or node.digest != self._digest(node.parent.digest + node.content):
                 raise RuntimeError(f"page {node.page} stands under a digest that is not its content's")
 

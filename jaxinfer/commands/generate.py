@@ -16,6 +16,7 @@ from typing import Any
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, add_sampling_arguments, sampling_of, warn
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import FinishReason, Output, SamplingParams, TokenLogprob
 
 HELP = "complete prompts and print the text"
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="K", help="with --json: K alternatives of each token")
     output.add_argument("--json", action="store_true", help="one JSON object per completion (with --stream: per step)")
     output.add_argument("--stream", action="store_true", help="print text as it comes (one prompt)")
+    shape = output.add_mutually_exclusive_group()
+    shape.add_argument("--json-schema", metavar="FILE", help="keep to the JSON schema in a file")
+    shape.add_argument("--regex", metavar="PATTERN", help="keep to a regular expression")
     add_sampling_arguments(parser)
     add_settings(parser, EngineConfig)
 
@@ -40,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and print; 1 if a sequence ended with an error."""
     common = {**sampling_of(args), **{name: getattr(args, name) for name in ("n", "logprobs") if hasattr(args, name)}}
+    if (grammar := _grammar(args)) is not None:
+        common["grammar"] = grammar
     tasks = [_task(entry, common, number) for number, entry in enumerate(_entries(args))]
     if not tasks:
         raise ConfigError("there is no prompt; give --prompt TEXT or --input FILE")
@@ -52,6 +58,12 @@ def run(args: argparse.Namespace) -> int:
         llm = LLM.build(from_arguments(EngineConfig, vars(args)), progress=bar)
     with llm:
         return _stream(llm, tasks[0], args) if args.stream else _print_all(llm, tasks, args)
+
+
+def _grammar(args: argparse.Namespace) -> Grammar | None:
+    if args.regex is not None:
+        return Grammar.regex(args.regex)
+    return None if args.json_schema is None else Grammar.json_schema(_text_of("--json-schema", args.json_schema))
 
 
 def _entries(args: argparse.Namespace) -> Iterator[Any]:
@@ -67,16 +79,20 @@ def _entries(args: argparse.Namespace) -> Iterator[Any]:
 
 
 def _lines(name: str) -> Iterator[Any]:
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--input {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_text_of("--input", name).splitlines(), 1):
         if line.strip():
             try:
                 yield json.loads(line)
             except ValueError as error:
                 raise ConfigError(f"--input {name}, line {number}: not JSON ({error}); write a string or an object on each line") from None
+
+
+def _text_of(flag: str, name: str) -> str:
+    """The text of a file that a flag names ("-" for stdin)."""
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{flag} {name}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
 
 
 def _task(entry: Any, common: dict[str, Any], number: int) -> dict[str, Any]:

@@ -18,17 +18,25 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import UInt32
 
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine import words
+from jaxinfer.engine.grammar import Grammars, Matcher, masks
+from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
+from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.forward import Computed
 from jaxinfer.step.inputs import Packed, pack
+from jaxinfer.step.score import Scored, places
+from jaxinfer.step.slots import Draws
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +45,14 @@ __all__ = ["Engine", "EngineInfo", "Progress"]
 
 @dataclass
 class _Active:
-    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, its seed."""
+    """A request inside the engine: its place in the scheduler, its text, how many tokens it may produce, how they are drawn."""
 
     sequence: Sequence
     text: OutputText
     limit: int
-    seed: int
+    draws: Draws
+    matcher: Matcher | None = None
+    scores: PromptScores | None = None
 
 
 @dataclass
@@ -54,6 +64,7 @@ class _Flight:
     computed: Computed
     begun: float
     host_gap: float
+    scored: Scored | None = None
     sampled: Sampled | None = None
 
 
@@ -64,12 +75,14 @@ class _Drawn:
     token: int
     logprob: TokenLogprob | None
     finite: bool
+    possible: bool
 
 
 class Engine:
     """Loads and compiles a model when it is made; ready afterwards.
 
-    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics.
+    Attributes: config, tokenizer (None only for random weights without one), info, defaults (sampling), metrics, last_packed (the batch
+    launched last), grammars (compile one there before its request is added, if `add` must not wait for it).
 
     Raises:
         ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked, with what to do about it.
@@ -84,6 +97,8 @@ class Engine:
         self.metrics = EngineMetrics(compile_seconds=built.program.compile_seconds)
         self.scheduler = built.scheduler
         self.program = built.program
+        self.grammars = Grammars(built.tokenizer, built.program.config.vocab)
+        self.last_packed: Packed | None = None
         self._active: dict[Key, _Active] = {}
         self._pending: list[Output] = []
         self._flights: deque[_Flight] = deque()
@@ -99,15 +114,18 @@ class Engine:
         """Put one sequence (`n` = 1; see `request.choices`) in line.
 
         Raises:
-            RequestError: it can never run (too long, a token outside the vocabulary). QueueFull: too many wait already.
+            RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.
         """
         limit = self._check(request)
         if self.scheduler.waiting >= self.config.scheduler.max_waiting:
             raise QueueFull(f"{self.scheduler.waiting} requests are waiting already; try again later")
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
-        seed = secrets.randbits(64) if request.params.seed is None else request.params.seed
         text = OutputText(detokenizer, request.params.stop)
-        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, seed)
+        params = request.params
+        matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
+        scores = None if params.prompt_logprobs is None else PromptScores(request)
+        draws = self._draws(params)
+        self._active[request.key] = _Active(self.scheduler.add(request, limit), text, limit, draws, matcher, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 
@@ -123,10 +141,11 @@ class Engine:
         flight = None if batch is None else self._launch(batch)
         outputs = self._take_pending()
         if flight is not None:
-            flight.sampled = self.program.sample(flight.computed)
+            if any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows):
+                outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
+            flight.sampled = self.program.sample(flight.computed, self._masks(flight.packed))
             self._flights.append(flight)
-        while len(self._flights) > (0 if flight is None else self._depth):
-            outputs += self._commit(self._flights.popleft())
+        outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
         return outputs
 
@@ -139,9 +158,15 @@ class Engine:
         """Forget all requests; the engine must not be used afterwards."""
         for key in list(self._active):
             self.abort(key[0])
-        while self._flights:
-            self._commit(self._flights.popleft())
+        self._land(0)
         self._pending.clear()
+        self.grammars.close()
+
+    def _masks(self, packed: Packed) -> UInt32[np.ndarray, "rows words"] | None:
+        """What the rows' grammars allow next, from the tokens that are known now; None if no row has one."""
+        found = ((index, self._active.get(row.request.key)) for index, row in packed.rows if row.samples)
+        matchers = {index: active.matcher for index, active in found if active is not None and active.matcher is not None}
+        return masks(matchers, packed.shapes.bucket.rows * packed.shapes.replicas, self.program.config.vocab)
 
     def _launch(self, batch: Batch) -> _Flight:
         """Send a batch on its way: pages copied, slots written, then the forward pass."""
@@ -149,14 +174,22 @@ class Engine:
         self.program.copy_pages([(copy.replica, copy.source, copy.target) for copy in batch.copies])
         for admission in batch.admissions:
             self._admit(admission)
-        packed = pack(batch, self.program.bucket_for(batch))
+        self.last_packed = packed = pack(batch, self.program.bucket_for(batch))
         idle = all(flight.sampled is None or flight.sampled.token.is_ready() for flight in self._flights)
         computed = self.program.forward(packed)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
-        return _Flight(batch, packed, computed, begun, gap)
+        return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
+
+    def _land(self, left: int) -> list[Output]:
+        """Commit the oldest flights until so many are left."""
+        outputs = []
+        while len(self._flights) > left:
+            outputs += self._commit(self._flights.popleft())
+        return outputs
 
     def _commit(self, flight: _Flight) -> list[Output]:
         """Fetch what a flight drew and move its sequences on: append tokens, end what is finished, emit."""
+        self._take_scores(flight)
         drawn = _fetch(flight)
         sequences = self.scheduler.commit(flight.batch)
         outputs = []
@@ -166,12 +199,28 @@ class Engine:
         self._measure(flight)
         return outputs
 
+    def _take_scores(self, flight: _Flight) -> None:
+        if flight.scored is None:
+            return
+        scored = jax.device_get(flight.scored)
+        for row, at in places(flight.packed):
+            active = self._active.get(row.request.key)
+            if active is not None and active.scores is not None and active.sequence.request is row.request:
+                active.scores.take(row, scored, at)
+
     def _admit(self, admission: Admission) -> None:
-        active = self._active[admission.request.key]
-        stop = admission.request.params.stop
-        ends = () if stop.ignore_eos else self._eos
-        held = tuple(dict.fromkeys((*ends, *stop.token_ids))) if admission.request.params.min_tokens else ()
-        self.program.admit(admission, active.seed, held)
+        self.program.admit(admission, self._active[admission.request.key].draws)
+
+    def _draws(self, params: SamplingParams) -> Draws:
+        """What the sampler has to know beside the request; refuses rules that leave no token to be drawn."""
+        ends = () if params.stop.ignore_eos else self._eos
+        held = tuple(dict.fromkeys((*ends, *params.stop.token_ids))) if params.min_tokens else ()
+        banned = words.sequences(self.tokenizer, params.bad_words)
+        never = {*held, *(sequence[0] for sequence in banned if len(sequence) == 1)}
+        if params.allowed_token_ids is not None and never.issuperset(params.allowed_token_ids):
+            message = "allowed_token_ids holds only tokens that bad_words or min_tokens exclude; allow one more, or drop the other rule"
+            raise RequestError(message, "allowed_token_ids")
+        return Draws(secrets.randbits(64) if params.seed is None else params.seed, held, banned)
 
     def _advance(self, active: _Active, drawn: _Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
@@ -179,10 +228,16 @@ class Engine:
             pages = self.scheduler.poison(active.sequence)
             self.program.wipe_pages([(active.sequence.replica, page) for page in pages])  # after all that was launched, before any reuse
             return self._end(active, FinishReason.ERROR, error="the model produced numbers that are not finite for this request")
+        if not drawn.possible:
+            return self._end(active, FinishReason.ERROR, error="the rules of this request leave no token to be drawn")
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += 1
         try:
+            if active.matcher is not None:
+                active.matcher.accept(drawn.token)
             return self._emit(active, drawn)
+        except GrammarProblem as error:
+            return self._end(active, FinishReason.ERROR, error=str(error))
         except Exception:  # whatever a tokenizer raises must not reach the other requests
             logger.exception("request %s failed while its text was made", active.sequence.request.id)
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
@@ -195,7 +250,8 @@ class Engine:
             piece = active.text.flush()
         else:
             piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
-        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by else None
+        complete = active.matcher is not None and active.matcher.finished
+        text, reason = piece.text, FinishReason.STOP if stop_token or piece.stopped_by or complete else None
         if reason is None and count >= active.limit:
             reason = FinishReason.LENGTH
         if reason is not None and piece.stopped_by is None:
@@ -203,7 +259,7 @@ class Engine:
             text, piece = text + rest.text, rest
             reason = FinishReason.STOP if rest.stopped_by else reason
         stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
-        output = self._output(active, text=text, token_ids=(drawn.token,), logprobs=(drawn.logprob,) if drawn.logprob else ())
+        output = self._output(active, text=text, token_ids=(drawn.token,), **_logprobs(active, drawn))
         if reason is None:
             return output
         self._forget(active, reason)
@@ -244,7 +300,10 @@ class Engine:
             raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
         if request.key in self._active:
             raise RequestError("a request with this id is running already", "id")
-        for name, ids in (("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids)):
+        for name, ids in (
+            ("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids),
+            ("allowed_token_ids", params.allowed_token_ids),
+        ):  # fmt: skip
             if ids and max(ids) >= vocab:
                 raise RequestError(f"{name} holds token id {max(ids)}, but the vocabulary ends at {vocab - 1}", name)
         length = len(request.prompt)
@@ -274,13 +333,22 @@ class Engine:
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 
 
+def _logprobs(active: _Active, drawn: _Drawn) -> dict[str, Any]:
+    """What an output says about probabilities: those of the prompt come with the first token."""
+    first = len(active.sequence.output) == 1
+    return {
+        "logprobs": () if drawn.logprob is None else (drawn.logprob,),
+        "prompt_logprobs": active.scores.entries() if active.scores is not None and first else (),
+    }
+
+
 def _fetch(flight: _Flight) -> dict[int, _Drawn]:
     """What a step drew for each row that samples, copied to the host; log probabilities only when a row asks for them."""
     rows, sampled = flight.packed.rows, flight.sampled
     if sampled is None:
         raise RuntimeError("a flight is committed whose sampler was not launched")
     wanted = any(row.samples and row.request.params.logprobs is not None for _, row in rows)
-    tokens, finite = jax.device_get((sampled.token, sampled.finite))
+    tokens, finite, possible = jax.device_get((sampled.token, sampled.finite, sampled.possible))
     scores = jax.device_get((sampled.logprob, sampled.top_tokens, sampled.top_logprobs)) if wanted else None
     drawn = {}
     for index, row in rows:
@@ -290,5 +358,5 @@ def _fetch(flight: _Flight) -> dict[int, _Drawn]:
         if scores is not None and count is not None:
             top = tuple(zip(scores[1][index, :count].tolist(), scores[2][index, :count].tolist(), strict=True))
             logprob = TokenLogprob(int(tokens[index]), float(scores[0][index]), top)
-        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]))
+        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]), bool(possible[index]))
     return drawn

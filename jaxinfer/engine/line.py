@@ -30,7 +30,8 @@ class Line:
         self._order: list[Entry] = []
         self._ages: list[tuple[int, int, Sequence]] = []
         self._numbers = count()
-        self._overtaken = 0
+        self._eldest: Sequence | None = None
+        self._overtaken = 0  # admissions past the eldest
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -51,8 +52,8 @@ class Line:
         """Who is next, None when nobody waits."""
         if not self._entries:
             return None
-        if self._overtaken >= PATIENCE:
-            return self._oldest()
+        if self._overtaken >= PATIENCE and self._eldest is not None and self._eldest in self._entries:
+            return self._eldest
         while self._entries.get(self._order[0][-1]) is not self._order[0]:
             heappop(self._order)
         return self._order[0][-1]
@@ -61,7 +62,9 @@ class Line:
         """Let the next one leave because it is admitted."""
         sequence = self.head()
         if sequence is not None:
-            self._overtaken = 0 if sequence is self._oldest() else self._overtaken + 1
+            oldest = self._oldest()
+            self._overtaken = self._overtaken + 1 if oldest is self._eldest else 1
+            self._eldest = oldest
             del self._entries[sequence]
         return sequence
 

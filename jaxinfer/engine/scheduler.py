@@ -27,7 +27,7 @@ from itertools import chain, count
 
 from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, PageCopy, Row
 from jaxinfer.cache.pages import PagePool
-from jaxinfer.cache.prefix import Chain
+from jaxinfer.cache.prefix import Chain, Node
 from jaxinfer.engine import policies
 from jaxinfer.engine.line import Line
 from jaxinfer.engine.sequence import NEVER, Family, Key, Launched, Limits, Place, Sequence, Step
@@ -216,7 +216,10 @@ class Scheduler:
         return self.pools[0].page_size
 
     def _cached(self, sequence: Sequence) -> int:
-        return self._page_size * max(len(pool.match(sequence.chain, sequence.tokens)) for pool in self.pools)
+        return self._page_size * max(len(self._known(sequence, pool)) for pool in self.pools)
+
+    def _known(self, sequence: Sequence, pool: PagePool) -> list[Node]:
+        return [] if _whole(sequence) else pool.match(sequence.chain, sequence.tokens)
 
     def _room(self, sequence: Sequence, step: Step) -> bool:
         """Make room for a sequence's next token, at the cost of those of lower standing.
@@ -296,12 +299,13 @@ class Scheduler:
 
     def _places(self, sequence: Sequence, step: Step) -> Iterator[Place]:
         """In each replica that has a slot, the place that spares most tokens, if what remains has a row in this step."""
-        sibling = next((s for s in self._families[sequence.request.id].members if s.ready < self._step and _same_prompt(s, sequence)), None)
+        family = () if _whole(sequence) else self._families[sequence.request.id].members
+        sibling = next((s for s in family if s.ready < self._step and _same_prompt(s, sequence)), None)
         size, most = self._page_size, len(sequence.request.prompt) - 1
         for replica, pool in enumerate(self.pools):
             if not self._slots[replica]:
                 continue
-            nodes = pool.match(sequence.chain, sequence.tokens)
+            nodes = self._known(sequence, pool)
             place = Place(replica, [node.page for node in nodes], len(nodes) * size, nodes[-1] if nodes else None)
             if sibling is not None and sibling.replica == replica and most > place.computed:
                 pages = list(sibling.pages[: most // size])
@@ -319,8 +323,8 @@ class Scheduler:
         return needed + step.headroom[replica] <= pool.available
 
     def _growth(self, sequence: Sequence) -> int:
-        """Pages that a sequence may ask for until it ends."""
-        return self.pools[0].needed(len(sequence.request.prompt) + sequence.limit) - len(sequence.pages)
+        """Pages that a sequence may ask for until it ends; its last token is never computed."""
+        return self.pools[0].needed(len(sequence.request.prompt) + sequence.limit - 1) - len(sequence.pages)
 
     def _move_in(self, sequence: Sequence, place: Place, step: Step) -> None:
         replica, pool = place.replica, self.pools[place.replica]
@@ -389,3 +393,8 @@ def _standing(sequence: Sequence) -> tuple[float, int]:
 
 def _same_prompt(one: Sequence, other: Sequence) -> bool:
     return one.request.prompt == other.request.prompt and one.request.cache_salt == other.request.cache_salt
+
+
+def _whole(sequence: Sequence) -> bool:
+    """Whether every token of the prompt has to be computed here: it is to be scored."""
+    return sequence.request.params.prompt_logprobs is not None

@@ -8,12 +8,16 @@ full length could ever use. Nothing is allocated here.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
+
+import jax
 
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.config import CacheConfig, ConfigError
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement
 from jaxinfer.sharding import device_bytes
+from jaxinfer.step.slots import describe
 
 GIB = 1 << 30
 
@@ -67,7 +71,7 @@ def plan_memory(
     mesh, rules = placement.mesh, placement.rules
     weights = sum(device_bytes(spec, mesh, rules) for spec in graph.arrays)
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
-    slots = 5 * vocab * (sequences + 1)  # counts (4 bytes) and prompt marks (1 byte)
+    slots = sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab)))
     needed = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
     one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
     per_page = sum(device_bytes(spec, mesh, rules) for spec in one_page)

@@ -10,8 +10,9 @@ answers have the same text:
     the same end of both, if the tokens never part
 
 bound = DRIFT[dtype] x size of the logits, taken as the largest log probability reported there (at least 1): 4 units in the last place of
-bfloat16 and float16, whose sums are kept in float32, and 64 of float32, whose sums round as they go. A sampled request with filters, penalties or biases has no score that is known outside of the sampler: in float32 its tokens must be equal, in
-narrower numbers only drift is judged and the difference is counted as `unjudged`. This file does not know how answers came about.
+bfloat16 and float16, whose sums are kept in float32, and 64 of float32, whose sums round as they go. A sampled request with filters,
+penalties or biases has no score that is known outside of the sampler: in float32 its tokens must be equal, in narrower numbers only drift
+is judged and the difference is counted as `unjudged`. This file does not know how answers came about.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Judge:
             tally.fault(f"{request.key}: one answer ends with {one.reason}, the other with {other.reason}")
         elif self.exact:
             if parted is not None or one.scores != other.scores:
-                where = parted if parted is not None else next(i for i, (a, b) in enumerate(zip(one.scores, other.scores)) if a != b)
+                where = next((at for at, (left, right) in enumerate(pairs_of(one, other)) if left != right), parted)
                 tally.fault(f"{request.key}: not the same bits at output {where}")
         else:
             self._judge(request, one, other, parted, tally)

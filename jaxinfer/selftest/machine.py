@@ -207,7 +207,7 @@ class Machine:
         first = min(map(self._rank, waited))
         for admission in batch.admissions:
             life = self.lives[admission.request.key]
-            waited_long = self.counts["admitted"] - life.born >= PATIENCE
+            waited_long = self.counts["admitted"] + len(batch.admissions) - life.born >= PATIENCE
             if self._single(life) and not before[admission.request.key] and self._rank(life) > first and not waited_long:
                 raise Broken("a sequence is admitted past one that stands before it")
 

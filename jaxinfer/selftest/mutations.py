@@ -37,7 +37,8 @@ def planted(name: str) -> Iterator[None]:
     """While this is open, the bug of that name is there."""
     owner, method, make = MUTATIONS[name]
     original = vars(owner)[method]
-    setattr(owner, method, property(make(original.fget)) if isinstance(original, property) else make(original))
+    getter = original.fget if isinstance(original, property) else None
+    setattr(owner, method, property(make(getter)) if getter is not None else make(original))
     try:
         yield
     finally:

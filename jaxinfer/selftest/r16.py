@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from jaxinfer.config import ConfigError
 from jaxinfer.request import FinishReason, Request, SamplingParams
@@ -70,7 +71,7 @@ def poisoned(tested: Stand, token: int) -> Iterator[None]:
     """While this is open, the embedding of a token is NaN."""
     program = tested.engine.program
     graph, leaves = program.config.graph, program._leaves
-    weights = graph.weights(leaves)
+    weights: dict[str, Any] = graph.weights(leaves)
     if graph.config.tied_embeddings:
         raise ConfigError("this row needs a model whose embedding is not its head; take the default one")
     program._leaves = graph.leaves(weights | {"embedding.weight": weights["embedding.weight"].at[token].set(float("nan"))})

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfer.config import EngineConfig
@@ -38,7 +38,6 @@ class Ear:
     compiled: int = 0
     missed: int = 0
     closed: bool = False
-    names: list[str] = field(default_factory=list)
 
     @classmethod
     def open(cls) -> Ear:
@@ -87,8 +86,8 @@ def check(tested: Stand, requests: int, seed: int) -> Verdict:
         done += len(batch) * schedule.rounds
         remark(f"{done:,} of {requests:,} requests, {ear.compiled} compiles")
     ear.closed = True
-    hears = heard()
-    return Verdict({"requests": done, "compiles": ear.compiled, "cache_misses": ear.missed, "listener_works": hears}, hears and not ear.compiled)
+    figures = {"requests": done, "compiles": ear.compiled, "cache_misses": ear.missed, "listener_works": heard()}
+    return Verdict(figures, figures["listener_works"] and not ear.compiled)
 
 
 def mixed(draw: random.Random, tested: Stand, count: int) -> list[Request]:

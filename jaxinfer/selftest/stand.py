@@ -139,8 +139,8 @@ class Stand:
     def run(self, requests: Iterable[Request], schedule: Schedule, draw: random.Random | None = None) -> Answers:
         """Run requests under a schedule; the scheduler stays for whoever wants to read its counters."""
         requests, draw = list(requests), draw or random.Random(0)
+        found: Answers = {}
         if schedule.alone:
-            found: Answers = {}
             for request in requests:
                 self.arrange(schedule)
                 found |= self.feed([request])

@@ -86,9 +86,9 @@ async def _close_when_gone(receive: Receive, stream: Stream) -> None:
 async def _whole(call: Call, stream: Stream, form: Form) -> Response:
     outputs: list[list[Output]] = [[] for _ in call.sequences]
     async for batch in stream:
-        for output in batch:
+        for choice, output in call.outputs(batch):
             raise_if_failed(output)
-            outputs[call.index_of[output.request_id, output.index]].append(output)
+            outputs[choice].append(output)
     if any(not parts or parts[-1].finish_reason is None for parts in outputs):
         return Response(status_code=CLIENT_GONE)
     return wire.json_response(form.whole(outputs, usage_of(call, [parts[-1].output_tokens for parts in outputs])))
@@ -147,9 +147,8 @@ class EventStream(Response):
 
     def _events(self, batch: Sequence[Output]) -> bytes:
         events = []
-        for output in batch:
+        for choice, output in self._call.outputs(batch):
             raise_if_failed(output)
-            choice = self._call.index_of[output.request_id, output.index]
             self._output_tokens[choice] = max(output.output_tokens, self._output_tokens[choice])
             chunk = self._form.chunk(choice, output)
             if chunk is not None:

@@ -83,7 +83,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     watch = asyncio.create_task(_watch(context))
     yield
     watch.cancel()
-    context.tokenising.shutdown(wait=False, cancel_futures=True)
+    for threads in (context.tokenising, context.compiling):
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def _watch(context: Context) -> None:

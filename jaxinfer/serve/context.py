@@ -15,7 +15,7 @@ from typing import TypeVar
 from starlette.requests import Request as HttpRequest
 
 from jaxinfer.config import ServerConfig
-from jaxinfer.serve import convert
+from jaxinfer.serve import convert, structured
 from jaxinfer.serve.convert import Call, Limits
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.fields import UnknownFields
@@ -30,7 +30,10 @@ TOKENISE_THREADS = 2
 
 @dataclass(frozen=True)
 class Context:
-    """The server's state. `counter` counts open HTTP requests; `tokenising` runs what would hold up the event loop."""
+    """The server's state. `counter` counts open HTTP requests; `tokenising` runs what would hold up the event loop.
+
+    compiling: runs grammars, which may take seconds, one after the other, so that hostile ones hold up nobody but each other.
+    """
 
     config: ServerConfig
     engine: EngineLoop
@@ -38,6 +41,7 @@ class Context:
     counter: Counter = field(default_factory=Counter)
     unknown: UnknownFields = field(default_factory=UnknownFields)
     tokenising: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(TOKENISE_THREADS, "tokenise"))
+    compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -77,7 +81,10 @@ class Context:
         """
         engine = self.engine.engine
         self.check(body)
-        return await self.in_thread(lambda: convert.call_of(body, engine, self.model))
+        call = await self.in_thread(lambda: convert.call_of(body, engine, self.model))
+        if call.sequences[0].params.grammar is not None:
+            await asyncio.get_running_loop().run_in_executor(self.compiling, structured.prepare, body, engine.grammars)
+        return call
 
 
 def of(request: HttpRequest) -> Context:

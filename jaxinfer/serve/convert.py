@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from jaxinfer.request import Request, SamplingParams, choices
+from jaxinfer.request import MAX_LOGPROBS, FinishReason, Output, Request, SamplingParams, choices
+from jaxinfer.serve import structured
 from jaxinfer.serve.errors import ApiError, refused
 from jaxinfer.serve.schema import ChatBody, CompletionBody, Sampling, TokenizeChatBody
 from jaxinfer.tokenizer import Tokenizer
@@ -24,6 +25,7 @@ _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "continue_f
 _PASSED = (
     "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "max_tokens",
     "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "n",
+    "bad_words", "allowed_token_ids", "prompt_logprobs",
 )  # fmt: skip
 
 
@@ -39,7 +41,8 @@ class Limits:
 class Call:
     """One validated request of a client: `prompts` as token ids, and its `sequences`, prompt by prompt, choice by choice.
 
-    echo: for each prompt the text that comes before its output.
+    echo: for each prompt the text that comes before its output. logprobs, prompt_logprobs: alternatives to be shown, None for no
+    logprobs at all. token_ids: whether ids are shown. scoring: nothing but the prompt is shown.
     """
 
     id: str
@@ -49,6 +52,9 @@ class Call:
     sequences: tuple[Request, ...]
     echo: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+    scoring: bool = False
 
     @cached_property
     def index_of(self) -> dict[tuple[str, int], int]:
@@ -63,6 +69,15 @@ class Call:
     def echo_of(self, choice: int) -> str:
         """The text that comes before a choice's output."""
         return self.echo[choice * len(self.prompts) // len(self.sequences)] if self.echo else ""
+
+    def outputs(self, batch: Sequence[Output]) -> Iterator[tuple[int, Output]]:
+        """What the client may see of a step's outputs, each with its choice. Scoring takes a token too, which is not shown."""
+        for output in batch:
+            choice = self.index_of[output.request_id, output.index]
+            if self.scoring and output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                shown = {"text": "", "token_ids": (), "logprobs": (), "output_tokens": 0, "stop_reason": None}
+                output = replace(output, **shown, finish_reason=FinishReason.LENGTH)
+            yield choice, output
 
 
 @dataclass(frozen=True)
@@ -160,7 +175,14 @@ def sampling(body: CompletionBody | ChatBody, defaults: Mapping[str, Any], limit
     logprobs = _logprobs(body)
     if logprobs is not None:
         values["logprobs"] = logprobs
+    if (found := structured.asked(body)) is not None:
+        values["grammar"] = found.grammar
+    if _echoes_logprobs(body):
+        values["prompt_logprobs"] = max(body.prompt_logprobs or 0, logprobs or 0)
+    if _scores(body):
+        values["max_tokens"] = 1
     params = SamplingParams.of(**values)
+    check_tokens("allowed_token_ids", params.allowed_token_ids or (), limits.vocab_size)
     check_tokens("logit_bias", params.logit_bias, limits.vocab_size)
     check_tokens("stop_token_ids", params.stop.token_ids, limits.vocab_size)
     return params
@@ -171,19 +193,30 @@ def _check_choices(body: Sampling) -> None:
         raise refused("best_of", "best_of must equal n: ranking more candidates than are returned is not supported")
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options", "stream_options is only allowed when stream is true")
+    if body.prompt_logprobs is not None and body.stream:
+        raise refused("prompt_logprobs", "prompt_logprobs cannot be streamed; leave stream out")
     if body.priority is not None and abs(body.priority) >= 2**31:
         raise refused("priority", "priority must be a 32-bit integer")
 
 
 def _logprobs(body: CompletionBody | ChatBody) -> int | None:
     if isinstance(body, CompletionBody):
-        if body.echo and body.logprobs is not None:
-            message = "echo together with logprobs is not supported by this server yet; leave one of them out"
-            raise refused("echo", message, "unsupported_parameter")
         return body.logprobs
-    if body.top_logprobs is not None and not body.logprobs:
+    asked = body.top_logprobs or 0
+    if not 0 <= asked <= MAX_LOGPROBS:
+        raise refused("top_logprobs", f"top_logprobs must be between 0 and {MAX_LOGPROBS}")
+    if asked and not body.logprobs:
         raise refused("top_logprobs", "top_logprobs needs logprobs: true")
-    return (body.top_logprobs or 0) if body.logprobs else None
+    return asked if body.logprobs else None
+
+
+def _echoes_logprobs(body: CompletionBody | ChatBody) -> bool:
+    return isinstance(body, CompletionBody) and bool(body.echo) and body.logprobs is not None
+
+
+def _scores(body: CompletionBody | ChatBody) -> bool:
+    """Whether the prompt alone is wanted: the engine draws a token nevertheless, since a sequence ends with one."""
+    return isinstance(body, CompletionBody) and bool(body.echo) and body.max_tokens == 0
 
 
 def _token_key(key: str) -> int:
@@ -219,7 +252,10 @@ def build(body: CompletionBody | ChatBody, ready: Ready, params: SamplingParams,
         room = _room(prompt, params.max_tokens if asked else None, limits.max_model_len, "messages" if chat else "prompt")
         fitted = params if asked or params.max_tokens is None else replace(params, max_tokens=min(params.max_tokens, room))
         sequences += choices(Request(f"{call_id}-{i}", prompt, fitted, priority=body.priority or 0))
-    return Call(call_id, model, int(time.time()), ready.prompts, tuple(sequences), ready.echo, params.logprobs)
+    return Call(
+        call_id, model, int(time.time()), ready.prompts, tuple(sequences), ready.echo, params.logprobs,
+        prompt_logprobs=body.prompt_logprobs, token_ids=bool(body.return_token_ids), scoring=_scores(body),
+    )  # fmt: skip
 
 
 def _room(prompt: Sequence[int], wanted: int | None, context: int, param: str) -> int:

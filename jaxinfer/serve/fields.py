@@ -42,24 +42,16 @@ REFUSED: Mapping[str, Refusal] = {
     "functions": Refusal(_LATER, ([],)),
     "function_call": Refusal(_LATER, ("none",)),
     # structured output
-    "response_format": Refusal("other than text " + _LATER, ({"type": "text"},)),
-    "structured_outputs": Refusal(_LATER),
-    "guided_json": Refusal(_LATER),
-    "guided_regex": Refusal(_LATER),
-    "guided_choice": Refusal(_LATER),
-    "guided_grammar": Refusal(_LATER),
-    "guided_decoding_backend": Refusal(_LATER),
+    "guided_decoding_backend": Refusal("cannot be chosen: this server has one; leave it out"),
     "guided_whitespace_pattern": Refusal(_LATER),
     "structural_tag": Refusal(_LATER),
-    "json_schema": Refusal(_LATER),
-    "regex": Refusal(_LATER),
-    "ebnf": Refusal(_LATER),
+    "json_schema": Refusal("stands inside response_format"),
+    "regex": Refusal("stands inside structured_outputs"),
+    "ebnf": Refusal("is not a field of this server; use structured_outputs with grammar"),
     # sampling and length
     "use_beam_search": Refusal(_LATER, (False,)),
     "length_penalty": Refusal("belongs to beam search, which is not supported; leave it out", (1, 1.0)),
     "early_stopping": Refusal("belongs to beam search, which is not supported; leave it out", (False,)),
-    "bad_words": Refusal(_LATER, ([],)),
-    "allowed_token_ids": Refusal(_LATER),
     "logits_processors": Refusal(_LATER, ([],)),
     "truncate_prompt_tokens": Refusal("is not supported by this server yet; shorten the prompt before sending it"),
     "truncation_side": Refusal(_LATER),
@@ -69,10 +61,8 @@ REFUSED: Mapping[str, Refusal] = {
     "include_reasoning": Refusal(_LATER, (True,)),
     "verbosity": Refusal(_LATER, ("medium",)),
     # what the answer holds
-    "prompt_logprobs": Refusal(_LATER),
     "echo": Refusal("belongs to /v1/completions; leave it out", (False,)),
     "suffix": Refusal(_LATER, ("",)),
-    "return_token_ids": Refusal(_LATER, (False,)),
     "return_tokens_as_token_ids": Refusal(_LATER, (False,)),
     "spaces_between_special_tokens": Refusal(_LATER, (True,)),
     "modalities": Refusal("other than text is not supported: this server writes text only", (["text"],)),
@@ -101,6 +91,14 @@ REFUSED: Mapping[str, Refusal] = {
     "add_generation_prompt": Refusal(_CHAT_ONLY, (False,)),
     "continue_final_message": Refusal(_CHAT_ONLY, (False,)),
     "chat_template_kwargs": Refusal(_CHAT_ONLY, ({},)),
+}
+
+STRUCTURED_REFUSED: Mapping[str, Refusal] = {
+    "whitespace_pattern": Refusal(_LATER),
+    "disable_any_whitespace": Refusal(_LATER, (False,)),
+    "disable_additional_properties": Refusal(_LATER, (False,)),
+    "disable_fallback": Refusal(_LATER, (False,)),
+    "structural_tag": Refusal(_LATER),
 }
 
 MESSAGE_REFUSED: Mapping[str, Refusal] = {

@@ -101,6 +101,35 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
+class NamedSchema(Body):
+    """OpenAI's wrapper of a JSON schema. Answers keep to the schema whether it is `strict` or not."""
+
+    table: ClassVar[Any] = {}
+    name: str | None = None
+    description: str | None = None
+    content: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Plain text, any JSON object, or JSON under a schema."""
+
+    table: ClassVar[Any] = {}
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's form: one of its fields says what the answer looks like."""
+
+    table: ClassVar[Any] = fields.STRUCTURED_REFUSED
+    json_schema: dict[str, Any] | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class Sampling(Body):
     """What both kinds of completion share."""
 
@@ -114,6 +143,10 @@ class Sampling(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
     stop: str | list[str] | None = None
@@ -127,6 +160,12 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     priority: int | None = None
     add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionBody(Sampling):

@@ -53,12 +53,27 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """The logprobs of a text choice or chunk, as parallel lists; `top_logprobs` holds the token itself too."""
+    """The logprobs of a text choice or chunk, as parallel lists; `top_logprobs` holds the token itself too.
+
+    Numbers are null for the first token of an echoed prompt.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(msgspec.Struct):
+    """What the model thought of one token at one place of the prompt, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None] | msgspec.UnsetType
+TokenIds = list[int] | msgspec.UnsetType
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
@@ -76,6 +91,7 @@ class ChatChunkChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct):
@@ -87,6 +103,7 @@ class ChatChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     object: str = "chat.completion.chunk"
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatMessage(msgspec.Struct):
@@ -105,6 +122,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: str | int | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -116,6 +134,8 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    prompt_logprobs: PromptLogprobs = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
 
 
 class CompletionChoice(msgspec.Struct):
@@ -126,6 +146,9 @@ class CompletionChoice(msgspec.Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: PromptLogprobs = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class Completion(msgspec.Struct):

@@ -99,15 +99,15 @@ class Sampler:
         self, logits: Float[Array, "rows vocab"], rows: RowInputs, mask: UInt32[Array, "rows words"], slots: Slots,
         settings: sampling.RowSettings,
     ) -> Float[Array, "rows vocab"]:  # fmt: skip
-        """Logits after penalties, biases and masks; each is skipped at run time when no row asks for it."""
+        """Logits after penalties, rules and masks; each is skipped at run time when no row asks for it."""
         penalise = jnp.any((settings.presence != 0) | (settings.frequency != 0) | (settings.repetition != 1))
         logits = jax.lax.cond(
             penalise, lambda: sampling.penalised(logits, slots.counts[rows.slots], slots.in_prompt[rows.slots], settings), lambda: logits
         )
-        biased = jax.lax.cond(
-            slot_state.wants_bias(slots, rows.slots), lambda: slot_state.biased(logits, slots, rows.slots, rows.positions), lambda: logits
+        ruled = jax.lax.cond(
+            slot_state.has_rules(slots, rows.slots), lambda: slot_state.ruled(logits, slots, rows.slots, rows.positions), lambda: logits
         )
-        return jax.lax.cond(jnp.any(mask != sampling.ALL_ALLOWED), lambda: sampling.masked(biased, mask), lambda: biased)
+        return jax.lax.cond(jnp.any(mask != sampling.ALL_ALLOWED), lambda: sampling.masked(ruled, mask), lambda: ruled)
 
 
 def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:

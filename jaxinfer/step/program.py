@@ -32,6 +32,8 @@ from jaxinfer.step.buckets import Bucket, choose, occupancy
 from jaxinfer.step.forward import Computed, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
+from jaxinfer.step.score import Score, Scored, pack_targets
+from jaxinfer.step.slots import Draws
 
 ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
 
@@ -44,6 +46,16 @@ class SamplerKey:
 
     def __str__(self) -> str:
         return f"sample{self.rows}"
+
+
+@dataclass(frozen=True)
+class ScoreKey:
+    """Names the program that scores a bucket's prompts."""
+
+    bucket: Bucket
+
+    def __str__(self) -> str:
+        return f"score-{self.bucket}"
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,14 @@ class ProgramConfig:
         return tuple(SamplerKey(rows) for rows in sorted({bucket.rows * self.pool.replicas for bucket in self.buckets}))
 
     @property
+    def scorers(self) -> tuple[ScoreKey, ...]:
+        """One for each bucket that holds prompts."""
+        return tuple(ScoreKey(bucket) for bucket in self.buckets if bucket.prefill_tokens)
+
+    @property
     def keys(self) -> tuple[Any, ...]:
         """Everything that is compiled."""
-        return (*self.buckets, *self.samplers, ADMIT, COPY, WIPE)
+        return (*self.buckets, *self.samplers, *self.scorers, ADMIT, COPY, WIPE)
 
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
@@ -137,11 +154,13 @@ class Program:
         return max(temporary for temporary, _ in forwards) + 2 * max(output for _, output in forwards) + max(others)
 
     def lower(self, key: Any) -> Any:
-        """The lowered program of a bucket, a sampler, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
+        """The lowered program of a bucket, a sampler, a scorer, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
         if isinstance(key, Bucket):
             return self._lower_forward(self.config.shapes(key))
         if isinstance(key, SamplerKey):
             return self._lower_sampler(key.rows)
+        if isinstance(key, ScoreKey):
+            return self._lower_score(self.config.shapes(key.bucket))
         if key == ADMIT:
             words = jax.ShapeDtypeStruct((slot_state.admission_words(self.config.max_tokens),), np.int32)
             return jax.jit(slot_state.admit, donate_argnums=0).lower(self._slot_structs, self._on_all(words))
@@ -166,9 +185,9 @@ class Program:
         laid = batch if any(bucket.decode_rows for bucket in buckets) else batch.folded()
         return self.config.shapes(choose(buckets, occupancy(laid, self.config.pool.replicas)))
 
-    def admit(self, admission: Admission, seed: int, held: Sequence[int]) -> None:
+    def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
-        words = slot_state.pack_admission(admission, seed, held, self.config.max_tokens)
+        words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
 
     def forward(self, packed: Packed) -> Computed:
@@ -182,9 +201,17 @@ class Program:
         rows = computed.logits.shape[0]
         allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
         self._slots, sampled = self._compiled[SamplerKey(rows)](computed.logits, computed.rows, allowed, self._slots)
-        for result in (sampled.token, sampled.finite):
+        for result in (sampled.token, sampled.finite, sampled.possible):
             result.copy_to_host_async()
         return sampled
+
+    def score(self, packed: Packed, computed: Computed) -> Scored | None:
+        """Launch the scoring of the prompts that ask for it; None if there are none."""
+        targets = pack_targets(packed)
+        if targets is None:
+            return None
+        program = self._compiled[ScoreKey(packed.shapes.bucket)]
+        return program(self._leaves, computed.hidden, self._send(targets, self._by_replica))
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
@@ -213,6 +240,15 @@ class Program:
         step = Sampler(config.spare_slot, config.placement)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
+
+    def _lower_score(self, shapes: Shapes) -> Any:
+        config, shape, bucket = self.config, jax.ShapeDtypeStruct, shapes.bucket
+        leaves = config.graph.structs(config.placement.mesh, config.placement.rules)
+        size = (shapes.replicas * bucket.tokens, config.graph.config.hidden_size)
+        hidden = shape(size, config.graph.dtype, sharding=self._by_replica)
+        targets = shape((shapes.replicas, bucket.prefill_tokens), np.int32, sharding=self._by_replica)
+        step = Score(config.graph, shapes, config.placement)
+        return jax.jit(step, out_shardings=self._replicated).lower(leaves, hidden, targets)
 
     def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array:
         """A copy of host memory on the devices: what the host does to its own afterwards does not matter."""

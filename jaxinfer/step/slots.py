@@ -1,4 +1,4 @@
-"""State of running sequences that stays on the device: settings of the sampler, last token, how often each token occurred.
+"""State of running sequences that stays on the device: settings of the sampler, last tokens, how often each token occurred.
 
 `pack_admission` turns a sequence that enters a slot into one int32 buffer, `admit` writes it into the slot inside a small compiled
 program of its own, `record` notes what a step sampled. The last slot is a spare one for padding rows. Nothing here is ever read
@@ -17,19 +17,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxinfer.batch import Admission
-from jaxinfer.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
+from jaxinfer.request import MAX_ALLOWED_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
 from jaxinfer.sampling import RowSettings, pytree, unchecked
 
 HELD = 2 * MAX_STOP_TOKENS
+BANNED, BANNED_LENGTH = 2 * MAX_BAD_WORDS, 8  # token sequences (a word has one inside and one between words), tokens of each
+RECENT = BANNED_LENGTH - 1
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 INTEGERS = ("slot", "prompt_length", "length", "min_position", "top_k", "logprobs", "seed_low", "seed_high", "last_token")
 NO_TOKEN = np.int32(2**31 - 1)  # an index past any vocabulary: scatters drop it
+ANY_TOKEN = np.int32(-1)  # in front of a banned sequence that is shorter than the table's
 
 
 @pytree
 @dataclass(frozen=True)
 class Slots:
-    """Per-slot state. `bias_tokens`, `held_tokens` are padded with `NO_TOKEN`; held ones are excluded below `min_position`."""
+    """Per-slot state; tokens are padded with `NO_TOKEN`.
+
+    held_tokens: excluded below `min_position`. banned: token sequences, right-aligned behind `ANY_TOKEN`; the last token of each is
+    excluded where the others are the latest of the output. recent: the output's latest tokens, right-aligned. allowed: the only tokens
+    that may be drawn, if there are any.
+    """
 
     last_token: Int[Array, " slots"]
     counts: Int[Array, "slots vocab"]
@@ -39,6 +47,9 @@ class Slots:
     bias_tokens: Int[Array, "slots bias"]
     bias_values: Float[Array, "slots bias"]
     held_tokens: Int[Array, "slots held"]
+    recent: Int[Array, "slots recent"]
+    banned: Int[Array, "slots banned length"]
+    allowed: Int[Array, "slots allowed"]
 
 
 def describe(slots: int, vocab: int) -> Slots:
@@ -53,6 +64,9 @@ def describe(slots: int, vocab: int) -> Slots:
         "bias_tokens": shape((slots, MAX_LOGIT_BIAS), jnp.int32),
         "bias_values": shape((slots, MAX_LOGIT_BIAS), jnp.float32),
         "held_tokens": shape((slots, HELD), jnp.int32),
+        "recent": shape((slots, RECENT), jnp.int32),
+        "banned": shape((slots, BANNED, BANNED_LENGTH), jnp.int32),
+        "allowed": shape((slots, MAX_ALLOWED_TOKENS), jnp.int32),
     })  # fmt: skip
 
 
@@ -61,32 +75,58 @@ def neutral(slots: int, vocab: int) -> Slots:
     state = jax.tree.map(lambda spec: np.zeros(spec.shape, spec.dtype), describe(slots, vocab))
     state.numbers[:, NUMBERS.index("top_p")] = state.numbers[:, NUMBERS.index("repetition_penalty")] = 1.0
     state.integers[:, INTEGERS.index("logprobs")] = -1
-    state.bias_tokens[:] = state.held_tokens[:] = NO_TOKEN
+    for tokens in (state.bias_tokens, state.held_tokens, state.recent, state.banned, state.allowed):
+        tokens.fill(NO_TOKEN)
     return state
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What the engine derives from a request for its draws.
+
+    seed: 64 bits, signed or not. held: token ids that may not end the output yet. banned: token sequences that it may not hold, at most
+    `BANNED` of at most `BANNED_LENGTH` tokens each.
+    """
+
+    seed: int
+    held: Sequence[int] = ()
+    banned: Sequence[Sequence[int]] = ()
+
+
+_PARTS = {
+    "numbers": len(NUMBERS), "bias_tokens": MAX_LOGIT_BIAS, "bias_values": MAX_LOGIT_BIAS, "held_tokens": HELD, "recent": RECENT,
+    "banned": BANNED * BANNED_LENGTH, "allowed": MAX_ALLOWED_TOKENS,
+}  # fmt: skip
 
 
 def admission_words(max_tokens: int) -> int:
     """Length of an admission buffer for sequences of at most `max_tokens` tokens."""
-    return len(INTEGERS) + len(NUMBERS) + 2 * MAX_LOGIT_BIAS + HELD + max_tokens
+    return len(INTEGERS) + sum(_PARTS.values()) + max_tokens
 
 
-def pack_admission(admission: Admission, seed: int, held: Sequence[int], max_tokens: int) -> np.ndarray:
-    """One sequence's settings and (where a penalty needs them) its tokens as int32 words. `seed` is 64 bits, signed or not."""
+def pack_admission(admission: Admission, draws: Draws, max_tokens: int) -> np.ndarray:
+    """One sequence's settings and (where a penalty needs them) its tokens as int32 words."""
     request, params = admission.request, admission.request.params
     tokens = (*request.prompt, *admission.generated)
     integers = {
         "slot": admission.slot, "min_position": len(request.prompt) + params.min_tokens, "top_k": max(params.top_k, 0),
         "logprobs": -1 if params.logprobs is None else params.logprobs,
-        "seed_low": _signed(seed), "seed_high": _signed(seed >> 32), "last_token": tokens[-1],
+        "seed_low": _signed(draws.seed), "seed_high": _signed(draws.seed >> 32), "last_token": tokens[-1],
     }  # fmt: skip
     words = np.zeros(admission_words(max_tokens), np.int32)
-    numbers, bias_tokens, bias_values, held_tokens, text = _cut(words)
-    numbers[:] = np.array([getattr(params, name) for name in NUMBERS], np.float32).view(np.int32)
-    bias_tokens.fill(NO_TOKEN)
-    bias_tokens[: len(params.logit_bias)] = list(params.logit_bias)
-    bias_values[: len(params.logit_bias)] = np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
-    held_tokens.fill(NO_TOKEN)
-    held_tokens[: len(held)] = held
+    parts, text = _cut(words)
+    for name in ("bias_tokens", "held_tokens", "recent", "banned", "allowed"):
+        parts[name].fill(NO_TOKEN)
+    parts["numbers"][:] = np.array([getattr(params, name) for name in NUMBERS], np.float32).view(np.int32)
+    parts["bias_tokens"][: len(params.logit_bias)] = list(params.logit_bias)
+    parts["bias_values"][: len(params.logit_bias)] = np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
+    parts["held_tokens"][: len(draws.held)] = draws.held
+    recent, allowed = admission.generated[-RECENT:], params.allowed_token_ids or ()
+    parts["recent"][RECENT - len(recent) :] = recent
+    parts["allowed"][: len(allowed)] = allowed
+    for row, sequence in zip(parts["banned"].reshape(BANNED, BANNED_LENGTH), draws.banned, strict=False):
+        row.fill(ANY_TOKEN)
+        row[BANNED_LENGTH - len(sequence) :] = sequence
     if _penalised(params):
         integers |= {"prompt_length": len(request.prompt), "length": len(tokens)}
         text[: len(tokens)] = tokens
@@ -96,7 +136,7 @@ def pack_admission(admission: Admission, seed: int, held: Sequence[int], max_tok
 
 def admit(slots: Slots, words: Int[Array, " words"]) -> Slots:
     """Write an admission into its slot. Donates `slots`."""
-    numbers, bias_tokens, bias_values, held_tokens, text = _cut(words)
+    parts, text = _cut(words)
     integers = words[: len(INTEGERS)]
     named = dict(zip(INTEGERS, integers, strict=True))
     place = jnp.arange(text.shape[0], dtype=jnp.int32)
@@ -104,12 +144,18 @@ def admit(slots: Slots, words: Int[Array, " words"]) -> Slots:
     vocab = slots.counts.shape[1]
     counts = jnp.zeros((vocab,), jnp.int32).at[text].add(generated.astype(jnp.int32), mode="drop")
     in_prompt = jnp.zeros((vocab,), jnp.bool_).at[text].max(place < named["prompt_length"], mode="drop")
-    to_float = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
+    for name in ("numbers", "bias_values"):
+        parts[name] = jax.lax.bitcast_convert_type(parts[name], jnp.float32)
+    parts["banned"] = parts["banned"].reshape(BANNED, BANNED_LENGTH)
     new = Slots(
-        last_token=named["last_token"][None], counts=counts[None], in_prompt=in_prompt[None], numbers=to_float(numbers)[None],
-        integers=integers[None], bias_tokens=bias_tokens[None], bias_values=to_float(bias_values)[None], held_tokens=held_tokens[None],
-    )  # fmt: skip
-    return jax.tree.map(lambda state, value: jax.lax.dynamic_update_slice_in_dim(state, value[0][None], named["slot"], 0), slots, new)
+        **{
+            name: value[None]
+            for name, value in (
+                parts | {"last_token": named["last_token"], "counts": counts, "in_prompt": in_prompt, "integers": integers}
+            ).items()
+        }
+    )
+    return jax.tree.map(lambda state, value: jax.lax.dynamic_update_slice_in_dim(state, value, named["slot"], 0), slots, new)
 
 
 def settings(slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " rows"]) -> RowSettings:
@@ -124,36 +170,55 @@ def settings(slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " ro
     )  # fmt: skip
 
 
-def biased(
+def ruled(
     logits: Float[Array, "rows vocab"], slots: Slots, rows: Int[Array, " rows"], positions: Int[Array, " rows"]
 ) -> Float[Array, "rows vocab"]:
-    """Add each row's logit biases and exclude its held tokens while its output is shorter than its `min_tokens`."""
+    """Apply each row's own rules about tokens: biases, tokens held back below `min_tokens`, banned sequences, allowed tokens."""
     index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     logits = logits.at[index, slots.bias_tokens[rows]].add(slots.bias_values[rows], mode="drop")
     early = positions < slots.integers[rows, INTEGERS.index("min_position")]
     held = jnp.where(early[:, None], slots.held_tokens[rows], NO_TOKEN)
-    return logits.at[index, held].set(-jnp.inf, mode="drop")
+    logits = logits.at[index, held].set(-jnp.inf, mode="drop")
+    return jax.lax.cond(_wants_limits(slots, rows), lambda: _limited(logits, slots, rows), lambda: logits)
 
 
-def wants_bias(slots: Slots, rows: Int[Array, " rows"]) -> Bool[Array, ""]:
-    """Whether any of the rows has a bias or a token held back."""
-    return jnp.any(slots.bias_tokens[rows, 0] != NO_TOKEN) | jnp.any(slots.held_tokens[rows, 0] != NO_TOKEN)
+def has_rules(slots: Slots, rows: Int[Array, " rows"]) -> Bool[Array, ""]:
+    """Whether any of the rows has rules about tokens."""
+    first = (slots.bias_tokens[rows, 0] != NO_TOKEN) | (slots.held_tokens[rows, 0] != NO_TOKEN)
+    return jnp.any(first) | _wants_limits(slots, rows)
 
 
 def record(slots: Slots, rows: Int[Array, " rows"], tokens: Int[Array, " rows"]) -> Slots:
     """Note the token that each slot drew (rows that drew none name the spare slot). Donates `slots`."""
+    recent = jnp.concatenate([slots.recent[rows, 1:], tokens[:, None]], axis=1)
     return replace(
-        slots, last_token=slots.last_token.at[rows].set(tokens), counts=slots.counts.at[rows, tokens].add(1)
+        slots, last_token=slots.last_token.at[rows].set(tokens), counts=slots.counts.at[rows, tokens].add(1),
+        recent=slots.recent.at[rows].set(recent),
     )  # fmt: skip
 
 
-def _cut(words: np.ndarray | Array) -> tuple[Any, ...]:
-    """The parts of an admission buffer behind its integers: numbers, bias tokens, bias values, held tokens, tokens."""
-    parts, at = [], len(INTEGERS)
-    for size in (len(NUMBERS), MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, HELD):
-        parts.append(words[at : at + size])
+def _wants_limits(slots: Slots, rows: Int[Array, " rows"]) -> Bool[Array, ""]:
+    return jnp.any((slots.banned[rows, 0, -1] != NO_TOKEN) | (slots.allowed[rows, 0] != NO_TOKEN))
+
+
+def _limited(logits: Float[Array, "rows vocab"], slots: Slots, rows: Int[Array, " rows"]) -> Float[Array, "rows vocab"]:
+    """Exclude what is not among a row's allowed tokens and what would complete one of its banned sequences."""
+    index = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    allowed = slots.allowed[rows]
+    listed = jnp.zeros(logits.shape, jnp.bool_).at[index, allowed].set(True, mode="drop")
+    logits = jnp.where(listed | (allowed[:, :1] == NO_TOKEN), logits, -jnp.inf)
+    begin, last = slots.banned[rows, :, :-1], slots.banned[rows, :, -1]
+    begun = jnp.all((begin == ANY_TOKEN) | (begin == slots.recent[rows][:, None]), axis=-1)
+    return logits.at[index, jnp.where(begun, last, NO_TOKEN)].set(-jnp.inf, mode="drop")
+
+
+def _cut(words: np.ndarray | Array) -> tuple[dict[str, Any], Any]:
+    """The parts of an admission buffer behind its integers by name, and the tokens at its end."""
+    parts, at = {}, len(INTEGERS)
+    for name, size in _PARTS.items():
+        parts[name] = words[at : at + size]
         at += size
-    return (*parts, words[at:])
+    return parts, words[at:]
 
 
 def _penalised(params: SamplingParams) -> bool:

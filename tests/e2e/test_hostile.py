@@ -10,7 +10,8 @@ from tests.fakes import LiveServer, until
 HOSTILE = [
     None, True, False, 0, -1, 1, 2**31, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, "", "a", "\x00", "\U0001f98a" + "é" * 9, "a" * 5000,
     [], [[]], [None], ["a", 1], [1, 2, 3], [-1], [2**40], [[1], ["a"]], {}, {"a": None}, {"1": 1e308}, {"-1": 0}, {"type": "text"},
-    [{"role": "user"}],
+    [{"role": "user"}], {"type": "json_object"}, {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}, {"json": {"type": 1}},
+    {"regex": "(" * 60}, {"choice": ["\ud800"]}, {"grammar": "start: start"}, {"$ref": "#"}, "(a?){1000}a{1000}",
 ]  # fmt: skip
 ROUTES = {
     "/v1/completions": (CompletionBody, {"prompt": "probe"}),

@@ -1,14 +1,18 @@
 """The real engine with the embedded model behind the real server, asked by the official client."""
 
 import json
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
+import jsonschema
 import openai
 import pytest
 
 from jaxinfer.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from jaxinfer.engine.engine import Engine
+from jaxinfer.selftest.schemas import random_schema
 from tests.fakes import LiveServer, until
 
 CONFIG = EngineConfig(
@@ -72,6 +76,40 @@ def test_stops_bias_and_penalties_reach_the_device(official, live):
     assert biased.choices[0].finish_reason == "stop"
     assert biased.choices[0].stop_reason == "the the the"
     assert biased.choices[0].text == " "
+
+
+def check_schema(official, seed):
+    """The model's answer under a random schema is whole and valid, whatever the model thinks of it."""
+    schema = random_schema(seed)
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    options = {"temperature": seed % 3 / 2, "seed": seed, "max_tokens": 210}
+    choice = official.chat.completions.create(model="demo", messages=SUM, response_format=form, **options).choices[0]
+    assert choice.finish_reason == "stop"
+    jsonschema.validate(json.loads(choice.message.content), schema)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_answers_keep_to_their_schema(official, seed):
+    check_schema(official, seed)
+
+
+@pytest.mark.ci
+def test_answers_keep_to_200_schemas(official):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: check_schema(official, seed), range(1000, 1200)))
+
+
+def test_other_ways_to_ask_for_a_shape(official):
+    def ask(**extra):
+        choice = official.completions.create(model="demo", prompt="Once", max_tokens=40, temperature=1, seed=1, extra_body=extra).choices[0]
+        return choice.finish_reason, choice.text
+
+    assert ask(structured_outputs={"choice": ["yes", "no"]}) in [("stop", "yes"), ("stop", "no")]
+    assert re.fullmatch("[0-9]{3}-[a-z]{2}", ask(guided_regex="[0-9]{3}-[a-z]{2}")[1])
+    assert re.fullmatch("(ab)+", ask(structured_outputs={"grammar": 'root ::= "ab" | "ab" root'})[1])
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(structured_outputs={"json": {"type": "nope"}})
+    assert caught.value.param == "structured_outputs"
 
 
 def test_clients_that_leave_free_their_pages(live, official):

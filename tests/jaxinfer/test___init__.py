@@ -7,10 +7,12 @@ import pytest
 
 import jaxinfer
 from jaxinfer.api import LLM, Completion, generate
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import SamplingParams
 
 
 def test_public_names_are_the_real_ones():
+    assert jaxinfer.Grammar is Grammar
     assert (jaxinfer.LLM, jaxinfer.Completion, jaxinfer.generate, jaxinfer.SamplingParams) == (LLM, Completion, generate, SamplingParams)
     assert set(dir(jaxinfer)) == set(jaxinfer.__all__)
     assert jaxinfer.__version__[0].isdigit()

@@ -10,6 +10,7 @@ import pytest
 from jaxinfer import api
 from jaxinfer.api import LLM, Completion, engine_config
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import FinishReason, QueueFull, RequestError, SamplingParams
 from jaxinfer.tokenizer import TokenizerError
 from tests.fakes import FakeEngine, FakeInfo
@@ -73,6 +74,14 @@ def test_a_refused_prompt_aborts_the_others(llm, engine):
         llm.generate(["fine", "REFUSE", "fine too"])
     assert engine.aborted and not engine.running
     assert llm.generate("again").text == "again"
+
+
+def test_a_grammar_is_made_ready_before_anything_runs(llm, engine):
+    llm.generate("a", grammar=Grammar.regex("a"))
+    assert engine.seen[-1].params.grammar == Grammar.regex("a")
+    with pytest.raises(RequestError, match="Invalid type"):
+        llm.generate(["a", "b"], grammar=Grammar.json_schema({"type": "nope"}))
+    assert len(engine.seen) == 1
 
 
 def test_more_prompts_than_the_engine_takes_at_once(monkeypatch):

@@ -4,7 +4,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKENS,
@@ -23,15 +26,20 @@ NOT_INTEGERS = ("1", 1.0, True, [1], 10**5000, -(10**5000))
 REFUSED = [
     *[(name, value) for name in ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty") for value in NOT_NUMBERS],
     *[(name, value) for name in ("top_k", "seed", "logprobs", "max_tokens", "min_tokens", "n") for value in NOT_INTEGERS],
+    *[("prompt_logprobs", value) for value in NOT_INTEGERS],
     ("temperature", -0.1), ("temperature", 100.1), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2), ("top_k", 2**31), ("min_p", -0.1),
     ("min_p", 1.1), ("seed", 2**63), ("seed", -(2**63) - 1), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
     ("repetition_penalty", 0.0), ("logprobs", -1), ("logprobs", 21), ("max_tokens", 0), ("min_tokens", -1), ("n", 0),
     ("n", MAX_CHOICES + 1),
     ("logit_bias", {-1: 0.0}), ("logit_bias", {"1": 0.0}), ("logit_bias", {1: 101.0}), ("logit_bias", {1: "x"}), ("logit_bias", [1]),
     ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)), ("logit_bias", None),
-    ("stop", ""), ("stop", ["x", ""]), ("stop", ["x"] * 5), ("stop", "x" * 257), ("stop", ["a", 5]), ("stop", 5), ("stop", {"a": 1}),
+    ("stop", ""), ("stop", ["x", ""]), ("stop", ["x"] * 17), ("stop", "x" * 257), ("stop", ["a", 5]), ("stop", 5), ("stop", {"a": 1}),
     ("stop_token_ids", [-1]), ("stop_token_ids", ["1"]), ("stop_token_ids", list(range(MAX_STOP_TOKENS + 1))), ("stop_token_ids", 5),
     ("stop_token_ids", "ab"), ("ignore_eos", "no"), ("include_stop_str_in_output", 1), ("skip_special_tokens", 0), ("tempratur", 1.0),
+    ("bad_words", "word"), ("bad_words", [""]), ("bad_words", [" "]), ("bad_words", [3]), ("bad_words", ["a" * 65]), ("bad_words", None),
+    ("bad_words", [str(i) for i in range(MAX_BAD_WORDS + 1)]), ("allowed_token_ids", []), ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", [True]), ("allowed_token_ids", "12"), ("allowed_token_ids", list(range(MAX_ALLOWED_TOKENS + 1))),
+    ("prompt_logprobs", -1), ("prompt_logprobs", 21),
 ]  # fmt: skip
 
 
@@ -63,6 +71,11 @@ def test_the_edges_of_what_is_allowed(values):
     params = SamplingParams.of(**values)
     for name in set(values) & set(SamplingParams.__dataclass_fields__) - {"stop"}:
         assert getattr(params, name) == values[name]
+
+
+def test_lists_lose_what_is_there_twice():
+    params = SamplingParams(bad_words=["a", "b", "a"], allowed_token_ids=[3, 1, 3])
+    assert (params.bad_words, params.allowed_token_ids) == (("a", "b"), (3, 1))
 
 
 def test_min_tokens_may_not_exceed_max_tokens():
@@ -126,3 +139,14 @@ def test_outputs_are_plain_values():
     assert FinishReason.STOP == "stop"
     assert Output("r").finish_reason is None
     assert f"{FinishReason.LENGTH}" == "length"
+
+
+def test_a_grammar_decides_where_the_output_ends():
+    grammar = Grammar.regex("a")
+    assert SamplingParams.of(grammar=grammar).grammar is grammar
+    for values, param in (({"min_tokens": 1}, "min_tokens"), ({"ignore_eos": True}, "ignore_eos")):
+        with pytest.raises(RequestError, match="grammar") as caught:
+            SamplingParams.of(grammar=grammar, **values)
+        assert caught.value.param == param
+    with pytest.raises(RequestError, match="Grammar.json_schema"):
+        SamplingParams.of(grammar={"type": "object"})

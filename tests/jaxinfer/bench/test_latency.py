@@ -28,7 +28,10 @@ class Engine(FakeEngine):
         graph = Graph.of(llama, llama.TINY, "float32")
         pool = PoolShape(pages=33, page_size=32)
         specs = graph.kv_specs(33, 32)
-        self.program = SimpleNamespace(config=SimpleNamespace(graph=graph, pool=pool, kv_specs=specs, max_sequences=4))
+        sizes = SimpleNamespace(graph=graph, pool=pool, kv_specs=specs, max_sequences=4)
+        result = SimpleNamespace(token=SimpleNamespace(block_until_ready=lambda: None))
+        self.program = SimpleNamespace(config=sizes, forward=lambda packed: packed, sample=lambda computed: result)
+        self.last_packed = "a batch"
         self.made.append(config)
 
     @property
@@ -54,6 +57,7 @@ def test_rows(capsys):
     assert err.count("is left out: the engine holds 4 x 256 tokens, 1024 in all") == 2
     decode = rows[1]
     assert decode["context"] == 20 + 1 + 4 + 6 - 1 and len(decode["runs"]) == 2 and decode["milliseconds"] > 0
+    assert decode["device_milliseconds"] > 0 and 0 <= decode["host_gap_share"] < 1
     assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
 
 

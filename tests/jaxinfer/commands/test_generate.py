@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer import __main__ as program
 from jaxinfer.api import LLM
+from jaxinfer.grammar import Grammar
 from tests.fakes import FakeEngine
 
 
@@ -63,6 +64,18 @@ def test_stdin_is_one_prompt_or_json_lines(engine, capsys, monkeypatch):
     assert run(capsys)[1] == "a b\nc\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO('"x"\n'))
     assert run(capsys, "--input", "-")[1] == "x\n"
+
+
+def test_grammars(engine, capsys, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "null"}')
+    assert run(capsys, "--prompt", "a", "--json-schema", str(schema))[0] == 0
+    assert engine.seen[-1].params.grammar == Grammar.json_schema({"type": "null"})
+    assert run(capsys, "--prompt", "a", "--regex", "[a-z]")[0] == 0
+    assert engine.seen[-1].params.grammar == Grammar.regex("[a-z]")
+    for flags, words in ((["--regex", "(a"], "unclosed"), (["--json-schema", "nowhere.json"], "No such file")):
+        code, _, err = run(capsys, "--prompt", "a", *flags)
+        assert code == 2 and words in err
 
 
 def test_chat_wraps_prompts_in_the_template(engine, capsys):

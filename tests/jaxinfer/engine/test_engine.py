@@ -1,5 +1,6 @@
 """The engine on a tiny random model: the same tokens whatever else happens, stop rules, penalties against NumPy, errors that stay alone."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.grammar import Matcher
 from jaxinfer.engine.scheduler import Limits
+from jaxinfer.grammar import Grammar
 from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
 from tests.driving import Driver
 from tests.jaxinfer.conftest import scheduler, settings
@@ -59,16 +62,20 @@ def oracle(plain):
 
 VARIETY = [
     Request("greedy", tuple(range(40, 45)), GREEDY),
-    Request("long", tuple(range(100, 137)), SamplingParams(seed=1, max_tokens=20)),
-    Request("seeded", (7,), SamplingParams(seed=-5, temperature=0.8, max_tokens=24)),
+    Request("long", tuple(range(100, 137)), SamplingParams(seed=1, prompt_logprobs=2, max_tokens=20)),
+    Request("seeded", (7,), SamplingParams(seed=-5, temperature=0.8, allowed_token_ids=range(60, 80), max_tokens=24)),
     Request("filtered", (9, 8, 7, 6), SamplingParams(seed=6, top_p=0.9, top_k=20, min_p=0.01, max_tokens=16)),
     Request(
         "penalised", (5, 5, 5), SamplingParams(seed=2, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.2, max_tokens=20)
     ),
     Request("penalised greedy", (60, 61), replace(GREEDY, repetition_penalty=1.5, frequency_penalty=0.2, max_tokens=20)),
-    Request("biased", (3, 4), SamplingParams(seed=3, logit_bias={70: 5.0, 71: 4.5}, min_tokens=4, max_tokens=12)),
+    Request("biased", (3, 4), SamplingParams(seed=3, logit_bias={70: 5.0, 71: 4.5}, bad_words=["gh", "hg"], min_tokens=4, max_tokens=12)),
     Request("scored", tuple(range(11)), SamplingParams(seed=4, logprobs=3, max_tokens=10)),
     Request("repeated", (77,) * 17, replace(GREEDY, max_tokens=30)),
+    Request(
+        "in a grammar", (11, 12), SamplingParams(seed=8, temperature=1.5, grammar=Grammar.regex("([a-f]{2}-){3,5}[x-z]"), max_tokens=24)
+    ),
+    Request("cut in a grammar", tuple(range(20)), replace(GREEDY, grammar=Grammar.regex("[0-9]{20}"))),
 ]
 KEYS = [request.key for request in VARIETY]
 
@@ -84,6 +91,10 @@ def assert_same(found, reference, keys=KEYS):
         assert tokens(found[key]) == tokens(reference[key]), key
         assert text(found[key]) == text(reference[key]), key
         assert found[key][-1].finish_reason == reference[key][-1].finish_reason, key
+        assert len(found[key][0].prompt_logprobs) == len(reference[key][0].prompt_logprobs)
+        for left, right in zip(found[key][0].prompt_logprobs[1:], reference[key][0].prompt_logprobs[1:], strict=True):
+            assert left.token == right.token
+            np.testing.assert_allclose(left.logprob, right.logprob, atol=1e-4)
         for mine, other in zip(found[key], reference[key], strict=True):
             for left, right in zip(mine.logprobs, other.logprobs, strict=True):
                 assert left.token == right.token
@@ -325,6 +336,68 @@ def test_ids_past_the_tokenizer_have_no_text(plain):
     assert text(outputs) == ""
 
 
+# Rules about tokens, scores of prompts
+
+
+def test_bad_words_stay_out(plain):
+    free = text(letters(plain))
+    for words in ([free[0]], [free[:2]], [free[1:4], free[:1]]):
+        assert not any(word in text(letters(plain, bad_words=words)) for word in words)
+    assert text(letters(plain, bad_words=["cccccccc"])) == free
+    with pytest.raises(RequestError) as caught:
+        one(plain, bad_words=["123456789"])
+    assert caught.value.param == "bad_words"
+
+
+def test_allowed_tokens_are_the_only_ones(plain):
+    assert set(tokens(one(plain, temperature=2.0, allowed_token_ids=[70, 90], max_tokens=12))) == {70, 90}
+    with pytest.raises(RequestError) as caught:
+        one(plain, allowed_token_ids=[272])
+    assert caught.value.param == "allowed_token_ids"
+
+
+def test_rules_that_can_leave_nothing_are_refused(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    for changes in ({"bad_words": ["a"], "allowed_token_ids": plain.tokenizer.encode("a")}, {"min_tokens": 1, "allowed_token_ids": [eos]}):
+        with pytest.raises(RequestError) as caught:
+            one(plain, **changes)
+        assert caught.value.param == "allowed_token_ids"
+
+
+def test_rules_that_leave_nothing_end_the_request_alone(plain):
+    outputs = one(plain, allowed_token_ids=plain.tokenizer.encode("ab"), bad_words=["aa", "ab", "ba", "bb"])
+    assert len(tokens(outputs)) == 1
+    assert outputs[-1].finish_reason == FinishReason.ERROR
+    assert "no token" in outputs[-1].error
+    assert not plain.has_work
+
+
+def test_a_prompts_scores_are_what_the_sampler_says(plain):
+    """Greedy tokens with their logprobs, then the same tokens as a prompt: the same numbers."""
+    drawn = one(plain, logprobs=3, max_tokens=20)
+    made = [entry for output in drawn for entry in output.logprobs]
+    prompt = (1, 2, 3, *(entry.token for entry in made))
+    (outputs,) = run(plain, Request("again", prompt, replace(GREEDY, prompt_logprobs=3, max_tokens=2))).values()
+    first, *rest = outputs[0].prompt_logprobs
+    assert first is None
+    assert len(rest) == len(prompt) - 1
+    assert [entry.token for entry in rest] == list(prompt[1:])
+    for mine, other in zip(rest[-len(made) :], made, strict=True):
+        assert (mine.token, mine.rank, mine.top[0][0]) == (other.token, 1, other.token)
+        assert mine.logprob == mine.top[0][1]
+        np.testing.assert_allclose(mine.logprob, other.logprob, atol=1e-4)
+    assert outputs[1].prompt_logprobs == ()
+
+
+def test_every_choice_scores_the_prompt_itself(plain):
+    """Neither a sibling's pages nor the cache's may stand in for it."""
+    asked = Request("two", tuple(range(20)), replace(GREEDY, n=2, prompt_logprobs=0))
+    for _ in range(2):
+        first, second = (outputs[0].prompt_logprobs for outputs in run(plain, *choices(asked)).values())
+        assert len(first) == len(second) == 20
+        np.testing.assert_allclose([e.logprob for e in first[1:]], [e.logprob for e in second[1:]], atol=1e-4)
+
+
 # Errors
 
 
@@ -423,6 +496,60 @@ def test_text_that_cannot_be_made_ends_its_own_request(plain, reference, monkeyp
     assert found[bad.key][-1].finish_reason == FinishReason.ERROR
     assert_same(found, reference)
     assert "bad failed" in caplog.text
+
+
+# Grammars
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar.choice(["yes", "no"]), Grammar.json_schema({"enum": [[1], {"a": "ü"}]}), Grammar.regex("a{4}")]
+)
+def test_an_output_keeps_to_its_grammar_and_ends_with_it(plain, grammar):
+    for seed in range(4):
+        outputs = one(plain, params=SamplingParams(seed=seed, temperature=2.0, grammar=grammar, logprobs=0))
+        assert text(outputs) in ("yes", "no", "[1]", '{"a":"ü"}', '{"a": "ü"}', '{"a" : "ü"}', "aaaa") or "\n" in text(outputs)
+        assert outputs[-1].finish_reason == FinishReason.STOP
+        assert all(item.logprob < 0 for output in outputs for item in output.logprobs), "of the model, not of what the grammar leaves"
+
+
+def test_the_variety_keeps_to_its_grammars(reference):
+    assert re.fullmatch("([a-f]{2}-){3,5}[x-z]", text(reference["in a grammar", 0]))
+    assert re.fullmatch("[0-9]{8}", text(reference["cut in a grammar", 0]))
+    assert [reference[name, 0][-1].finish_reason for name in ("in a grammar", "cut in a grammar")] == ["stop", "length"]
+
+
+def test_choices_share_a_grammar(plain):
+    params = SamplingParams(n=3, seed=1, temperature=2.0, grammar=Grammar.regex("[a-z]{6}"))
+    found = run(plain, *choices(Request("many", (1, 2, 3), params)))
+    assert len({text(outputs) for outputs in found.values()}) == 3
+    assert all(re.fullmatch("[a-z]{6}", text(outputs)) for outputs in found.values())
+
+
+def test_an_end_of_sequence_token_may_come_where_the_text_may_end(plain):
+    (eos,) = plain.tokenizer.eos_ids
+    outputs = one(plain, grammar=Grammar.regex("[a-z]{2,9}"), logit_bias={eos: 100})
+    assert (len(text(outputs)), tokens(outputs)[-1], outputs[-1].finish_reason) == (2, eos, FinishReason.STOP)
+
+
+def test_a_grammar_that_fails_ends_its_own_request(plain, reference, monkeypatch):
+    original, seen = Matcher.accept, []
+
+    def accept(self, token):
+        seen.append(self)
+        original(self, token if self is not seen[0] or seen.count(self) < 3 else 200)
+
+    bad = Request("bad", (1, 2), replace(GREEDY, grammar=Grammar.regex("[a-z]{20}"), max_tokens=20))
+    monkeypatch.setattr(Matcher, "accept", accept)
+    found = run(plain, bad, *VARIETY)
+    assert (found[bad.key][-1].finish_reason, len(tokens(found[bad.key]))) == (FinishReason.ERROR, 2)
+    assert "grammar" in found[bad.key][-1].error
+    assert_same(found, reference)
+
+
+def test_a_grammar_that_cannot_be_used_is_refused(plain):
+    with pytest.raises(RequestError, match="unclosed group"):
+        plain.add(Request("bad", (1,), replace(GREEDY, grammar=Grammar.regex("(a"))))
+    assert not plain.has_work
 
 
 # Around it

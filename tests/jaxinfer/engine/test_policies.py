@@ -1,8 +1,6 @@
-"""Every policy gives back exactly the line it was given, in its own order, ties by arrival."""
+"""Every policy is a key: the order of the line follows from it."""
 
-import random
-from collections import namedtuple
-from itertools import count, islice
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,45 +8,40 @@ from jaxinfer.config import ConfigError
 from jaxinfer.engine import policies
 from jaxinfer.request import Request
 
-Waiter = namedtuple("Waiter", "request tokens")
 
-
-def line(size, seed=0):
-    draw = random.Random(seed)
-    return [Waiter(Request(str(i), (1,), priority=draw.randint(-2, 2)), [1] * draw.randint(1, 4)) for i in range(size)]
-
-
-def names(waiters):
-    return [waiter.request.id for waiter in waiters]
-
-
-@pytest.mark.parametrize("name", policies.names())
-def test_a_policy_is_a_permutation(name):
-    waiters = line(50)
-    ordered = list(policies.find(name)(iter(waiters)))
-    assert sorted(names(ordered)) == sorted(names(waiters))
-    assert list(policies.find(name)(iter([]))) == []
+def waiter(priority=0, tokens=1, preemptions=0, cached=0):
+    return SimpleNamespace(request=Request("r", (1,), priority=priority), tokens=[1] * tokens, preemptions=preemptions, cached=cached)
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
-    [("fcfs", lambda waiter: 0), ("priority", lambda waiter: waiter.request.priority), ("shortest", lambda waiter: len(waiter.tokens))],
-)
-def test_orders(name, key):
-    waiters = line(50)
-    assert names(policies.find(name)(waiters)) == names(sorted(waiters, key=key))
+    ("name", "first", "second"),
+    [
+        ("priority", {"priority": -1}, {"priority": 0}), ("shortest", {"tokens": 2}, {"tokens": 3}),
+        ("longest_prefix", {"cached": 8}, {"cached": 4}), ("shortest", {"tokens": 9, "preemptions": 1}, {"tokens": 1}),
+        ("longest_prefix", {"preemptions": 1}, {"cached": 99}),
+    ],
+)  # fmt: skip
+def test_orders(name, first, second):
+    key = policies.find(name)
+    assert isinstance(waiter(), policies.Waiting)
+    assert key(waiter(**first)) < key(waiter(**second))
 
 
-def test_first_come_first_served_reads_no_further_than_asked():
-    endless = (Waiter(Request(str(i), (1,)), [1]) for i in count())
-    assert names(islice(policies.find("fcfs")(endless), 3)) == ["0", "1", "2"]
+def test_first_come_first_served_knows_no_difference():
+    assert policies.fcfs(waiter(3, 9, 1, 8)) == policies.fcfs(waiter())
+
+
+@pytest.mark.parametrize("name", ["fcfs", "shortest", "longest_prefix"])
+def test_priority_matters_to_its_policy_alone(name):
+    key = policies.find(name)
+    assert key(waiter(priority=5)) == key(waiter(priority=-5))
 
 
 def test_policies_are_found_by_name():
-    assert policies.names() == ["fcfs", "priority", "shortest"]
+    assert policies.names() == ["fcfs", "longest_prefix", "priority", "shortest"]
 
 
-@pytest.mark.parametrize("name", ["random", "names", "find", "_is_policy", "Waiting", "Policy", "sys", ""])
+@pytest.mark.parametrize("name", ["random", "names", "find", "_is_policy", "Waiting", "Policy", "HEAD", "sys", ""])
 def test_other_names_are_refused_with_the_list(name):
-    with pytest.raises(ConfigError, match="choose one of fcfs, priority, shortest"):
+    with pytest.raises(ConfigError, match="choose one of fcfs, longest_prefix, priority, shortest"):
         policies.find(name)

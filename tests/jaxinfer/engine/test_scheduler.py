@@ -1,270 +1,306 @@
-"""The real scheduler and page pools under random traffic, with a device that remembers what every page and slot holds.
+"""The scheduler's decisions one by one; `tests/jaxinfer/selftest` drives it with random traffic."""
 
-`Walk` plays engine, device and users: it adds, aborts and finishes requests at random in pools so small that sequences are preempted
-all the time. After every step pages, slots, budgets and order are checked, and each row's pages must hold exactly its own tokens.
-"""
-
-import random
+import sys
+from array import array
 
 import pytest
 
-from jaxinfer.batch import LAST_SAMPLED, Row
+from jaxinfer.batch import LAST_SAMPLED, PageCopy
 from jaxinfer.cache.pages import PagePool
-from jaxinfer.engine.scheduler import Limits, Scheduler, Sequence
+from jaxinfer.cache.prefix import PrefixIndex
+from jaxinfer.engine import policies
+from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.request import Request
-from jaxinfer.step.buckets import buckets, choose, occupancy
 
-PAGE, LONGEST, LIMITS = 4, 40, Limits(sequences=4, prefill_tokens=16, prefill_rows=2)
-
-
-def sampled(key, position):
-    """The token that the model would draw there, whatever the schedule was."""
-    return 1000 + hash((key, position)) % 1000
+PAGE = 4
 
 
-class Device:
-    """What stays on the device: in each replica's pages who wrote which token at which position, in each slot its owner and last token."""
-
-    def __init__(self, replicas, pages):
-        self.pages = [[[None] * PAGE for _ in range(pages)] for _ in range(replicas)]
-        self.slots = {}
-
-    def admit(self, admission):
-        tokens = (*admission.request.prompt, *admission.generated)
-        self.slots[admission.slot] = [admission.request.key, tokens[-1]]
-
-    def run(self, row: Row, history):
-        """Compute a row; what its pages hold must be its own tokens. Returns the drawn token, None for a row that draws none."""
-        owner, last = self.slots[row.slot]
-        assert owner == row.request.key, "a row names another sequence's slot"
-        for position, token in enumerate(row.tokens, row.start):
-            token = last if token == LAST_SAMPLED else token
-            assert token == history[position], "a row computes a token that is not its own"
-            self.pages[row.replica][row.pages[position // PAGE]][position % PAGE] = (owner, position, token)
-        held = [slot for page in row.pages for slot in self.pages[row.replica][page]][: row.kv_length]
-        assert held == [(owner, position, history[position]) for position in range(row.kv_length)], "pages hold something else"
-        if not row.samples:
-            return None
-        assert row.kv_length == len(history)
-        self.slots[row.slot][1] = sampled(owner, row.kv_length)
-        return self.slots[row.slot][1]
+def scheduler(pages=14, policy="fcfs", prefix=True, **changes):
+    limits = Limits(**{"sequences": 4, "prefill_tokens": 16, "prefill_rows": 2, **changes})
+    return Scheduler(limits, [PagePool(pages, PAGE, PrefixIndex(PAGE) if prefix else None) for _ in range(limits.replicas)], policy)
 
 
-class Walk:
-    """A scheduler with its users; `step` is one step of an engine, `drain` ends it all."""
-
-    def __init__(self, seed=0, *, replicas=1, pages=14, policy="fcfs", patience=0.0):
-        self.draw = random.Random(f"{seed} {replicas} {policy}")
-        self.limits = Limits(LIMITS.sequences, LIMITS.prefill_tokens, LIMITS.prefill_rows, replicas)
-        self.scheduler = Scheduler(self.limits, [PagePool(pages, PAGE) for _ in range(replicas)], policy)
-        self.device = Device(replicas, pages)
-        self.buckets = buckets(self.limits.sequences, self.limits.prefill_tokens)
-        self.patience = patience
-        self.live: dict[tuple[str, int], tuple[Sequence, int]] = {}
-        self.next: dict[tuple[str, int], int] = {}
-        self.first_admissions: list[int] = []
-        self.added = self.done = self.aborted = 0
-
-    def add(self):
-        length = self.draw.randint(1, LONGEST - 1) if self.draw.random() < 0.3 else self.draw.randint(1, 12)
-        prompt = tuple(self.draw.randrange(1000) for _ in range(length))
-        request = Request(str(self.added), prompt, priority=self.draw.randint(0, 2))
-        self.live[request.key] = self.scheduler.add(request), self.draw.randint(1, LONGEST - length)
-        self.added += 1
-
-    def abort(self):
-        key = self.draw.choice(list(self.live))
-        for sequence in self.scheduler.find(key[0]):
-            self.scheduler.finish(sequence)
-        del self.live[key]
-        self.aborted += 1
-
-    def traffic(self):
-        if self.draw.random() < 0.25 and len(self.live) < 30:
-            for _ in range(self.draw.choice((1, 1, 1, 6))):
-                self.add()
-        if self.live and self.draw.random() < 0.02:
-            self.abort()
-
-    def step(self):
-        batch = self.scheduler.schedule()
-        self.scheduler.check()
-        assert (batch is None) == (not self.live), "an engine with work must not be idle"
-        if batch is None:
-            return
-        self.check(batch)
-        for admission in batch.admissions:
-            if not admission.generated and admission.request.key not in self.next:
-                self.first_admissions.append(int(admission.request.id))
-            self.next[admission.request.key] = 0
-            self.device.admit(admission)
-        for row in batch.rows:
-            self.advance(row)
-        self.scheduler.check()
-
-    def check(self, batch):
-        replicas = range(self.limits.replicas)
-        heads = [next((key for key, s in self.scheduler._running.items() if s.replica == r), None) for r in replicas]
-        keys = [row.request.key for row in batch.rows]
-        assert len(set(keys)) == len(keys), "two rows of one sequence"
-        assert all(head is None or head in keys for head in heads), "the oldest sequence of a replica does not move"
-        assert all(len(row.tokens) == 1 for row in batch.decodes)
-        assert all(row.slot // self.limits.sequences == row.replica for row in batch.rows), "a slot of another replica"
-        for r in replicas:
-            prefills = [row for row in batch.prefills if row.replica == r]
-            assert len(prefills) <= self.limits.prefill_rows
-            assert sum(len(row.tokens) for row in prefills) <= self.limits.prefill_tokens
-        choose(self.buckets, occupancy(batch, self.limits.replicas))
-        running = [key for key, sequence in self.scheduler._running.items() if sequence.missing <= 1]
-        assert set(self.live) == {s.request.key for key in self.live for s in self.scheduler.find(key[0])}
-        assert set(running) >= {row.request.key for row in batch.decodes}
-
-    def advance(self, row):
-        key = row.request.key
-        sequence, limit = self.live[key]
-        assert row.start == self.next[key], "positions must follow each other, each once in a tenure"
-        self.next[key] += len(row.tokens)
-        token = self.device.run(row, sequence.tokens)
-        if token is None:
-            return
-        assert self.scheduler.sequence(row) is sequence
-        self.scheduler.append(sequence, token)
-        if len(sequence.output) >= limit or self.draw.random() < 0.02:
-            expected = [sampled(key, len(row.request.prompt) + i) for i in range(len(sequence.output))]
-            assert sequence.output == expected
-            self.scheduler.finish(sequence)
-            del self.live[key], self.next[key]
-            self.done += 1
-
-    def run(self, steps):
-        for _ in range(steps):
-            self.traffic()
-            self.step()
-        return self
-
-    def drain(self):
-        """No more traffic: everything ends, in no more steps than there are tokens (each recomputed at most once per preemption)."""
-        for _ in range(60 * len(self.live) + 1):
-            self.step()
-        assert not self.live
-        assert self.scheduler.running == self.scheduler.waiting == 0
-        assert self.scheduler.usage == 0.0
-        assert all(pool.owned == 0 for pool in self.scheduler.pools)
-        assert self.done + self.aborted == self.added
-        self.scheduler.check()
-        return self
+def prompt(name, length, index=0, first=None, **changes):
+    """A prompt of its own, or one that begins with `first`."""
+    head = ord(name[0]) * 100 if first is None else first
+    return Request(name, tuple(range(head, head + length)), index=index, **changes)
 
 
-@pytest.mark.parametrize(("replicas", "policy"), [(1, "fcfs"), (1, "priority"), (1, "shortest"), (2, "fcfs"), (3, "shortest")])
-def test_random_traffic(replicas, policy):
-    walk = Walk(replicas=replicas, policy=policy).run(4000).drain()
-    assert walk.scheduler.preemptions > 200
-    assert walk.aborted > 30
-    assert walk.done > 300
+def done(line, batch, token=7):
+    """Commit a batch; every row that samples draws the same token."""
+    sequences = line.commit(batch)
+    for row, sequence in zip(batch.rows, sequences, strict=True):
+        if row.samples and sequence is not None:
+            line.append(sequence, token)
+    line.check()
+    return sequences
 
 
-def test_first_come_first_served_admits_in_order_of_arrival():
-    walk = Walk(seed=1).run(1500).drain()
-    assert walk.first_admissions == sorted(walk.first_admissions)
+def step(line):
+    batch = line.schedule()
+    done(line, batch)
+    return batch
+
+
+def ids(rows):
+    return [row.request.id for row in rows]
 
 
 def test_an_idle_scheduler_has_nothing_to_do():
-    walk = Walk()
-    assert walk.scheduler.schedule() is None
-    walk.add()
-    walk.abort()
-    assert walk.scheduler.schedule() is None
-
-
-def scheduler(pages=14, **changes):
-    limits = Limits(**{"sequences": 4, "prefill_tokens": 16, "prefill_rows": 2, **changes})
-    return Scheduler(limits, [PagePool(pages, PAGE) for _ in range(limits.replicas)])
-
-
-def prompt(name, length, index=0):
-    return Request(name, tuple(range(length)), index=index)
+    line = scheduler()
+    assert line.schedule() is None
+    line.finish(line.add(prompt("a", 3)))
+    assert line.schedule() is None
+    assert (line.running, line.waiting, line.usage, line.uncommitted) == (0, 0, 0.0, 0)
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_decodes():
     line = scheduler()
-    short = line.add(prompt("short", 3))
-    first = line.schedule()
-    assert [row.samples for row in first.prefills] == [True]
-    line.append(short, 7)
+    line.add(prompt("short", 3))
+    assert [row.samples for row in step(line).prefills] == [True]
     line.add(prompt("long", 35))
     chunks = []
     for _ in range(3):
-        batch = line.schedule()
-        assert [row.request.id for row in batch.decodes] == ["short"]
-        line.append(short, 7)
+        batch = step(line)
+        assert [(row.request.id, row.tokens) for row in batch.decodes] == [("short", (LAST_SAMPLED,))]
         chunks += [(row.start, len(row.tokens), row.samples) for row in batch.prefills]
     assert chunks == [(0, 16, False), (16, 16, False), (32, 3, True)]
 
 
-def test_the_last_token_of_a_prompt_alone_is_a_decode():
+def test_the_last_token_of_a_prompt_alone_has_a_decode_row():
     line = scheduler(prefill_tokens=4)
-    line.add(prompt("a", 5))
-    assert [row.tokens for row in line.schedule().prefills] == [(0, 1, 2, 3)]
-    batch = line.schedule()
-    assert [(row.start, row.tokens, row.samples) for row in batch.decodes] == [(4, (LAST_SAMPLED,), True)]
+    line.add(Request("a", (10, 11, 12, 13, 14)))
+    assert [row.tokens for row in step(line).prefills] == [(10, 11, 12, 13)]
+    batch = step(line)
+    assert [(row.start, row.tokens, row.samples) for row in batch.decodes] == [(4, (14,), True)]
     assert batch.prefills == ()
 
 
-def test_the_sequence_admitted_last_is_preempted_and_comes_back_first():
-    line = scheduler(pages=5)
-    old, new = line.add(prompt("old", 8)), line.add(prompt("new", 7))
-    assert len(line.schedule().prefills) == 2
-    line.append(old, 100)
-    line.append(new, 200)
-    late = line.add(prompt("late", 1))
-    batch = line.schedule()
-    assert [row.request.id for row in batch.rows] == ["old"]
-    assert (new.slot, new.pages, new.computed, new.tokens[-1]) == (-1, [], 0, 200)
-    assert line.preemptions == 1
-    assert line.waiting == 2
-    line.finish(old)
-    batch = line.schedule()
-    assert [(a.request.id, a.generated) for a in batch.admissions] == [("new", (200,)), ("late", ())]
-    assert [row.tokens for row in batch.prefills] == [(0, 1, 2, 3, 4, 5, 6, 200), (0,)]
-    line.finish(new)
-    line.finish(late)
-    assert line.usage == 0.0
+def test_a_step_is_scheduled_before_the_one_before_is_known():
+    line = scheduler()
+    sequence = line.add(prompt("a", 3), limit=3)
+    first = line.schedule()
+    second = line.schedule()
+    assert [(row.start, row.tokens) for row in second.decodes] == [(3, (LAST_SAMPLED,))]
+    assert (sequence.pending, sequence.in_flight, sequence.computed, sequence.length) == (2, 2, 4, 5)
+    done(line, first)
+    third = line.schedule()
+    assert [row.start for row in third.decodes] == [4]
+    assert line.schedule() is None, "its last token is on its way"
+    done(line, second)
+    assert line.schedule() is None
+    done(line, third)
+    assert sequence.output == [7, 7, 7]
 
 
-def test_the_preempted_come_back_in_their_order():
-    line = scheduler(pages=8, prefill_tokens=64, prefill_rows=4)
-    sequences = [line.add(prompt(name, length)) for name, length in (("a", 8), ("b", 8), ("c", 8), ("d", 4))]
-    line.schedule()
-    for sequence in sequences:
-        line.append(sequence, 7)
-    assert [row.request.id for row in line.schedule().rows] == ["a", "b"]
-    assert line.preemptions == 2
+def test_batches_are_committed_in_order_and_once():
+    line = scheduler()
+    line.add(prompt("a", 3))
+    first, second = line.schedule(), line.schedule()
+    with pytest.raises(ValueError, match="in the order"):
+        line.commit(second)
+    line.commit(first)
+    with pytest.raises(ValueError, match="once each"):
+        line.commit(first)
+
+
+def test_what_a_launched_step_uses_comes_free_with_its_last_commit():
+    line = scheduler(prefix=False)
+    sequence = line.add(prompt("a", 7))
+    first, second = line.schedule(), line.schedule()
+    line.finish(sequence)
+    line.finish(sequence)
+    assert sequence.ended and line.running == 0
+    assert line.pools[0].owned == 2
+    assert done(line, first) == [None]
+    assert line.pools[0].owned == 2
+    assert done(line, second) == [None]
+    assert line.pools[0].owned == 0
+    assert (sequence.slot, len(sequence.pages)) == (-1, 0)
+
+
+def test_the_one_that_arrived_last_is_preempted_and_comes_back_first():
+    line = scheduler(pages=7, prefix=False)
+    old, new = line.add(prompt("old", 8), 9), line.add(prompt("new", 6), 9)
+    step(line)
     line.add(prompt("late", 1))
-    for sequence in sequences[:2]:
-        line.finish(sequence)
-    assert [admission.request.id for admission in line.schedule().admissions] == ["c", "d", "late"]
+    while not new.preemptions:
+        batch = step(line)
+    assert ids(batch.rows) == ["old"]
+    assert (new.slot, list(new.pages), new.computed, new.output) == (-1, [], 0, [7] * 5)
+    assert (line.preemptions, line.waiting) == (1, 2)
+    line.finish(old)
+    batch = step(line)
+    assert [(a.request.id, a.generated) for a in batch.admissions] == [("new", (7,) * 5), ("late", ())]
+    assert len(batch.prefills[0].tokens) == 11
+
+
+def test_a_victim_in_flight_gives_its_pages_at_commit_and_its_token_is_kept():
+    line = scheduler(pages=7, prefix=False)
+    old, new = line.add(prompt("old", 8), 9), line.add(prompt("new", 8), 9)
+    before, batch = None, line.schedule()
+    while not new.preemptions:
+        if before is not None:
+            done(line, before)
+        before, batch = batch, line.schedule()
+    assert batch is None and old.running, "the pages it wants are still read"
+    assert (new.pending, new.in_flight, new.computed, line.pools[0].available) == (1, 1, 0, 0)
+    known = len(new.output)
+    line.add(prompt("late", 1))
+    assert line.schedule() is None, "nobody takes the place of the preempted before its token is known"
+    done(line, before)
+    assert (len(new.output), new.pending, line.pools[0].available) == (known + 1, 0, 3)
+    assert ids(line.schedule().rows) == ["old"]
+
+
+def test_the_least_urgent_is_the_victim_but_not_for_ever():
+    line = scheduler(pages=5, prefix=False)
+    line.add(prompt("urgent", 1, priority=-1), 12)
+    late = line.add(prompt("late", 1, priority=1), 12)
+    while late.running or not late.preemptions:
+        step(line)
+    late.preemptions = 4
+    assert late.standing[0] < -1
 
 
 def test_nobody_overtakes_the_one_that_does_not_fit():
     line = scheduler(pages=6)
-    running = line.add(prompt("a", 12))
-    line.schedule()
-    line.append(running, 7)
+    line.add(prompt("a", 12), 4)
+    step(line)
     line.add(prompt("big", 12))
     line.add(prompt("small", 1))
-    assert line.schedule().admissions == ()
+    assert step(line).admissions == ()
     assert line.waiting == 2
 
 
-def test_replicas_fill_evenly():
+@pytest.mark.parametrize(("limit", "admitted"), [(1, ["b"]), (5, ["b"]), (6, []), (100, [])])
+def test_admission_leaves_room_for_those_that_run(limit, admitted):
+    line = scheduler(pages=6)
+    line.add(prompt("a", 8), limit)
+    step(line)
+    line.add(prompt("b", 8), 1)
+    assert [admission.request.id for admission in step(line).admissions] == admitted
+
+
+def test_replicas_fill_evenly_and_a_known_beginning_goes_before():
     line = scheduler(replicas=2, prefill_rows=4)
-    line.add(prompt("large", 12))
-    line.schedule()
-    for name in "abcd":
-        line.add(prompt(name, 4))
-    batch = line.schedule()
-    assert [row.replica for row in batch.prefills] == [1, 1, 1, 0]
-    assert [row.slot for row in batch.prefills] == [4, 5, 6, 1]
+    line.add(prompt("large", 12, first=0), 1)
+    step(line)
+    for name in "abc":
+        line.add(prompt(name, 4), 1)
+    line.add(prompt("hit", 10, first=0), 1)
+    batch = step(line)
+    assert {row.request.id: row.replica for row in batch.rows} == {"a": 1, "b": 1, "c": 1, "hit": 0}
+    assert [len(row.tokens) for row in batch.rows if row.request.id == "hit"] == [2]
+
+
+def test_a_common_beginning_is_computed_once_even_within_one_step():
+    line = scheduler(prefill_rows=4)
+    for name in "abc":
+        line.add(prompt(name, 11, first=0))
+    batch = step(line)
+    assert [(row.start, len(row.tokens)) for row in batch.prefills] == [(0, 11), (8, 3), (8, 2)]
+    assert len({tuple(row.pages[:2]) for row in batch.prefills}) == 1
+    assert (line.looked_up, line.reused, line.pools[0].owned) == (33, 16, 5)
+
+
+def test_what_was_generated_is_known_as_well():
+    line = scheduler()
+    sequence = line.add(prompt("a", 3, first=0), 6)
+    for _ in range(6):
+        step(line)
+    line.finish(sequence)
+    assert (line.pools[0].cached, line.usage) == (2, 0.0)
+    again = line.add(Request("b", (0, 1, 2, 7, 7, 7, 7, 7, 9)), 1)
+    assert again.cached == 8
+    assert [(row.start, row.tokens) for row in step(line).decodes] == [(8, (9,))]
+
+
+def test_salts_do_not_share():
+    line = scheduler()
+    line.finish(line.add(prompt("a", 9, first=0, cache_salt="x")))
+    for name, salt, reused in (("b", "x", 0), ("c", "x", 8), ("d", "", 0), ("e", "y", 0)):
+        sequence = line.add(prompt(name, 9, first=0, cache_salt=salt), 1)
+        step(line)
+        assert sequence.reused == reused
+        line.finish(sequence)
+
+
+def test_poisoned_pages_are_never_found_and_may_be_wiped():
+    line = scheduler()
+    sound = line.add(prompt("a", 5, first=0), 1)
+    step(line)
+    line.finish(sound)
+    ill = line.add(prompt("b", 10, first=0), 1)
+    step(line)
+    wiped = line.poison(ill)
+    assert wiped == sorted(ill.pages[1:])
+    line.finish(ill)
+    line.check()
+    again = line.add(prompt("c", 10, first=0), 1)
+    step(line)
+    assert again.reused == 4
+
+
+def test_pages_that_another_sequence_has_are_not_wiped():
+    line = scheduler(prefill_rows=4)
+    ill, other = line.add(prompt("a", 10, first=0)), line.add(prompt("b", 10, first=0))
+    step(line)
+    assert line.poison(ill) == [ill.pages[2]]
+    assert list(ill.pages[:2]) == list(other.pages[:2])
+    line.finish(ill)
+    step(line)
+    assert line.add(prompt("c", 10, first=0)).cached == 0
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize(("length", "shared", "copied"), [(10, 2, 1), (8, 1, 1), (9, 2, 0), (3, 0, 1), (1, 0, 0)])
+def test_siblings_wait_for_the_first_and_compute_one_token(prefix, length, shared, copied):
+    line = scheduler(prefix=prefix, pages=24)
+    first, *others = [line.add(prompt("many", length, index=index), 8) for index in range(3)]
+    line.add(prompt("other", 3), 8)
+    assert line.waiting == 4
+    assert [row.request.key for row in step(line).rows] == [("many", 0), ("other", 0)]
+    batch = step(line)
+    assert [(row.start, row.tokens, row.samples) for row in batch.decodes[2:]] == [(length - 1, first.request.prompt[-1:], True)] * 2
+    assert all(list(other.pages[:shared]) == list(first.pages[:shared]) for other in others)
+    assert not set(others[0].pages[shared:]) & {*first.pages, *others[1].pages}
+    assert batch.copies == tuple(PageCopy(first.pages[shared], other.pages[shared], 0) for other in others) * copied
+    assert line.waiting == 0
+    for sequence in (first, *others):
+        line.finish(sequence)
+    line.check()
+
+
+def test_the_page_that_a_copy_reads_stays_until_the_copy_has_run():
+    line = scheduler(prefix=False)
+    first, second = [line.add(prompt("many", 3, index=index), 1) for index in range(2)]
+    one = line.schedule()
+    two = line.schedule()
+    assert len(two.copies) == 1
+    done(line, one)
+    line.finish(first)
+    assert line.pools[0].owned == 2
+    done(line, two)
+    assert line.pools[0].owned == 1
+    line.finish(second)
+    assert line.usage == 0.0
+
+
+@pytest.mark.parametrize("moment", ["waiting", "computing"])
+def test_siblings_proceed_alone_when_the_first_ends(moment):
+    line = scheduler(prefix=False, prefill_tokens=4)
+    first, *others = [line.add(prompt("many", 10, index=index), 2) for index in range(3)]
+    if moment == "computing":
+        step(line)
+    line.finish(first)
+    assert line.waiting == 2
+    batch = step(line)
+    assert [row.request.index for row in batch.prefills] == [1]
+    assert batch.copies == ()
+    line.finish(others[0])
+    line.finish(others[1])
+    assert line.waiting == 0 and line.find("many") == []
 
 
 def test_find_gives_every_choice_of_a_request_wherever_it_is():
@@ -272,78 +308,91 @@ def test_find_gives_every_choice_of_a_request_wherever_it_is():
     for index in range(6):
         line.add(prompt("many", 4, index))
     line.add(prompt("other", 4))
-    line.schedule()
+    step(line)
     assert (line.running, line.waiting) == (2, 5)
-    assert sorted(sequence.request.index for sequence in line.find("many")) == list(range(6))
+    assert [sequence.request.index for sequence in line.find("many")] == list(range(6))
     assert line.find("nobody") == []
 
 
-def plant(monkeypatch, name, make):
-    original = getattr(Scheduler, name)
-    monkeypatch.setattr(Scheduler, name, make(original))
+def test_rows_name_the_sequences_own_pages_instead_of_copying_them():
+    line = scheduler()
+    sequence = line.add(prompt("a", 10))
+    row = step(line).prefills[0]
+    assert isinstance(row.pages, array) and row.pages is sequence.pages
 
 
-def leak_a_page(original):
-    def finish(self, sequence):
-        sequence.pages = sequence.pages[1:]
-        original(self, sequence)
+def work(act):
+    """How many function calls something takes."""
+    calls = 0
 
-    return finish
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
 
-
-def keep_the_slot(original):
-    def give_back(self, sequence):
-        slot, sequence.slot = sequence.slot, -1
-        original(self, sequence)
-        self._slots[sequence.replica].extend([slot] if slot > 0 else [])
-
-    return give_back
-
-
-def forget_to_recompute(original):
-    def preempt(self, sequence):
-        computed = sequence.computed
-        original(self, sequence)
-        sequence.computed = min(computed, PAGE)
-
-    return preempt
+    sys.setprofile(count)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return calls
 
 
-def oldest_is_the_victim(original):
-    def preempt(self, sequence):
-        first = next(s for s in self._running.values() if s.replica == sequence.replica)
-        original(self, first)
-
-    return preempt
-
-
-def page_too_late(original):
-    def decode(self, sequence):
-        token = sequence.tokens.pop()
-        rows = list(original(self, sequence))
-        sequence.tokens.append(token)
-        return iter(rows)
-
-    return decode
+def turn(line):
+    """A step after which somebody ends, so that somebody is admitted in the next."""
+    batch = line.schedule()
+    sequences = line.commit(batch)
+    for row, sequence in zip(batch.rows, sequences, strict=True):
+        if row.samples:
+            line.append(sequence, 7)
+    line.finish(sequences[0])
 
 
-def skip_a_token(original):
-    def row(self, sequence, tokens):
-        made = original(self, sequence, tokens)
-        sequence.computed += sequence.missing > 3
-        return made
+@pytest.mark.parametrize("policy", policies.names())
+def test_a_step_costs_the_same_however_long_the_line_is(policy):
+    costs = []
+    for waiting in (100, 10_000):
+        line = scheduler(pages=100, policy=policy, sequences=8)
+        for number in range(waiting):
+            line.add(Request(str(number), (number, *range(number % 20)), priority=number % 7), 9)
+        for _ in range(20):
+            turn(line)
+        costs.append(work(lambda line=line: [turn(line) for _ in range(20)]))
+    assert costs[1] <= 1.5 * costs[0]
 
-    return row
+
+def change_counts(line):
+    line.pools[0]._owners[1] += 1
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"),
-    [
-        ("finish", leak_a_page), ("_give_back", keep_the_slot), ("_preempt", forget_to_recompute), ("_preempt", oldest_is_the_victim),
-        ("_decode", page_too_late), ("_row", skip_a_token),
-    ],
-)  # fmt: skip
-def test_the_walk_sees_planted_faults(monkeypatch, name, fault):
-    plant(monkeypatch, name, fault)
-    with pytest.raises((AssertionError, RuntimeError, ValueError, KeyError, IndexError)):
-        Walk(seed=3).run(1000).drain()
+def lose_a_slot(line):
+    line._slots[0].pop()
+
+
+def compute_too_much(line):
+    line._running[0].computed += 100
+
+
+def draw_too_much(line):
+    line._running[0].pending = 3
+
+
+def wrong_order(line):
+    line._running.reverse()
+
+
+def share_what_is_written(line):
+    one, two = line._running
+    line.pools[0].release([two.pages[-1]])
+    line.pools[0].share([one.pages[-1]])
+    two.pages[-1] = one.pages[-1]
+
+
+@pytest.mark.parametrize("fault", [change_counts, lose_a_slot, compute_too_much, draw_too_much, wrong_order, share_what_is_written])
+def test_check_sees_broken_accounts(fault):
+    line = scheduler()
+    line.add(prompt("a", 3))
+    line.add(prompt("b", 3))
+    step(line)
+    fault(line)
+    with pytest.raises(RuntimeError):
+        line.check()

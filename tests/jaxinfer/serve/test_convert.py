@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.request import RequestError
+from jaxinfer.request import FinishReason, Output, RequestError
 from jaxinfer.serve import convert
 from jaxinfer.serve.convert import Limits, Ready
 from jaxinfer.serve.errors import ApiError
@@ -46,7 +46,7 @@ def test_all_sampling_fields_arrive():
     body = chat(
         top_p=0.5, top_k=3, seed=-5, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.5, min_tokens=2, max_tokens=9,
         stop=["a", "b"], stop_token_ids=[7], include_stop_str_in_output=True, ignore_eos=True, skip_special_tokens=False, n=3,
-        logit_bias={"5": -100, "6": 1.5}, logprobs=True, top_logprobs=4,
+        logit_bias={"5": -100, "6": 1.5}, logprobs=True, top_logprobs=4, bad_words=["no"], allowed_token_ids=[1, 2], prompt_logprobs=0,
     )  # fmt: skip
     params = convert.sampling(body, {}, LIMITS)
     assert (params.top_p, params.top_k, params.seed, params.presence_penalty, params.frequency_penalty) == (0.5, 3, -5, 1, -1)
@@ -57,6 +57,7 @@ def test_all_sampling_fields_arrive():
         True,
         True,
     )
+    assert (params.bad_words, params.allowed_token_ids, params.prompt_logprobs) == (("no",), (1, 2), 0)
     assert (dict(params.logit_bias), params.skip_special_tokens) == ({5: -100.0, 6: 1.5}, False)
 
 
@@ -65,7 +66,9 @@ def test_all_sampling_fields_arrive():
     [
         ({"logit_bias": {"262": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"), ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"), ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
-        ({"stop_token_ids": [262]}, "stop_token_ids"), ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop": ["a"] * 5}, "stop"),
+        ({"allowed_token_ids": [262]}, "allowed_token_ids"), ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"), ({"prompt_logprobs": 21}, "prompt_logprobs"), ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"stop_token_ids": [262]}, "stop_token_ids"), ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ""}, "stop"), ({"stop": "a" * 257}, "stop"), ({"n": 17}, "n"), ({"n": 0}, "n"), ({"best_of": 2}, "best_of"),
         ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"), ({"top_k": -2}, "top_k"), ({"seed": 2**63}, "seed"),
         ({"max_tokens": 0}, "max_tokens"), ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"), ({"priority": 2**40}, "priority"),
@@ -82,9 +85,27 @@ def test_logprobs_of_both_kinds():
     assert convert.sampling(chat(logprobs=True), {}, LIMITS).logprobs == 0
     assert convert.sampling(chat(logprobs=False), {}, LIMITS).logprobs is None
     assert refusal(convert.sampling, text(logprobs=21), {}, LIMITS) == "logprobs"
-    assert refusal(convert.sampling, text(logprobs=1, echo=True), {}, LIMITS) == "echo"
     assert refusal(convert.sampling, chat(top_logprobs=2), {}, LIMITS) == "top_logprobs"
-    assert refusal(convert.sampling, chat(logprobs=True, top_logprobs=21), {}, LIMITS) == "logprobs"
+    assert refusal(convert.sampling, chat(logprobs=True, top_logprobs=21), {}, LIMITS) == "top_logprobs"
+    assert convert.sampling(chat(top_logprobs=0), {}, LIMITS).logprobs is None
+
+
+def test_an_echo_with_logprobs_scores_the_prompt():
+    asked = lambda **values: convert.sampling(text(**values), {}, LIMITS).prompt_logprobs
+    assert (asked(echo=True), asked(logprobs=2), asked(echo=True, logprobs=2), asked(prompt_logprobs=0)) == (None, None, 2, 0)
+    assert asked(echo=True, logprobs=1, prompt_logprobs=5) == 5
+    assert convert.sampling(chat(prompt_logprobs=3), {}, LIMITS).prompt_logprobs == 3
+    assert refusal(convert.sampling, text(prompt_logprobs=1, stream=True), {}, LIMITS) == "prompt_logprobs"
+
+
+def test_max_tokens_zero_is_for_scoring_alone():
+    made = call(text(echo=True, logprobs=1, max_tokens=0))
+    assert (made.scoring, made.sequences[0].params.max_tokens) == (True, 1)
+    drawn = Output(made.sequences[0].id, text="x", token_ids=(1,), finish_reason=FinishReason.STOP, stop_reason="x", output_tokens=1)
+    ((choice, shown),) = made.outputs([drawn])
+    assert (choice, shown.text, shown.token_ids, shown.output_tokens) == (0, "", (), 0)
+    assert (shown.finish_reason, shown.stop_reason) == (FinishReason.LENGTH, None)
+    assert list(call(text(echo=True)).outputs([])) == []
 
 
 def test_lengths():

@@ -1,5 +1,6 @@
 """What chat and text answers look like, choice by choice."""
 
+import msgspec
 import pytest
 
 from jaxinfer.request import FinishReason, Output, Request, SamplingParams, TokenLogprob, choices
@@ -12,9 +13,9 @@ TOKENIZER = byte_tokenizer()
 USAGE = wire.Usage(1, 2, 3)
 
 
-def call(n=2, logprobs=None, echo=()):
+def call(n=2, logprobs=None, echo=(), **values):
     sequences = tuple(choices(Request("r", (1,), SamplingParams(n=n))))
-    return Call("id", "m", 7, ((1,),), sequences, echo, logprobs)
+    return Call("id", "m", 7, ((1,),), sequences, echo, logprobs, **values)
 
 
 def out(text="", reason=None, logprobs=()):
@@ -64,6 +65,38 @@ def test_whole_messages():
     whole = ChatForm(call(), TOKENIZER).whole([[out("a"), out("b", FinishReason.STOP)], [out("", FinishReason.LENGTH)]], USAGE)
     assert [c.message.content for c in whole.choices] == ["ab", ""]
     assert (whole.id, whole.created, whole.model, whole.usage) == ("id", 7, "m", USAGE)
+
+
+SCORED = Output("r", text="x", token_ids=(5,), logprobs=(TokenLogprob(5, -2.0),), prompt_logprobs=(None,), finish_reason=FinishReason.STOP)
+
+
+def test_an_echo_with_logprobs_begins_the_lists_with_the_prompt():
+    form = CompletionForm(call(logprobs=1, echo=('"',)), TOKENIZER)
+    lists = form.whole([[SCORED]], USAGE).choices[0].logprobs
+    assert (lists.token_logprobs, lists.text_offset) == ([None, -2.0], [0, 1])
+    assert form.chunk(0, SCORED).choices[0].logprobs.token_logprobs == [None, -2.0]
+
+
+@pytest.mark.parametrize("kind", [ChatForm, CompletionForm])
+def test_prompt_logprobs_and_token_ids_are_there_when_asked_for(kind):
+    for asked in (True, False):
+        form = kind(call(1, prompt_logprobs=0 if asked else None, token_ids=asked), TOKENIZER)
+        whole = msgspec.to_builtins(form.whole([[SCORED]], USAGE))
+        choice = whole["choices"][0]
+        place = whole if kind is ChatForm else choice
+        assert choice.get("token_ids") == ([5] if asked else None)
+        assert place.get("prompt_token_ids") == ([1] if asked else None)
+        assert place.get("prompt_logprobs", "absent") == ([None] if asked else "absent")
+
+
+@pytest.mark.parametrize("kind", [ChatForm, CompletionForm])
+def test_ids_of_the_prompt_come_in_the_first_chunk_and_every_token_in_one(kind):
+    form = kind(call(1, token_ids=True), TOKENIZER)
+    first, second = (msgspec.to_builtins(form.chunk(0, out())) for _ in range(2))
+    place = (lambda chunk: chunk) if kind is ChatForm else (lambda chunk: chunk["choices"][0])
+    assert place(first)["prompt_token_ids"] == [1]
+    assert "prompt_token_ids" not in place(second)
+    assert [chunk["choices"][0]["token_ids"] for chunk in (first, second)] == [[1], [1]]
 
 
 @pytest.mark.parametrize("kind", [ChatForm, CompletionForm])

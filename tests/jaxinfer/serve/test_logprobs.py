@@ -25,9 +25,8 @@ def test_chat_tokens_have_text_bytes_and_alternatives():
 
 def test_the_sampled_token_is_always_among_a_completions_alternatives():
     h, x, y = ids("hxy")
-    lists = logprobs.CompletionWriter(TOKENIZER).write(
-        [TokenLogprob(h, -3.25, ((x, -0.5), (y, -1.0))), TokenLogprob(x, -0.5, ((x, -0.5),))]
-    )
+    entries = [TokenLogprob(h, -3.25, ((x, -0.5), (y, -1.0), (h, -3.25))), TokenLogprob(x, -0.5, ((x, -0.5),))]
+    lists = logprobs.CompletionWriter(TOKENIZER, 2).write([h, x], entries)
     assert lists.tokens == ["h", "x"]
     assert lists.token_logprobs == [-3.25, -0.5]
     assert lists.top_logprobs == [{"x": -0.5, "y": -1.0, "h": -3.25}, {"x": -0.5}]
@@ -35,10 +34,27 @@ def test_the_sampled_token_is_always_among_a_completions_alternatives():
 
 
 def test_offsets_count_characters_not_bytes():
-    writer = logprobs.CompletionWriter(TOKENIZER, offset=10)
+    writer = logprobs.CompletionWriter(TOKENIZER, 0, offset=10)
     tokens = ids("aé€b")
-    offsets = [writer.write([TokenLogprob(token, -1.0)]).text_offset[0] for token in tokens]
+    offsets = [writer.write([token], [TokenLogprob(token, -1.0)]).text_offset[0] for token in tokens]
     assert offsets == [10, 11, 11, 12, 12, 12, 13]
+
+
+def test_a_prompt_begins_without_numbers_and_its_special_tokens_take_no_room():
+    bos, a, b = [TOKENIZER.bos_id, *ids("ab")]
+    writer = logprobs.CompletionWriter(TOKENIZER, 1, without_text=TOKENIZER.special_ids)
+    lists = writer.write([bos, a, b], [None, TokenLogprob(a, -2.0, ((b, -1.0), (a, -2.0))), TokenLogprob(b, -0.5, ((b, -0.5),))])
+    assert lists.tokens == ["<|bos|>", "a", "b"]
+    assert lists.token_logprobs == [None, -2.0, -0.5]
+    assert lists.top_logprobs == [None, {"b": -1.0, "a": -2.0}, {"b": -0.5}]
+    assert lists.text_offset == [0, 0, 1]
+
+
+def test_a_prompt_in_vllms_form():
+    a, b = ids("ab")
+    rows = logprobs.prompt(TOKENIZER, [None, TokenLogprob(a, -2.0, ((b, -1.0), (a, -2.0)), 2), TokenLogprob(b, float("-inf"), (), 9)], 1)
+    as_dict = {str(a): wire.PromptLogprob(-2.0, 2, "a"), str(b): wire.PromptLogprob(-1.0, 1, "b")}
+    assert rows == [None, as_dict, {str(b): wire.PromptLogprob(wire.LOWEST_LOGPROB, 9, "b")}]
 
 
 @pytest.mark.parametrize(("index", "name"), [(0, "bytes:\\xe2"), (1, "bytes:\\x82")])

@@ -53,7 +53,7 @@ class Stepper:
         self.slots = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
         for name in names:
             admission = Admission(Request(name, PROMPTS[name], GREEDY), PLACES[name][0])
-            self.slots = admit(self.slots, slots.pack_admission(admission, 0, (), LONGEST))
+            self.slots = admit(self.slots, slots.pack_admission(admission, slots.Draws(0), LONGEST))
         return self
 
     def __call__(self, decodes, prefills):
@@ -121,7 +121,7 @@ def test_every_row_gets_its_own_penalties_biases_holds_and_mask():
     rows, state = [], slots.neutral(len(cases) + 1, len(logits))
     for slot, (params, held, generated, _) in enumerate(cases):
         admission = Admission(Request("r", (1, 2, 3), params), slot, generated)
-        state = admit(state, slots.pack_admission(admission, 5, held, LONGEST))
+        state = admit(state, slots.pack_admission(admission, slots.Draws(5, held), LONGEST))
         rows.append(Row(admission.request, slot, 2 + len(generated), (LAST_SAMPLED,), (1, 2), samples=True))
     inputs = RowInputs(*(jax.numpy.array(values, np.int32) for values in zip(*((row.slot, row.kv_length, 1) for row in rows), strict=True)))
     mask = np.full((len(cases), 1), ALL_ALLOWED)

@@ -11,7 +11,8 @@ from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import ADMIT, COPY, WIPE, SamplerKey
+from jaxinfer.step.program import ADMIT, COPY, WIPE, SamplerKey, ScoreKey
+from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -26,7 +27,8 @@ def step(program, batch):
 
 def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
     compiled = set(plain.program._compiled)
-    assert compiled == {*plain.program.config.buckets, *map(SamplerKey, (1, 2, 4, 8)), ADMIT, COPY, WIPE}
+    scorers = (ScoreKey(Bucket(32, 4, 0)), ScoreKey(Bucket(32, 4, 4)))
+    assert compiled == {*plain.program.config.buckets, *map(SamplerKey, (1, 2, 4, 8)), *scorers, ADMIT, COPY, WIPE}
     assert set(plain.metrics.compile_seconds) == {str(key) for key in compiled}
     reports = [(done, total) for stage, done, total in progress if stage == "compile"]
     assert reports[0] == (0, len(compiled))
@@ -60,7 +62,7 @@ def test_one_shape_of_everything(plain):
 def test_a_step_takes_over_pool_and_slots(plain):
     """Donated: after a step the old arrays are gone, the weights stay."""
     program = plain.program
-    program.admit(Admission(Request("0", (1, 2)), 0), seed=1, held=())
+    program.admit(Admission(Request("0", (1, 2)), 0), Draws(1))
     before = (*program._kv, *jax.tree.leaves(program._slots))
     step(program, Batch((), rows(1, (1, 2))))
     assert all(array.is_deleted() for array in before)

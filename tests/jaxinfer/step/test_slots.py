@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.batch import Admission
-from jaxinfer.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Request, SamplingParams
+from jaxinfer.request import MAX_ALLOWED_TOKENS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Request, SamplingParams
 from jaxinfer.step import slots as state
-from jaxinfer.step.slots import HELD, NO_TOKEN, Slots
+from jaxinfer.step.slots import BANNED, BANNED_LENGTH, HELD, NO_TOKEN, Draws, Slots
 
 SLOTS, VOCAB, LONGEST = 4, 24, 16
 FULL = SamplingParams(
@@ -21,8 +21,8 @@ def fresh():
     return jax.tree.map(jnp.asarray, state.neutral(SLOTS + 1, VOCAB))
 
 
-def words(slot, params, *, prompt=(5, 6, 5), generated=(), seed=0, held=()):
-    return state.pack_admission(Admission(Request("r", prompt, params), slot, generated), seed, held, LONGEST)
+def words(slot, params, *, prompt=(5, 6, 5), generated=(), seed=0, held=(), banned=()):
+    return state.pack_admission(Admission(Request("r", prompt, params), slot, generated), Draws(seed, held, banned), LONGEST)
 
 
 admit = jax.jit(state.admit)
@@ -88,14 +88,14 @@ def test_recording_is_like_having_been_admitted_later():
     for token in (8, 5, 8):
         slots = record(slots, jnp.array([1, SLOTS], jnp.int32), jnp.array([token, 0], jnp.int32))
     again = admitted(1, FULL, generated=(8, 5, 8))
-    for name in ("last_token", "counts", "in_prompt"):
+    for name in ("last_token", "counts", "in_prompt", "recent"):
         np.testing.assert_array_equal(getattr(slots, name)[1], getattr(again, name)[1], err_msg=name)
 
 
 def test_biases_are_added_where_they_belong():
     slots = admit(admitted(1, FULL), words(2, SamplingParams(logit_bias={0: 2.0})))
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, VOCAB)).astype(np.float32))
-    found = state.biased(logits, slots, jnp.array([1, 2, 0]), jnp.array([9, 9, 9]))
+    found = state.ruled(logits, slots, jnp.array([1, 2, 0]), jnp.array([9, 9, 9]))
     wanted = np.array(logits)
     wanted[0, 3] += 1.5
     wanted[0, 9] -= 100
@@ -106,15 +106,41 @@ def test_biases_are_added_where_they_belong():
 def test_held_tokens_are_out_until_the_output_is_long_enough():
     slots = admitted(0, FULL, prompt=(1, 2, 3), held=(4, 11))
     logits = jnp.zeros((4, VOCAB))
-    found = np.asarray(state.biased(logits, slots, jnp.array([0, 0, 0, 1]), jnp.array([3, 4, 5, 0])))
+    found = np.asarray(state.ruled(logits, slots, jnp.array([0, 0, 0, 1]), jnp.array([3, 4, 5, 0])))
     assert np.flatnonzero(found[0] == -np.inf).tolist() == [4, 11]
     assert np.flatnonzero(found[1] == -np.inf).tolist() == [4, 11]
     assert np.isfinite(found[2:]).all()
 
 
+def excluded(slots, rows):
+    """Which tokens each row may not draw."""
+    rows = jnp.asarray(rows, jnp.int32)
+    found = np.asarray(jax.jit(state.ruled)(jnp.zeros((len(rows), VOCAB)), slots, rows, jnp.full_like(rows, 9)))
+    return [np.flatnonzero(row == -np.inf).tolist() for row in found]
+
+
+def test_the_last_token_of_a_banned_sequence_is_out_where_the_others_came_before():
+    banned = ((4,), (5, 6), (6, 5, 7), (1, 1, 1, 1, 1, 1, 1, 2))
+    slots = admitted(1, SamplingParams(), prompt=(5, 6), banned=banned)
+    record = jax.jit(state.record)
+    assert excluded(slots, [0, 1]) == [[], [4]]  # the prompt does not count
+    for token, out in ((5, [4, 6]), (6, [4]), (5, [4, 6, 7]), (7, [4]), *([(1, [4])] * 6), (1, [2, 4])):
+        slots = record(slots, jnp.array([1, SLOTS], jnp.int32), jnp.array([token, 5], jnp.int32))
+        assert excluded(slots, [0, 1]) == [[], out], token
+    assert excluded(admitted(1, SamplingParams(), generated=(9, 9, 9, 9, 9, 9, 6, 5), banned=banned), [1]) == [[4, 6, 7]]
+
+
+def test_only_allowed_tokens_are_left():
+    slots = admit(admitted(1, SamplingParams(allowed_token_ids=[2, 9, 2])), words(2, SamplingParams(), banned=((3,),)))
+    slots = admit(slots, words(3, SamplingParams(allowed_token_ids=[0, 5]), banned=((5,),)))
+    rest = [token for token in range(VOCAB) if token not in (2, 9)]
+    assert excluded(slots, [0, 1, 2, 3]) == [[], rest, [3], list(range(1, VOCAB))]
+
+
 def test_the_largest_request_fits():
-    params = SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0))
-    packed = words(0, params, prompt=tuple(range(LONGEST)), held=range(HELD))
+    params = SamplingParams(logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0), allowed_token_ids=range(MAX_ALLOWED_TOKENS))
+    banned = [tuple(range(i, i + BANNED_LENGTH)) for i in range(BANNED)]
+    packed = words(0, params, prompt=tuple(range(LONGEST)), held=range(HELD), banned=banned)
     assert packed.shape == (state.admission_words(LONGEST),)
     assert HELD == 2 * MAX_STOP_TOKENS
     assert NO_TOKEN > 1 << 30
@@ -123,15 +149,17 @@ def test_the_largest_request_fits():
 def test_nobody_wakes_the_work_that_nobody_wants():
     slots = admitted(1, SamplingParams())
     rows = jnp.array([1, SLOTS], jnp.int32)
-    assert not state.wants_bias(slots, rows)
+    assert not state.has_rules(slots, rows)
     found = asked(slots, rows)
     assert found.temperature.tolist() == [1.0, 0.0]
     assert (found.repetition == 1).all()
     assert (found.presence == 0).all()
     assert (found.logprobs == -1).all()
     assert (found.top_p == 1).all()
-    assert state.wants_bias(admitted(1, SamplingParams(logit_bias={0: 0.0})), rows)
-    assert state.wants_bias(admitted(1, SamplingParams(min_tokens=1), held=(2,)), rows)
+    assert state.has_rules(admitted(1, SamplingParams(logit_bias={0: 0.0})), rows)
+    assert state.has_rules(admitted(1, SamplingParams(min_tokens=1), held=(2,)), rows)
+    assert state.has_rules(admitted(1, SamplingParams(), banned=((2,),)), rows)
+    assert state.has_rules(admitted(1, SamplingParams(allowed_token_ids=[0])), rows)
 
 
 def test_descriptions_match_what_is_made():

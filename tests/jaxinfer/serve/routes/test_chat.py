@@ -103,10 +103,10 @@ def test_continuing_a_message(client):
         ({"messages": [{"role": "user", "content": "refuse me"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
         ({"messages": HELLO, "tools": [{"type": "function"}]}, "tools"), ({"messages": HELLO, "top_logprobs": 1}, "top_logprobs"),
-        ({"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
         ({"messages": HELLO, "n": 2, "best_of": 3}, "best_of"),
         ({"messages": HELLO, "chat_template": "x"}, "chat_template"), ({"messages": HELLO, "logprobs": 3}, "logprobs"),
-        ({"messages": HELLO, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"messages": HELLO, "structured_outputs": {"regex": "(a"}}, "structured_outputs"),
         ({"messages": HELLO, "max_tokens": True}, "max_tokens"),
     ],
 )  # fmt: skip

@@ -64,6 +64,35 @@ def test_logprobs(official):
     assert official.completions.create(model="fake", prompt="abc", max_tokens=1).choices[0].logprobs is None
 
 
+@pytest.mark.parametrize("limit", [0, 1])
+def test_the_harness_scores_a_continuation(official, live, limit):
+    """What lm-evaluation-harness reads: numbers of the prompt's tokens after the context, each within its alternatives."""
+    ids = live.fake.tokenizer.encode("abcd")
+    answer = official.completions.create(model="fake", prompt=[ids, ids[:2]], echo=True, logprobs=1, max_tokens=limit)
+    assert [choice.text for choice in answer.choices] == (["abcd", "ab"] if limit == 0 else ["abcda", "aba"])
+    assert answer.usage.completion_tokens == 2 * limit
+    for choice, count in zip(answer.choices, (4, 2), strict=True):
+        lists = choice.logprobs
+        assert lists.token_logprobs == [None, *([-1.5] * (count - 1)), *([-0.5] * limit)]
+        assert lists.top_logprobs[0] is None
+        assert all(top[token] == p for token, top, p in list(zip(lists.tokens, lists.top_logprobs, lists.token_logprobs, strict=True))[1:])
+        assert lists.text_offset == list(range(count + limit))
+        assert choice.finish_reason == "length"
+    chunks = list(official.completions.create(model="fake", prompt=ids, echo=True, logprobs=1, max_tokens=limit, stream=True))
+    assert [p for chunk in chunks for p in chunk.choices[0].logprobs.token_logprobs] == answer.choices[0].logprobs.token_logprobs
+
+
+def test_prompt_logprobs_and_token_ids(client, live):
+    ids = live.fake.tokenizer.encode("ab")
+    body = {"prompt": "ab", "max_tokens": 1, "prompt_logprobs": 1, "return_token_ids": True}
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"], choice["logprobs"]) == (ids, ids[:1], None)
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert second[str(ids[1])] == {"logprob": -1.5, "rank": 3, "decoded_token": "b"}
+    assert len(second) == 2
+
+
 def test_echo_stops_and_limits(official):
     assert official.completions.create(model="fake", prompt="abc", echo=True).choices[0].text == "abcabc"
     stopped = official.completions.create(model="fake", prompt="abcdef", stop=["d"]).choices[0]
@@ -80,12 +109,13 @@ def test_all_fields_reach_the_engine(client, live):
         "prompt": "field by field", "temperature": 0.3, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": -3, "presence_penalty": 0.5,
         "frequency_penalty": 0.25, "repetition_penalty": 1.1, "logit_bias": {"5": 2}, "max_tokens": 3, "min_tokens": 1,
         "stop_token_ids": [9], "skip_special_tokens": False, "priority": 3, "user": "me", "metadata": {"a": "b"},
-        "add_special_tokens": False,
+        "add_special_tokens": False, "bad_words": ["no", "nor"], "allowed_token_ids": [5, 3], "prompt_logprobs": 2,
     }  # fmt: skip
     assert client.post("/v1/completions", json=body).status_code == 200
     request = next(r for r in live.fake.seen if r.prompt == tuple(live.fake.tokenizer.encode("field by field")))
     params = request.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0.3, 0.9, 7, 0.1, -3)
+    assert (params.bad_words, params.allowed_token_ids, params.prompt_logprobs) == (("no", "nor"), (5, 3), 2)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, 0.25, 1.1)
     assert (dict(params.logit_bias), params.stop.token_ids, params.skip_special_tokens, request.priority) == ({5: 2.0}, (9,), False, 3)
 
@@ -95,8 +125,9 @@ def test_all_fields_reach_the_engine(client, live):
     [
         ({}, 400, "prompt"), ({"prompt": "a", "model": "gpt-4"}, 404, "model"), ({"prompt": "a", "temperature": "hot"}, 400, "temperature"),
         ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens"), ({"prompt": "a" * 300}, 400, "prompt"), ({"prompt": [300]}, 400, "prompt"),
-        ({"prompt": "a", "best_of": 4}, 400, "best_of"), ({"prompt": "a", "echo": True, "logprobs": 1}, 400, "echo"),
-        ({"prompt": "a", "prompt_logprobs": 1}, 400, "prompt_logprobs"), ({"prompt": "a", "stream": True, "n": 99}, 400, "n"),
+        ({"prompt": "a", "best_of": 4}, 400, "best_of"), ({"prompt": "a", "allowed_token_ids": []}, 400, "allowed_token_ids"),
+        ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
+        ({"prompt": "a", "stream": True, "n": 99}, 400, "n"),
         ({"prompt": "a", "stream_options": {}}, 400, "stream_options"), ({"prompt": "REFUSE"}, 400, "prompt"),
         ({"prompt": "a", "stream": True, "stream_options": {"continuous_usage_stats": True}}, 400, "continuous_usage_stats"),
         ({"prompt": "a", "temperature": 10**400}, 400, "temperature"), ({"prompt": "a", "seed": 10**40}, 400, "seed"),
