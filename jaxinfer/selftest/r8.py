@@ -45,8 +45,8 @@ class Ear:
         import jax
 
         ear = cls()
-        jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: ear._hear(name))
-        jax.monitoring.register_event_listener(lambda name, **_: ear._hear(name))
+        jax.monitoring.register_event_duration_secs_listener(lambda event, duration_secs, **_: ear._hear(event))
+        jax.monitoring.register_event_listener(lambda event, **_: ear._hear(event))
         return ear
 
     def _hear(self, name: str) -> None:
