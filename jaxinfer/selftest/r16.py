@@ -71,9 +71,9 @@ def poisoned(tested: Stand, token: int) -> Iterator[None]:
     """While this is open, the embedding of a token is NaN."""
     program = tested.engine.program
     graph, leaves = program.config.graph, program._leaves
-    weights: dict[str, Any] = graph.weights(leaves)
     if graph.config.tied_embeddings:
         raise ConfigError("this row needs a model whose embedding is not its head; take the default one")
+    weights: dict[str, Any] = graph.weights(leaves)
     program._leaves = graph.leaves(weights | {"embedding.weight": weights["embedding.weight"].at[token].set(float("nan"))})
     try:
         yield

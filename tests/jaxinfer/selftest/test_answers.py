@@ -1,6 +1,6 @@
 """What counts as the same answer: bits where they are promised, elsewhere near ties, and nothing else."""
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from jaxinfer import sampling
@@ -76,10 +76,9 @@ def test_the_noise_is_the_samplers():
     """With equal logits the sampler draws the token of the largest noise."""
     noise, seed, position = gumbel(16), -5, 9
     largest = max(range(16), key=lambda token: noise(seed, position, token))
-    one, whole = np.ones(1, np.float32), np.array([position], np.int32)
-    settings = {name: one for name in ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")}
-    halves = np.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], np.uint32)
-    drawn = sampling.draw(
-        np.zeros((1, 16), np.float32), sampling.unchecked(sampling.RowSettings, {**settings, "seed": halves, "position": whole})
-    )
+    one, whole = jnp.ones(1, jnp.float32), jnp.array([position], jnp.int32)
+    settings = dict.fromkeys(("temperature", "top_p", "min_p", "presence", "frequency", "repetition"), one)
+    halves = jnp.array([[seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF]], jnp.uint32)
+    described = sampling.unchecked(sampling.RowSettings, {**settings, "seed": halves, "position": whole})
+    drawn = sampling.draw(jnp.zeros((1, 16), jnp.float32), described)
     assert int(drawn[0]) == largest

@@ -1,6 +1,7 @@
 """R4 holds on the tiny engine, and sees what is not the same: siblings' pages, draws that depend on the slot, schedules that force nothing."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -41,7 +42,8 @@ def test_a_page_that_is_not_copied_is_seen(tested, only):
 def test_draws_that_depend_on_the_slot_are_seen(tested, only, monkeypatch):
     only("full batch")
     admit = tested.engine.program.admit
-    monkeypatch.setattr(tested.engine.program, "admit", lambda admission, seed, held: admit(admission, seed + admission.slot, held))
+    by_slot = lambda admission, draws: admit(admission, replace(draws, seed=draws.seed + admission.slot))
+    monkeypatch.setattr(tested.engine.program, "admit", by_slot)
     verdict = r4.check(tested, 6, 0)
     assert not verdict.passed and verdict.counts["differing_share"] > 0
 
