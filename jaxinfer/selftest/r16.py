@@ -54,12 +54,14 @@ def check(tested: Stand, rounds: int, seed: int, prompts: int = PROMPTS) -> Verd
         schedule = draw.choice((Schedule(), Schedule(chunk=7), Schedule(pages=r4.scarce(healthy, tested)), Schedule(overlap=False)))
         with poisoned(tested, poison):
             found = tested.run(shuffled_in(healthy, ill, draw), schedule, draw)
+            counts["pages_left_bad"] += bad_pages(tested)
+            tested.feed(ill)  # nobody comes after them, so nothing covers what they leave
+            counts["pages_left_bad"] += bad_pages(tested)
         tally = judge.compare([r for r in healthy if poison not in expected[r.key].tokens], expected, found)
         counts["ill"] += len(ill)
         counts["ill_not_ended"] += sum(not _ended(found, request) for request in ill)
         counts["sequences"] += tally.sequences
         counts["faults"] += tally.faults
-        counts["pages_left_bad"] += bad_pages(tested)
         first += tally.first_faults
     tested.restore()
     passed = not counts["ill_not_ended"] and not counts["faults"] and not counts["pages_left_bad"]

@@ -55,7 +55,9 @@ def test_greedy_tokens_part_at_near_ties_alone():
 
 def test_sampled_tokens_part_where_noise_makes_a_tie():
     assert compare(answer(7), answer(8), SAMPLED).faults == 1
-    tie = compare(answer(7), answer(8), SAMPLED, noise=lambda seed, position, token: {(3, 2, 7): 0.0, (3, 2, 8): 2.0}[seed, position, token])
+    tie = compare(
+        answer(7), answer(8), SAMPLED, noise=lambda seed, position, token: {(3, 2, 7): 0.0, (3, 2, 8): 2.0}[seed, position, token]
+    )
     assert (tie.faults, tie.near_ties) == (0, 1)
 
 

@@ -17,7 +17,7 @@ def test_it_holds(tested):
 def test_pages_that_are_not_wiped_are_seen(tested, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tested.engine.program, "wipe_pages", lambda pages: None)
-        verdict = r16.check(tested, 3, 0, prompts=3)
+        verdict = r16.check(tested, 1, 0, prompts=3)
     assert not verdict.passed and verdict.counts["pages_left_bad"] > 0
     tested.engine.program.wipe_pages([(0, page) for page in range(1, tested.pages)])
     assert r16.bad_pages(tested) == 0
