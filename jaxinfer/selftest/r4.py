@@ -8,6 +8,7 @@ share) has not passed unless it did.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -74,7 +75,8 @@ def check(tested: Stand, prompts: int, seed: int, around: Callable[[], AbstractC
 def judge_of(tested: Stand) -> Judge:
     """The judge for an engine's mode and dtype."""
     engine = tested.engine
-    return Judge(engine.config.execution.deterministic == "on", engine.info.dtype, gumbel(tested.vocab))
+    exact, roundings = engine.config.execution.deterministic == "on", math.sqrt(2 * engine.program.config.graph.config.layers)
+    return Judge(exact, engine.info.dtype, gumbel(tested.vocab), roundings)
 
 
 def schedules(requests: list[Request], tested: Stand) -> dict[str, Forced]:

@@ -1,4 +1,4 @@
-"""R4 holds on the tiny engine, and sees what is not the same: siblings' pages, draws that depend on the slot, schedules that force nothing."""
+"""R4 holds on the tiny engine, and sees siblings' pages not copied, draws that depend on the slot, schedules that force nothing."""
 
 import random
 from dataclasses import replace
