@@ -9,12 +9,12 @@ answers have the same text:
                 log probability / temperature + the Gumbel noise of (seed, position), which is what the sampler maximises
     the same end of both, if the tokens never part
 
-bound = DRIFT[dtype] x sqrt(2 x layers) x size of the logits, taken as the largest log probability reported there (at least 1). Each layer
-rounds what it adds twice, and independent roundings add up as a root. DRIFT is 3 units in the last place of bfloat16 and float16, whose sums
-are kept in float32, and 32 of float32, whose sums round as they go; it was set after a run of the demo model in bfloat16 (8 layers), whose
-largest drift was 0.6 of this bound. Tallies report drift in units of the bound. A sampled request with filters,
-penalties or biases has no score that is known outside of the sampler: in float32 its tokens must be equal, in narrower numbers only drift
-is judged and the difference is counted as `unjudged`. This file does not know how answers came about.
+bound = DRIFT[dtype] x sqrt(2 x layers) x size of the logits, taken as the largest log probability reported there (at least 1). Each
+layer rounds what it adds twice, and independent roundings add up as a root. DRIFT is 3 units in the last place of bfloat16 and float16,
+whose sums are kept in float32, and 32 of float32, whose sums round as they go; it was set after a run of the demo model in bfloat16 (8
+layers), whose largest drift was 0.6 of this bound. Tallies report drift in units of the bound. A sampled request with filters, penalties
+or biases has no score that is known outside of the sampler: in float32 its tokens must be equal, in narrower numbers only drift is judged
+and the difference is counted as `unjudged`. This file does not know how answers came about.
 """
 
 from __future__ import annotations
