@@ -1,0 +1,14 @@
+"""The shared tiny engine on the test stand."""
+
+import pytest
+
+from jaxinfer.selftest.stand import Stand
+
+
+@pytest.fixture
+def tested(plain):
+    usual = plain.scheduler
+    stand = Stand(plain)
+    yield stand
+    stand.restore()
+    plain.scheduler = usual
