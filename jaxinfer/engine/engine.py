@@ -125,9 +125,9 @@ class Engine:
         params = request.params
         matcher = None if params.grammar is None else self.grammars.matcher(params.grammar)
         scores = None if params.prompt_logprobs is None else PromptScores(request)
-        self._active[request.key] = _Active(
-            self.scheduler.add(request, limit), text, limit, self._draws(params), Demand.of(params), matcher, scores
-        )
+        draws, demand = self._draws(params), Demand.of(params)
+        sequence = self.scheduler.add(request, limit)  # last: nothing after it can refuse
+        self._active[request.key] = _Active(sequence, text, limit, draws, demand, matcher, scores)
         self.metrics.prompt_tokens += len(request.prompt)
         self._gauge()
 

@@ -39,7 +39,7 @@ def test_what_is_running(plain, folder):
         "data=1,tensor=1",
     )
     assert (info.max_model_len, info.kv_tokens, info.max_concurrency, info.device_count) == (64, 4 * 64, 4, 1)
-    assert info.programs == 14
+    assert info.programs == 22
     assert info.parameters == sum(np.prod(leaf.shape) for leaf in plain.program._leaves)
     assert info.weight_bytes == 4 * info.parameters
 

@@ -8,13 +8,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
+from jaxinfer.grammar import Grammar
 from jaxinfer.models.layers import Placement
 from jaxinfer.request import Request, SamplingParams
 from jaxinfer.sampling import ALL_ALLOWED, mask_words
 from jaxinfer.sharding import make_mesh, zeros
 from jaxinfer.step import slots
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.forward import Forward, RowInputs, Sampler
+from jaxinfer.step.forward import Demand, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Shapes, pack
 from tests.driving import Driver
 
@@ -136,3 +137,29 @@ def test_every_row_gets_its_own_penalties_biases_holds_and_mask():
     np.testing.assert_allclose(sampled.logprob, exact[np.asarray(sampled.token)], rtol=1e-5)
     assert sampled.top_tokens[3, :3].tolist() == [1, 2, 3]
     np.testing.assert_allclose(sampled.top_logprobs[3, :3], exact[1:4], rtol=1e-5)
+
+
+def test_a_row_asks_for_the_least_sampler_that_serves_it():
+    warm = SamplingParams(temperature=0.7, seed=3, max_tokens=9, top_k=-1, stop=["x"])
+    assert (Demand.of(GREEDY), Demand.of(replace(GREEDY, max_tokens=3, n=2)), Demand.of(warm)) == (0, 0, 1)
+    for changes in ({"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 0}, {"min_tokens": 1}, {"logit_bias": {1: 2.0}},
+                    {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"bad_words": ("a",)}, {"allowed_token_ids": (1,)},
+                    {"grammar": Grammar.regex("a")}):  # fmt: skip
+        assert Demand.of(replace(warm, **changes)) is Demand.of(replace(GREEDY, **changes)) is Demand.FULL, changes
+
+
+def test_every_sampler_draws_the_same_tokens():
+    """Rows at several temperatures through all that serve them; a row of NaN is reported by each."""
+    draw = np.random.default_rng(3)
+    logits = draw.normal(size=(6, 40)).astype(np.float32)
+    logits[5] = np.nan
+    state, rows = slots.neutral(7, 40), RowInputs(*(jax.numpy.array(values, np.int32) for values in (range(6), [9] * 6, [1] * 6)))
+    for demand, temperatures in ((Demand.GREEDY, [0] * 6), (Demand.DRAWN, [0, 0.3, 1, 2, 0, 1])):
+        for slot, temperature in enumerate(temperatures):
+            request = Request("r", (1, 2), SamplingParams(temperature=temperature))
+            state = admit(state, slots.pack_admission(Admission(request, slot), slots.Draws(slot, (), ()), LONGEST))
+        mask, place = np.full((6, 2), ALL_ALLOWED), Placement(make_mesh({}))
+        _, least = jax.jit(Sampler(6, place, demand))(logits, rows, mask, state)
+        _, full = jax.jit(Sampler(6, place))(logits, rows, mask, state)
+        assert least.token.tolist()[:5] == full.token.tolist()[:5]
+        assert least.finite.tolist() == full.finite.tolist() == [True] * 5 + [False]
