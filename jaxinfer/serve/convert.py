@@ -251,7 +251,7 @@ def build(body: CompletionBody | ChatBody, ready: Ready, params: SamplingParams,
     for i, prompt in enumerate(ready.prompts):
         room = _room(prompt, params.max_tokens if asked else None, limits.max_model_len, "messages" if chat else "prompt")
         fitted = params if asked or params.max_tokens is None else replace(params, max_tokens=min(params.max_tokens, room))
-        sequences += choices(Request(f"{call_id}-{i}", prompt, fitted, priority=body.priority or 0))
+        sequences += choices(Request(f"{call_id}-{i}", prompt, fitted, priority=body.priority or 0, cache_salt=body.cache_salt or ""))
     return Call(
         call_id, model, int(time.time()), ready.prompts, tuple(sequences), ready.echo, params.logprobs,
         prompt_logprobs=body.prompt_logprobs, token_ids=bool(body.return_token_ids), scoring=_scores(body),

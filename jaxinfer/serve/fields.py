@@ -19,7 +19,7 @@ MAX_UNKNOWN_NAMES = 256
 
 IGNORED = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier",  # bookkeeping of hosted services
-    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "cache_salt",  # no request shares another's cache
+    "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",  # of another kind of cache; ours takes cache_salt
     "request_id",  # ids are made by the server; the header x-request-id is echoed
 })  # fmt: skip
 

@@ -123,7 +123,8 @@ def test_lengths():
 
 
 def test_a_call_of_prompts_and_choices():
-    made = call(text(prompt=["one", "two!"], n=2, seed=3, echo=True, best_of=2, priority=4))
+    made = call(text(prompt=["one", "two!"], n=2, seed=3, echo=True, best_of=2, priority=4, cache_salt="mine"))
+    assert {request.cache_salt for request in made.sequences} == {"mine"}
     assert [(r.index, r.priority, TOKENIZER.decode(r.prompt)) for r in made.sequences] == [
         (0, 4, "one"), (1, 4, "one"), (0, 4, "two!"), (1, 4, "two!"),
     ]  # fmt: skip
