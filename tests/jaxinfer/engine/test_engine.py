@@ -198,7 +198,7 @@ def test_on_a_mesh(meshed, reference):
 @pytest.mark.parametrize("name", ["plain", "cramped"])
 def test_while_neighbours_leave(name, reference, request):
     engine = request.getfixturevalue(name)
-    doomed = [Request(f"doomed {i}", (i + 1,) * (i + 3), SamplingParams(max_tokens=30)) for i in range(3)]
+    doomed = [Request(f"doomed {i}", (i + 1,) * (i + 3), SamplingParams.of(max_tokens=30, ignore_eos=True)) for i in range(3)]
     leave = {2: "doomed 0", 5: "doomed 1", 9: "doomed 2", 11: "nobody"}
     mixed = [request for pair in zip(VARIETY, doomed, strict=False) for request in pair] + VARIETY[3:]
     found = run(engine, *mixed, during=lambda step: engine.abort(leave.get(step, "nobody")))
