@@ -339,7 +339,7 @@ class Engine:
 
 def _logprobs(active: _Active, drawn: _Drawn) -> dict[str, Any]:
     """What an output says about probabilities: those of the prompt come with the first token."""
-    first = len(active.sequence.output) == 1
+    first = active.sequence.drawn == 1
     return {
         "logprobs": () if drawn.logprob is None else (drawn.logprob,),
         "prompt_logprobs": active.scores.entries() if active.scores is not None and first else (),
@@ -350,7 +350,7 @@ def _reason(active: _Active, *, stopped: bool) -> FinishReason | None:
     """Why a sequence ends with the token that it just got, if it does."""
     if stopped or (active.matcher is not None and active.matcher.finished):
         return FinishReason.STOP
-    return FinishReason.LENGTH if len(active.sequence.output) >= active.limit else None
+    return FinishReason.LENGTH if active.sequence.drawn >= active.limit else None
 
 
 def _fetch(flight: _Flight) -> dict[int, _Drawn]:

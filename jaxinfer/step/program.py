@@ -179,8 +179,8 @@ class Program:
         self._kv = kv_cache.allocate(config.kv_specs, config.placement.mesh, config.placement.rules)
         self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
         words = sampling.mask_words(config.vocab)
-        for key in config.samplers:
-            self._open_masks[key.rows] = jax.device_put(np.full((key.rows, words), sampling.ALL_ALLOWED), self._by_replica)
+        for rows in {key.rows for key in config.samplers}:
+            self._open_masks[rows] = jax.device_put(np.full((rows, words), sampling.ALL_ALLOWED), self._by_replica)
 
     def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""
@@ -200,7 +200,10 @@ class Program:
         return computed
 
     def sample(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
-        """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`."""
+        """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`.
+
+        In deterministic mode there is the full sampler only, whatever the demand.
+        """
         rows = computed.logits.shape[0]
         allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
         sampler = self._compiled.get(SamplerKey(rows, demand)) or self._compiled[SamplerKey(rows)]
