@@ -47,9 +47,9 @@ class Node:
 class Chain:
     """One sequence's way through an index: digests of its full pages (computed once), and how many of its own pages are entered.
 
-    context: what is hashed before the first token. indexes: where it is looked up. found: what was there last. written: nodes that hold
-    pages which this sequence wrote, in any tenure. closed: nothing more is entered, because of a collision (until `restart`) or because
-    the content is not to be trusted (`poisoned`).
+    context: what is hashed before the first token. indexes: where it is looked up. found: what was there last. borrowed: its first pages
+    that others wrote. written: nodes that hold pages which this sequence wrote, in any tenure. closed: nothing more is entered, because of
+    a collision (until `restart`) or because the content is not to be trusted (`poisoned`).
     """
 
     context: tuple[str, ...]
@@ -58,6 +58,7 @@ class Chain:
     found: dict[PrefixIndex, list[Node]] = field(default_factory=dict)
     node: Node | None = None
     entered: int = 0
+    borrowed: int = 0
     written: list[tuple[PrefixIndex, Node]] = field(default_factory=list)
     closed: bool = False
     poisoned: bool = False
@@ -68,9 +69,10 @@ class Chain:
             (index.page_size * len(index.match(self, tokens, (len(tokens) - 1) // index.page_size)) for index in self.indexes), default=0
         )
 
-    def restart(self, node: Node | None = None, entered: int = 0) -> None:
-        """Begin a new tenure, perhaps in another index, behind the pages that were found there."""
-        self.node, self.entered, self.closed = node, entered, self.poisoned
+    def restart(self, node: Node | None = None, borrowed: int = 0) -> None:
+        """Begin a new tenure, perhaps in another index, behind pages that were found there (`node` is the last) or that a sibling wrote."""
+        self.node, self.entered, self.closed = node, borrowed if node else 0, self.poisoned
+        self.borrowed = borrowed
         self.found.clear()
 
 
@@ -113,14 +115,17 @@ class PrefixIndex:
         return found
 
     def enter(self, chain: Chain, tokens: Sequence[int], pages: Sequence[int], full: int) -> None:
-        """Make a sequence's first `full` pages known; those whose content another page holds already stay unknown."""
+        """Make a sequence's first `full` pages known; those whose content another page holds already stay unknown.
+
+        Who wrote a page makes it known, nobody else: so `written` is all that a poisoned sequence takes with it.
+        """
         if chain.closed:
             return
         parent = chain.node
         if parent is None or not parent.alive:
             parent, chain.entered = self._root(chain), 0
         for number in range(chain.entered, full):
-            node = None if pages[number] in self._bad else self._child(chain, parent, tokens, number)
+            node = self._child(chain, parent, tokens, number) if self._may_enter(chain, pages[number], number) else None
             if node is None:
                 chain.closed = True
                 break
@@ -170,6 +175,10 @@ class PrefixIndex:
             node = next(islice(self._pages.values(), self._checked, None))
             if node.parent is None or node.digest != self._digest(node.parent.digest + node.content):
                 raise RuntimeError(f"page {node.page} stands under a digest that is not its content's")
+
+    def _may_enter(self, chain: Chain, page: int, number: int) -> bool:
+        """Whether nothing speaks against the content of a sequence's page `number`; what others wrote they must have made known."""
+        return page in self._pages if number < chain.borrowed else page not in self._bad
 
     def _root(self, chain: Chain) -> Node:
         root = self._roots.get(chain.context)

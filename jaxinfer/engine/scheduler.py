@@ -336,7 +336,7 @@ class Scheduler:
         pool.grow(sequence.pages, len(sequence.tokens))
         if place.source is not None:
             step.copies.append(PageCopy(place.source, sequence.pages[len(place.pages)], replica))
-        sequence.chain.restart(place.node, len(place.pages) if place.node else 0)
+        sequence.chain.restart(place.node, len(place.pages))
         sequence.slot, sequence.replica, sequence.running = self._slots[replica].pop(), replica, True
         sequence.computed = sequence.reused = place.computed
         self.looked_up += len(sequence.tokens)

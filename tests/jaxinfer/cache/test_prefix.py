@@ -110,6 +110,18 @@ def test_a_sequence_that_waits_is_looked_up_again_from_where_it_was():
     assert look() == [1]
 
 
+@pytest.mark.parametrize(("known", "entered"), [(True, [5, 6]), (False, [])])
+def test_who_did_not_write_a_page_does_not_make_it_known(known, entered):
+    index = PrefixIndex(4)
+    if known:
+        index.enter(Chain(("",)), TEXT, (5,), 1)
+    sibling = Chain(("",))
+    sibling.restart(borrowed=1)
+    index.enter(sibling, TEXT, (5, 6), 2)
+    assert sorted(index.pages()) == entered and [node.page for _, node in sibling.written] == entered[1:]
+    index.check()
+
+
 def test_poison_takes_everything_behind_and_is_remembered():
     index = PrefixIndex(4)
     chain = entered(index, full=2)

@@ -87,5 +87,11 @@ def test_every_policy_with_and_without_overlap(policy, overlap):
         assert counts["done"] > 20
 
 
+@pytest.mark.parametrize("seed", [688188757, 3197665903])
+def test_a_sibling_of_one_whose_digests_collided_and_that_fell_ill(seed):
+    """Traffic in which this once made a wiped page known."""
+    assert play(seed, 2000)["poisoned"] > 5
+
+
 def test_traffic_is_a_function_of_its_seed():
     assert play(3, 400) == play(3, 400) != play(4, 400)
