@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from jaxinfer.bench import engines, peer_hf, variants
 from jaxinfer.bench.rows import Report, add_output_arguments, spread
-from jaxinfer.bench.workloads import DEFAULT, GOALS, NAMES, Workload, workloads
+from jaxinfer.bench.workloads import DEFAULT, GOALS, NAMES, Goal, Workload, workloads
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import remark, warn
@@ -104,7 +104,7 @@ def _judge(report: Report, workload: Workload, ours: float, theirs: Sequence[tup
     float32 = min(seconds for dtype, seconds in theirs if dtype == "float32") / ours
     fastest, goal = min(seconds for _, seconds in theirs) / ours, GOALS[workload.name]
     reached = float32 >= (goal.float32 or 0) and fastest >= (goal.fastest or 0)
-    goals = {"goal_float32": goal.float32, "goal_fastest": goal.fastest, "reached": reached}
+    goals = {"goal_float32": goal.float32, "goal_fastest": goal.fastest, "reached": reached if goal != Goal() else None}
     report.add(workload=workload.name, ratio_float32=float32, ratio_fastest=fastest, **goals)
     return reached
 
