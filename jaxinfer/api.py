@@ -13,12 +13,12 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
+from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments
 from jaxinfer.engine.engine import Engine, Progress
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob, choices
 
@@ -217,7 +217,7 @@ def generate(
     `sampling` takes OpenAI's names (`max_tokens`, `temperature`, `top_p`, `seed`, `stop`, `n`, `logprobs`, ...). Other settings of the
     engine belong to `LLM`. Returns and raises as `LLM` and `LLM.generate` do.
     """
-    misplaced = sorted(_settings().keys() & sampling.keys())
+    misplaced = sorted(engine_settings().keys() & sampling.keys())
     if misplaced:
         raise ConfigError(f"{misplaced[0]} is a setting of the engine: use LLM({misplaced[0]}=...).generate(...)")
     config = engine_config(model=model, dtype=dtype, **({} if mesh is None else {"mesh": mesh}))
@@ -230,7 +230,7 @@ def engine_config(**settings: Any) -> EngineConfig:
     Raises:
         ConfigError: an unknown name (the nearest is named), a value of the wrong type or out of range.
     """
-    known = _settings()
+    known = engine_settings()
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -284,11 +284,6 @@ class _KeptEngine:
 
 
 _KEPT = _KeptEngine()
-
-
-def _settings() -> dict[str, Any]:
-    sections: list[Any] = [type(section.default) for section in fields(EngineConfig)]
-    return {item.name: item for section in sections for item in fields(section)}
 
 
 def _read(name: str, item: Any, value: Any) -> Any:

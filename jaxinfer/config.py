@@ -199,6 +199,11 @@ class ServerConfig:
             object.__setattr__(self, "api_key", os.environ["JAXINFER_API_KEY"])
 
 
+def engine_settings() -> dict[str, Field[Any]]:
+    """Every setting of an engine by its name."""
+    return {item.name: item for section in _SECTIONS for item in fields(section)}
+
+
 def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
     """Add one flag for each field of a settings dataclass; for a dataclass of dataclasses, of each in its own group."""
     group = parser.add_argument_group(config.__name__, (config.__doc__ or "").splitlines()[0])

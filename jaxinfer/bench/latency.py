@@ -13,16 +13,16 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from math import prod
 from statistics import median
 from typing import Any, NamedTuple
 
+from jaxinfer.bench import engines
 from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
-from jaxinfer.console import StageBar, remark, warn
-from jaxinfer.request import Request, SamplingParams
+from jaxinfer.console import remark, warn
+from jaxinfer.request import Request
 
 HELP = "decode step and prefill time, beside their floors"
 
@@ -43,7 +43,7 @@ PREFILLS = (Load(1, 2048), Load(1, 8000), Load(8, 4096))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--shape", metavar="NAME", help="random weights of a well-known model (see `jaxinfer models`), instead of --model")
+    engines.add_shape_argument(parser)
     parser.add_argument("--decode", action="append", type=_load, metavar="BxC", help=f"decode rows; may be repeated [{_list(DECODES)}]")
     parser.add_argument("--prefill", action="append", type=_load, metavar="BxP", help=f"prefill rows; may be repeated [{_list(PREFILLS)}]")
     parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement [32]")
@@ -54,14 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every row that fits."""
     from jaxinfer.bench import ceilings
-    from jaxinfer.engine.engine import Engine
 
-    with StageBar() as bar:
-        engine = Engine(_settings(args), progress=bar)
-    with Report("latency", args) as report, _closing(engine):
+    with engines.opened([_settings(args)]) as (engine,), Report("latency", args) as report:
         ceiling = ceilings.measure(engine.info.dtype)
         report.add(row="ceiling", **ceiling.fields())
-        about = {"model": engine.info.model, "dtype": engine.info.dtype, "mesh": engine.info.mesh}
+        about = engines.about(engine)
         for load in _fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
             report.add(row="decode", load=str(load), **about, **_decode(engine, load, args, ceiling))
         for load in _fitting(engine, _prefills(args), 1):
@@ -70,12 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> EngineConfig:
-    """The engine's settings; the context is no longer than the rows need, since page tables are as wide as the context."""
-    values = vars(args)
-    if args.shape is not None:
-        longest = max([load.tokens + load.batch + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
-        values = {"max_model_len": longest, **values, "model": args.shape, "load_format": "random"}
-    return from_arguments(EngineConfig, values)
+    longest = max([load.tokens + load.batch + args.steps * (args.repeat + 2) for load in [*_decodes(args), *_prefills(args)]])
+    return from_arguments(EngineConfig, engines.settings_of(args, longest))
 
 
 def _decodes(args: argparse.Namespace) -> Sequence[Load]:
@@ -137,7 +130,7 @@ def _device_seconds(engine: Any, steps: int) -> float:
 
 
 def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
-    """Time from handing prompts in to the last of their first tokens."""
+    """Time from handing prompts in to the last of their first tokens; no run finds what another computed."""
     runs = []
     for _ in range(args.repeat + 1):
         for request in _requests(engine, load, 1):
@@ -154,12 +147,11 @@ def _timed(seconds: float, floor: float, runs: list[float]) -> dict[str, Any]:
     return {"milliseconds": seconds * 1e3, "floor_milliseconds": floor * 1e3, "share_of_floor": floor / seconds, "runs": runs}
 
 
-def _requests(engine: Any, load: Load, outputs: int) -> Iterator[Request]:
+def _requests(engine: Any, load: Load, outputs: int) -> list[Request]:
+    """The same prompts each time, under a new salt."""
     draw, vocab = random.Random(load.tokens), engine.program.config.graph.config.vocab_size
-    room = engine.info.max_model_len - load.tokens
-    params = SamplingParams.of(temperature=0.0, max_tokens=min(outputs, room), ignore_eos=True)
-    for number in range(load.batch):
-        yield Request(f"bench-{number}", tuple(draw.randrange(vocab) for _ in range(load.tokens)), params)
+    prompts = [[draw.randrange(vocab) for _ in range(load.tokens)] for _ in range(load.batch)]
+    return engines.requests(prompts, [min(outputs, engine.info.max_model_len - load.tokens)] * load.batch)
 
 
 def _clear(engine: Any) -> None:
@@ -190,14 +182,6 @@ def _prefill_operations(engine: Any, load: Load) -> float:
     dense = sum(prod(spec.shape) for name, spec, contracting in weights if contracting and name != "lm_head.weight")
     attention = sum(2 * shape.heads * shape.head_dim * load.tokens**2 for shape in graph.config.attention_shapes)
     return load.batch * (2 * dense * load.tokens + attention)
-
-
-@contextmanager
-def _closing(engine: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        engine.shutdown()
 
 
 def _load(text: str) -> Load:

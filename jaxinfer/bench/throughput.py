@@ -1,7 +1,12 @@
-"""Tokens per second of offline generation: one sequence, a batch of 16, and 64 requests of mixed lengths through the engine.
+"""Tokens per second of offline generation: one sequence, a batch of 16, 64 requests of mixed lengths, 64 behind one common beginning,
+and, if asked for by name, 512 of 1,024 tokens in and 256 out, each through the engine, from token ids to text.
+
+Every turn has a cache salt of its own, so that only requests of the same turn share cached beginnings; `cached_share` is the share of
+prompt tokens that were found computed. With `--beside SETTING=VALUE` engines with that setting changed are measured in the same run, turn
+by turn; `base_speedup` is the variant's seconds over the base's: above 1 the engine as given is the faster one (`turns`: turn by turn).
 
 With `--peer PYTHON` that interpreter runs Hugging Face `generate` on the same weights, prompts and output lengths (`peer_hf.py`), as many
-threads, in float32 and bfloat16, turn by turn with ours; the mixed requests go to it in static batches, the size that suits it best.
+threads, in float32 and bfloat16, turn by turn with ours; many requests go to it in static batches, the size that suits it best.
 Ratios are of medians; a missed goal makes the exit code 1.
 """
 
@@ -10,74 +15,50 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxinfer.bench import peer_hf
+from jaxinfer.bench import engines, peer_hf, variants
 from jaxinfer.bench.rows import Report, add_output_arguments, spread
-from jaxinfer.config import ConfigError, EngineConfig, from_arguments
+from jaxinfer.bench.workloads import DEFAULT, GOALS, NAMES, Goal, Workload, workloads
+from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.config import add_arguments as add_settings
-from jaxinfer.console import StageBar, remark
+from jaxinfer.console import remark, warn
 
-HELP = "tokens per second of offline generation, beside Hugging Face's on request"
+HELP = "tokens per second of offline generation, beside other settings or Hugging Face's on request"
 PEER_DTYPES = ("float32", "bfloat16")
-STATIC_BATCHES = (16, 64)
+
+
+class Turn(NamedTuple):
+    """One run of a workload: seconds, and how many prompt tokens were looked up in the prefix cache and found there."""
+
+    seconds: float
+    looked_up: int = 0
+    found: int = 0
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Prompts and how many tokens each shall get. `batches` are the static batch sizes that the peer may try."""
+class Side:
+    """Somebody who runs workloads; `about` says in rows who."""
 
-    name: str
-    prompts: tuple[tuple[int, ...], ...]
-    outputs: tuple[int, ...]
-    batches: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to generate."""
-        return sum(self.outputs)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """How much faster than the peer we mean to be: than its float32, and than its fastest dtype (None: reported without a goal)."""
-
-    float32: float
-    fastest: float | None
-
-
-GOALS = {"batch-1": Goal(1.5, 1.2), "batch-16": Goal(1.2, None), "mixed-64": Goal(2.0, None)}
-
-
-def workloads(vocab: int, length: int, scale: float = 1.0) -> tuple[Workload, ...]:
-    """The three workloads, random tokens of a fixed seed, cut to a context of `length`. `scale` shortens outputs (tests)."""
-    draw = random.Random(0)
-
-    def prompts(lengths: list[int]) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(draw.randrange(vocab // 16, vocab) for _ in range(max(1, min(n, length // 2)))) for n in lengths)
-
-    def outputs(lengths: list[int]) -> tuple[int, ...]:
-        return tuple(max(1, min(int(n * scale), length // 2)) for n in lengths)
-
-    mixed = [draw.randrange(16, 256) for _ in range(64)], [draw.randrange(16, 128) for _ in range(64)]
-    return (
-        Workload("batch-1", prompts([32]), outputs([128]), (1,)),
-        Workload("batch-16", prompts([32] * 16), outputs([128] * 16), (16,)),
-        Workload("mixed-64", prompts(mixed[0]), outputs(mixed[1]), STATIC_BATCHES),
-    )
+    about: dict[str, Any]
+    run: Callable[[Workload], Turn]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
     parser.add_argument("--peer", metavar="PYTHON", help="interpreter with torch and transformers; measures Hugging Face generate too")
-    parser.add_argument("--workload", action="append", choices=tuple(GOALS), help="measure this one only; may be repeated")
+    variants.add_beside_argument(parser)
+    engines.add_shape_argument(parser)
+    listed = f"measure this one; may be repeated [{' '.join(DEFAULT)}]"
+    parser.add_argument("--workload", action="append", choices=NAMES, help=listed)
     parser.add_argument("--scale", type=float, default=1.0, help="shorten the outputs by this factor (a quick look) [1]")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
@@ -85,70 +66,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every workload; 1 if a goal against the peer is missed."""
-    from jaxinfer.api import LLM
-    from jaxinfer.checkpoint import hub
+    if args.peer is not None and args.shape is not None:
+        raise ConfigError("--peer needs a checkpoint to read; name one with --model instead of --shape")
+    names = args.workload or DEFAULT
+    longest = max(work.longest for work in workloads(names, vocab=2, scale=args.scale))
+    chosen = variants.read(args.beside, engines.settings_of(args, longest))
+    with ExitStack() as stack:
+        built = stack.enter_context(engines.opened([variant.config for variant in chosen]))
+        report = stack.enter_context(Report("throughput", args))
+        peer = None if args.peer is None else stack.enter_context(_peer(args.peer, chosen[0].config))
+        ours = [_ours(variant.name, engine) for variant, engine in zip(chosen, built, strict=True)]
+        length, vocab = min(engine.info.max_model_len for engine in built), min(map(engines.vocabulary, built))
+        reached = [
+            _measure(report, work, ours, _theirs(peer, work), args.repeat) for work in workloads(names, vocab, length, args.scale)
+        ]  # fmt: skip
+    return int(not all(reached))
 
-    settings = from_arguments(EngineConfig, vars(args))
-    with StageBar() as bar:
-        llm = LLM.build(settings, progress=bar)
-    with llm, Report("throughput", args) as report:
-        info = llm.engine.info
-        chosen = [w for w in workloads(llm.tokenizer.vocab_size, info.max_model_len, args.scale) if w.name in (args.workload or GOALS)]
-        if args.peer is None:
-            for workload in chosen:
-                _report_side(report, workload, _ours(info), [_run_ours(llm, workload) for _ in range(args.repeat + 1)][1:])
-            return 0
-        with Peer(args.peer, hub.resolve(settings.model.model, settings.model.revision)) as peer:
-            return int(not all([_compare(report, llm, peer, workload, args.repeat) for workload in chosen]))
+
+def _measure(report: Report, workload: Workload, ours: Sequence[Side], theirs: Sequence[Side], repeat: int) -> bool:
+    """Measure all sides in turns (the first turn warms up and does not count); whether the goal against the peer is reached."""
+    sides, turns = [*ours, *theirs], []
+    for number in range(repeat + 1):
+        remark(f"{workload.name}, turn {number} of {repeat}")
+        turns.append([side.run(workload) for side in sides])
+    columns = list(zip(*turns[1:], strict=True))
+    medians = [_report_side(report, workload, side.about, column) for side, column in zip(sides, columns, strict=True)]
+    for at in range(1, len(ours)):
+        ratios = [round(other.seconds / base.seconds, 4) for other, base in zip(columns[at], columns[0], strict=True)]
+        names = {"variant": ours[at].about["variant"], "base": variants.BASE}
+        report.add(workload=workload.name, **names, base_speedup=medians[at] / medians[0], turns=ratios)
+    their = [(side.about["dtype"], seconds) for side, seconds in zip(theirs, medians[len(ours) :], strict=True)]
+    return _judge(report, workload, medians[0], their) if their else True
 
 
-def _compare(report: Report, llm: Any, peer: Peer, workload: Workload, repeat: int) -> bool:
-    """Measure both sides in turns (the first turn warms up and does not count); whether the goal is reached."""
-    contests = [(dtype, batch) for dtype in PEER_DTYPES for batch in workload.batches]
-    times: dict[Any, list[float]] = {}
-    for turn in range(repeat + 1):
-        remark(f"{workload.name}, turn {turn} of {repeat}")
-        times.setdefault("ours", []).append(_run_ours(llm, workload))
-        for dtype, batch in contests:
-            times.setdefault((dtype, batch), []).append(peer.run(workload, dtype, batch))
-    medians = {}
-    for side, seconds in times.items():
-        described = _ours(llm.engine.info) if side == "ours" else {"side": "peer", "dtype": side[0], "batch": side[1], **peer.versions}
-        medians[side] = _report_side(report, workload, described, seconds[1:])
-    ours = medians.pop("ours")
-    float32 = min(seconds for (dtype, _), seconds in medians.items() if dtype == "float32") / ours
-    fastest, goal = min(medians.values()) / ours, GOALS[workload.name]
-    reached = float32 >= goal.float32 and (goal.fastest is None or fastest >= goal.fastest)
-    goals = {"goal_float32": goal.float32, "goal_fastest": goal.fastest, "reached": reached}
+def _judge(report: Report, workload: Workload, ours: float, theirs: Sequence[tuple[str, float]]) -> bool:
+    """Compare our median with the peer's best; whether the goal is reached."""
+    float32 = min(seconds for dtype, seconds in theirs if dtype == "float32") / ours
+    fastest, goal = min(seconds for _, seconds in theirs) / ours, GOALS[workload.name]
+    reached = float32 >= (goal.float32 or 0) and fastest >= (goal.fastest or 0)
+    goals = {"goal_float32": goal.float32, "goal_fastest": goal.fastest, "reached": reached if goal != Goal() else None}
     report.add(workload=workload.name, ratio_float32=float32, ratio_fastest=fastest, **goals)
     return reached
 
 
-def _report_side(report: Report, workload: Workload, side: dict[str, Any], seconds: list[float]) -> float:
-    timed = spread(seconds)
+def _report_side(report: Report, workload: Workload, about: dict[str, Any], turns: Sequence[Turn]) -> float:
+    timed, looked_up = spread([turn.seconds for turn in turns]), sum(turn.looked_up for turn in turns)
     size = {"requests": len(workload.prompts), "prompt_tokens": sum(map(len, workload.prompts)), "output_tokens": workload.tokens}
-    report.add(workload=workload.name, **side, **size, tokens_per_second=workload.tokens / timed["seconds"], **timed)
+    cached = {"cached_share": sum(turn.found for turn in turns) / looked_up} if looked_up else {}
+    report.add(workload=workload.name, **about, **size, tokens_per_second=workload.tokens / timed["seconds"], **cached, **timed)
     return timed["seconds"]
 
 
-def _ours(info: Any) -> dict[str, Any]:
-    return {"side": "jaxinfer", "model": info.model, "dtype": info.dtype, "mesh": info.mesh}
+def _ours(name: str, engine: Any) -> Side:
+    about = {"side": "jaxinfer", "variant": name, **engines.about(engine), "kv_tokens": engine.info.kv_tokens}
+    return Side(about, partial(_run_ours, engine))
 
 
-def _run_ours(llm: Any, workload: Workload) -> float:
-    """Seconds for the workload, from token ids to text.
+def _run_ours(engine: Any, workload: Workload) -> Turn:
+    """Run the workload once.
 
     Raises:
         RuntimeError: a sequence did not get its tokens.
     """
-    pairs = zip(workload.prompts, workload.outputs, strict=True)
-    requests = [llm.request(prompt, temperature=0.0, max_tokens=length, ignore_eos=True) for prompt, length in pairs]
+    requests, scheduler = engines.requests(workload.prompts, workload.outputs), engine.scheduler
+    looked_up, reused = scheduler.looked_up, scheduler.reused
     start = time.perf_counter()
-    made = [len(completion.token_ids) for completion in llm.complete(requests)]
+    made = engines.run_all(engine, requests)
     seconds = time.perf_counter() - start
-    if tuple(made) != workload.outputs:
-        raise RuntimeError("a sequence ended before it had its tokens")
-    return seconds
+    if tuple(made[request.id] for request in requests) != workload.outputs:
+        raise RuntimeError(f"{workload.name}: a sequence did not get exactly its tokens")
+    return Turn(seconds, scheduler.looked_up - looked_up, scheduler.reused - reused)
+
+
+def _peer(python: str, config: EngineConfig) -> Peer:
+    from jaxinfer.checkpoint import hub
+
+    return Peer(python, hub.resolve(config.model.model, config.model.revision))
+
+
+def _theirs(peer: Peer | None, workload: Workload) -> list[Side]:
+    """The peer in each dtype and static batch."""
+    if peer is None:
+        return []
+    if not workload.batches:
+        warn(f"{workload.name} is measured without the peer")
+
+    def side(dtype: str, batch: int) -> Side:
+        about = {"side": "peer", "dtype": dtype, "batch": batch, **peer.versions}
+        return Side(about, lambda work: Turn(peer.run(work, dtype, batch)))
+
+    return [side(dtype, batch) for dtype in PEER_DTYPES for batch in workload.batches]
 
 
 class Peer:

@@ -13,7 +13,7 @@ from types import ModuleType
 from jaxinfer import bench
 
 HELP = "measure speed, as JSON rows or a table"
-HELPERS = frozenset({"ceilings", "peer_hf", "rows"})
+HELPERS = frozenset({"ceilings", "engines", "peer_hf", "rows", "variants", "workloads"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
