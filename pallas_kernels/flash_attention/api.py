@@ -35,7 +35,7 @@ def flash_attention(  # noqa: PLR0913
     h // (heads / kv_heads). A query that sees no key gets 0. Raises ValueError when the arguments do not fit together.
     """
     check(q, k, v, causal=causal, spec=spec, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
-    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
+    module = dispatch.resolve(OP, implementation, dispatch.target())
     return module.flash_attention(q, k, v, spec=spec, causal=causal, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
 
 
