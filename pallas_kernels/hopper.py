@@ -21,7 +21,9 @@ from pallas_kernels.attention import LOWEST, AttentionSpec
 
 TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
+REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
+ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 ROWS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
 
 _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_hopper_interpreted", default=False)
@@ -29,7 +31,11 @@ _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_hopper_interpreted",
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Inside, kernels are traced to run in jax's interpreter of Mosaic GPU, on any platform (slow: for tests)."""
+    """Inside, kernels are traced to run in jax's interpreter of Mosaic GPU, on any platform (slow: for tests).
+
+    The interpreter runs each warpgroup in a thread of XLA's pool: show it 8 CPU devices (`jax_num_cpu_devices`), for which XLA makes as
+    many threads, or it waits for ever on a machine with few cores.
+    """
     token = _interpreted.set(True)
     try:
         yield
@@ -52,17 +58,16 @@ def cores() -> int:
 
 
 def kernel(
-    body: Callable[..., None], scratch: tuple[Any, ...], *, out_type: Any, grid: dict[str, int], warpgroups: int, reduction_bytes: int = 0
+    body: Callable[..., None], scratch: tuple[Any, ...], *, out_type: Any, grid: dict[str, int], warpgroups: int
 ) -> Callable[..., Any]:
     """`body(*refs, scratch)` over a grid of named dimensions, in `warpgroups` warpgroups (axis "wg") that share the scratch memory.
 
-    reduction_bytes: extra scratch for reductions. Call the result with the kernel's arrays.
+    Call the result with the kernel's arrays.
     """
 
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *made: body(*refs, made), *scratch, collective_axes="wg")
 
-    extra = {"reduction_scratch_bytes": reduction_bytes} if reduction_bytes else {}
     return plgpu.kernel(
         entry,
         out_type=out_type,
@@ -70,14 +75,14 @@ def kernel(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, **extra),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
         interpret=interpretation(),
     )
 
 
 def interpretation() -> Any:
     """What `plgpu.kernel` wants to know of interpretation."""
-    return plgpu.InterpretGPUParams() if interpreting() else None
+    return plgpu.InterpretGPUParams() if interpreting() else None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -117,7 +122,7 @@ def products(queries: Any, keys: Any, meanwhile: Callable[[], None] = lambda: No
         meanwhile()
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((TILE, keys.shape[0]), jnp.float32))
+    return pl.run_scoped(multiply, ACC((TILE, keys.shape[0]), jnp.float32))
 
 
 def shape_scores(products: Any, spec: AttentionSpec) -> tuple[Any, float]:
@@ -143,6 +148,11 @@ def weights(state: State, scores: Any, factor: float) -> tuple[Any, Any, State]:
     return share, decay, State(state.weighted, top, state.total * decay + share.sum(axis=1))
 
 
+def load(ref: Any, layout: Any, *, coalesced: bool = True) -> Any:
+    """Memory into registers. coalesced False allows reads that are not, in layouts that repeat numbers."""
+    return plgpu.load(ref, (), layout=layout, optimized=coalesced)
+
+
 def spread(rows: Any, shape: tuple[int, ...]) -> Any:
     """One number per row, along the row."""
     return lax.broadcast_in_dim(rows, shape, [0])
@@ -151,7 +161,7 @@ def spread(rows: Any, shape: tuple[int, ...]) -> Any:
 def weigh(weighted: Any, share: Any, values: Any, spilled: Any) -> Any:
     """weighted [64, head_dim] + share [64, keys] times values [keys, head_dim]; spilled: `spill`'s memory of this warpgroup."""
     if spilled is None:
-        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, share, values))(plgpu.ACC.init(weighted))
+        return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, share, values))(ACC.init(weighted))
     spilled[...] = share
     plgpu.commit_smem()
 
@@ -159,7 +169,7 @@ def weigh(weighted: Any, share: Any, values: Any, spilled: Any) -> Any:
         plgpu.wgmma(accumulator, spilled, values)
         return accumulator[...]
 
-    return weighted + pl.run_scoped(multiply, plgpu.ACC(weighted.shape, jnp.float32))
+    return weighted + pl.run_scoped(multiply, ACC(weighted.shape, jnp.float32))
 
 
 def clear(values: Any, first: Any, floor: Any, stop: Any) -> None:
@@ -180,7 +190,7 @@ def clear(values: Any, first: Any, floor: Any, stop: Any) -> None:
             known = key < stop
             if floor is not None:
                 known &= key >= floor
-            found = plgpu.load(part, layout=WHOLE)
+            found = load(part, WHOLE)
             part[...] = jnp.where(known, found, jnp.zeros_like(found))
         plgpu.commit_smem()
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import dispatch, hopper, tuning
 from pallas_kernels.attention import AttentionSpec, accumulation_dtype, rope_table, rotate
 from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, xla
-from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
@@ -116,9 +116,7 @@ def paged_attention(  # noqa: PLR0913
     return PagedResult(out.reshape(tokens, heads, head_dim), kv)
 
 
-def _tables(
-    tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int
-) -> tuple[Int32[Array, "rows width"], Pages]:
+def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
     """Page tables wide enough for whole blocks of keys (the guard page fills them up), and what there is to know of them."""
     _, kv_heads, _, page_size, _ = kv.shape
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % max(keys // page_size, 1))))

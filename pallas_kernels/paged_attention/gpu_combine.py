@@ -85,7 +85,7 @@ def _body(merge: Merge, parts: Any, sums: Any, counts: Any, sinks: Any, out: Any
         merged, tops, totals = carry
         chunks = [step * AT_ONCE + number for number in range(AT_ONCE)]
         slots = [(row * merge.max_chunks + jnp.minimum(chunk, count - 1)) * merge.kv_heads + head for chunk in chunks]
-        found = [plgpu.load(parts.at[slot, features], layout=merge.layout).astype(jnp.float32) for slot in slots]
+        found = [hopper.load(parts.at[slot, features], merge.layout).astype(jnp.float32) for slot in slots]
         updates = []
         for index in range(merge.heads):
             logs = [sums[slot * merge.padded + first + index] for slot in slots]

@@ -84,7 +84,7 @@ def streams(head_dim: int) -> int:
 
 def shared_bytes(head_dim: int, stages: int) -> int:
     """Shared memory of a block of threads, for 16-bit data."""
-    return streams(head_dim) * (2 * head_dim * (TILE + stages * 2 * KEYS) + 4 * TILE + 16 * (stages + 1)) + 256
+    return streams(head_dim) * (2 * head_dim * (TILE + stages * 2 * KEYS) + 4 * TILE + 16 * (stages + 1)) + hopper.REDUCTION_BYTES
 
 
 def decode(
@@ -122,7 +122,6 @@ def decode(
         ),
         grid={"block": plan.blocks},
         warpgroups=2 * plan.streams,
-        reduction_bytes=256,
     )(q, kv, tables, items, count)
 
 

@@ -85,7 +85,7 @@ class Tile(NamedTuple):
 
 def shared_bytes(head_dim: int, keys: int, stages: int) -> int:
     """Shared memory of a block of threads, for 16-bit data."""
-    return 2 * head_dim * (LINES + 2 * stages * keys) + 8 * (2 * CONSUMERS + 4 * stages + 1)
+    return 2 * head_dim * (LINES + 2 * stages * keys) + 8 * (2 * CONSUMERS + 4 * stages + 1) + hopper.REDUCTION_BYTES
 
 
 def prefill(
@@ -188,7 +188,7 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, tile: Tile, used: Any) ->
     q, first = scratch.q.at[warpgroup], tile.first + warpgroup * plan.tokens
     state = hopper.start(q.shape[1])
     if plan.has_sinks:
-        sinks = plgpu.load(refs.sinks.at[tile.head], layout=ROWS, optimized=False)
+        sinks = hopper.load(refs.sinks.at[tile.head], ROWS, coalesced=False)
         state = state._replace(top=sinks, total=state.total + 1)
     plgpu.barrier_wait(scratch.q_full.at[warpgroup])
     pl.when(warpgroup == 1)(lambda: _take_turns(scratch))

@@ -318,7 +318,7 @@ def _prefill(
     at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
     blocks = cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
-    cut = take(q, blocks.token).transpose(0, 2, 3, 1, 4)
+    queued = take(q, blocks.token).transpose(0, 2, 3, 1, 4)
     tables = _chunked(metadata.page_tables, sizes.prefill_keys, kv.shape[3], bounded=False)
 
     def attend(
@@ -329,11 +329,11 @@ def _prefill(
 
         rows = own(blocks.row)
         part = _attend_blocks(
-            own(cut), own(blocks.position), kv, take(tables, rows), take(metadata.kv_lengths, rows), spec=spec, sinks=sinks
+            own(queued), own(blocks.position), kv, take(tables, rows), take(metadata.kv_lengths, rows), spec=spec, sinks=sinks
         )
         return lax.dynamic_update_slice_in_dim(out, part, index * at_once, 0)
 
-    out = _loop(attend, blank(q, cut.shape, q.dtype), jnp.zeros((), jnp.int32), ceil_div(blocks.total, at_once), room // at_once)
+    out = _loop(attend, blank(q, queued.shape, q.dtype), jnp.zeros((), jnp.int32), ceil_div(blocks.total, at_once), room // at_once)
     out = out.transpose(0, 3, 1, 2, 4).reshape(room * queries, kv_heads, group, head_dim)
     return jnp.where((positions >= 0)[:, None, None, None], take(out, blocks.place), 0)
 
