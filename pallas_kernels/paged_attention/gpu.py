@@ -26,18 +26,17 @@ Key = dict[str, int | str]
 DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
 HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16
-MAX_CHUNKS = 32  # of a row: longer rows get longer chunks
-MANY = 4  # (row, kv head) pairs per streaming multiprocessor that keep it busy without short chunks
+MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
 kv_layout = xla.kv_layout
 
 
 class Sizes(NamedTuple):
-    """Block sizes. Decode: keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once
+    """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once
     (per stream). Prefill: keys of a block, blocks in shared memory at once."""
 
-    decode_chunk: int
-    decode_chunk_many: int
+    decode_longest: int
+    decode_longest_many: int
     decode_stages: int
     prefill_keys: int
     prefill_stages: int
@@ -47,14 +46,14 @@ def heuristic(platform: str, key: Key) -> dict[str, int]:
     """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
     head_dim = int(key["head_dim"])
     stages = {64: 6, 96: 4}.get(head_dim, 3)
-    return Sizes(256, 1024, stages, 64 if head_dim > 128 else 128, 2)._asdict()
+    return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2)._asdict()
 
 
 def candidates(platform: str, key: Key) -> list[dict[str, int]]:
     """Sizes worth measuring: those that fit in shared memory."""
     base, head_dim = Sizes(**heuristic(platform, key)), int(key["head_dim"])
-    grid = [base._replace(decode_chunk=keys) for keys in (128, 512)]
-    grid += [base._replace(decode_chunk_many=keys) for keys in (512, 2048)]
+    grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
+    grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
     grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
@@ -131,17 +130,17 @@ class Items(NamedTuple):
     counts: Int32[Array, "rows"]
 
 
-def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, chunk: int, capacity: int) -> Items:
-    """Rows of `stop` keys, at most `capacity`, cut into chunks of `chunk` keys, doubled until a row has at most MAX_CHUNKS."""
+def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, longest: int, capacity: int) -> Items:
+    """Rows of `stop` keys, at most `capacity`, cut into `wanted` chunks each, into fewer where they would be too short to pay, and into
+    more where they would be longer than `longest` keys."""
     keys, rows = gpu_decode.KEYS, stop.shape[0]
     most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-window // keys) + 1)
-    base = max(chunk // keys, 1)
-    max_chunks = min(-(-most // base), MAX_CHUNKS)
+    least, longest = (1 if wanted >= 16 else 2), max(longest // keys, -(-most // MAX_CHUNKS))
+    max_chunks = min(max(wanted, -(-most // longest)), -(-most // least))
     first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(stop - window, 0), jnp.int32(keys))
     blocks = xla.ceil_div(stop, keys) - first
-    size = jnp.full_like(stop, base)
-    while base * MAX_CHUNKS < most:
-        size, base = jnp.where(blocks > size * MAX_CHUNKS, size * 2, size), base * 2
+    chunks = jnp.maximum(wanted, xla.ceil_div(blocks, longest))
+    size = jnp.maximum(lax.div(blocks + chunks - 1, chunks), least)
     counts = lax.div(blocks + size - 1, size)
     ends = jnp.cumsum(counts)
     item = jnp.arange(rows * max_chunks, dtype=jnp.int32)
@@ -167,8 +166,10 @@ def _decode(
     rows, kv_heads, group, head_dim = q.shape
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
     stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
-    chunk = sizes.decode_chunk_many if rows * kv_heads >= MANY * hopper.cores() else sizes.decode_chunk
-    items = cut_rows(stop, window=spec.window, chunk=chunk, capacity=pages.width * pages.page_size)
+    streams = gpu_decode.streams(head_dim)
+    wanted = max(1, streams * hopper.cores() // (rows * kv_heads))  # all at work at once
+    longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
+    items = cut_rows(stop, window=spec.window, wanted=wanted, longest=longest, capacity=pages.width * pages.page_size)
     padded = group + -group % 8
     plan = gpu_decode.Plan(
         spec=spec,
@@ -176,13 +177,15 @@ def _decode(
         max_chunks=items.fields.shape[0] // rows,
         padded=padded,
         stages=sizes.decode_stages,
-        streams=gpu_decode.streams(head_dim),
+        streams=streams,
         blocks=hopper.cores(),
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0))).reshape(-1, head_dim)
     parts, sums = gpu_decode.decode(q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, plan=plan)
-    out = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
-    return out.reshape(rows, kv_heads, padded, head_dim)[:, :, :group]
+    if plan.max_chunks > 1 or sinks is not None:
+        parts = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
+    out = parts.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
+    return out if plan.max_chunks > 1 else jnp.where((items.counts > 0)[:, None, None, None], out, 0)
 
 
 def _prefill(
@@ -195,7 +198,7 @@ def _prefill(
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """Tiles of queries of one row each. The longest go first, so that the last to end are short."""
+    """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
     _, kv_heads, group, head_dim = q.shape
     tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
     plan = gpu_prefill.Plan(
@@ -210,8 +213,6 @@ def _prefill(
     blocks = xla.cut(metadata, positions, gpu_prefill.CONSUMERS * plan.tokens, 1)
     places, first = blocks.row.shape[0], blocks.position[:, 0]
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    sees = first + tokens if spec.window is None else jnp.minimum(first + tokens, spec.window + tokens)
-    order = jnp.argsort(jnp.where(first >= 0, -sees, 1)).astype(jnp.int32)
     fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
     lines = xla.take(q, blocks.token).reshape(places, gpu_prefill.CONSUMERS, plan.tokens, kv_heads, group, head_dim)
     lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, gpu_prefill.CONSUMERS, -1, head_dim)
@@ -220,7 +221,7 @@ def _prefill(
         lines.reshape(kv_heads, -1, head_dim),
         kv.reshape(-1, head_dim),
         tables.reshape(-1),
-        xla.take(fields, order).reshape(-1),
+        fields.reshape(-1),
         blocks.total[None],
         None if sinks is None else _sinks_of_lines(sinks, kv_heads),
         plan=plan,

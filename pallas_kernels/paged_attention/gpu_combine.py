@@ -57,23 +57,24 @@ def combine(
     *,
     kv_heads: int,
     group: int,
-) -> Float[Array, "rows_kv_heads padded head_dim"]:
+) -> Float[Array, "rows_kv_heads group_or_more head_dim"]:
     """What `gpu_decode.decode` left, merged: the first counts[row] chunks of each row; 0 for a row without any."""
     slots, padded, head_dim = parts.shape
     rows, heads = counts.shape[0], 1
-    while heads * head_dim % 128:
+    while heads * head_dim % 128 or heads < min(group, 8):
         heads *= 2
+    parts_of_group = -(-group // heads)
     merge = Merge(kv_heads, group, padded, head_dim, slots // (rows * kv_heads), heads)
     given = jnp.zeros((1,), jnp.float32) if sinks is None else sinks.astype(jnp.float32) * LOG2E
     out = plgpu.kernel(
         lambda *refs: _body(merge, *refs, has_sinks=sinks is not None),
-        out_type=jax.ShapeDtypeStruct((rows * kv_heads, padded * head_dim), parts.dtype),
-        grid=(rows, kv_heads, -(-group // heads)),
+        out_type=jax.ShapeDtypeStruct((rows * kv_heads, parts_of_group * heads * head_dim), parts.dtype),
+        grid=(rows, kv_heads, parts_of_group),
         grid_names=("row", "head", "part"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=hopper.interpretation(),
     )(parts.reshape(slots, -1), sums.reshape(-1), counts, given)
-    return out.reshape(-1, padded, head_dim)
+    return out.reshape(rows * kv_heads, -1, head_dim)
 
 
 def _body(merge: Merge, parts: Any, sums: Any, counts: Any, sinks: Any, out: Any, *, has_sinks: bool) -> None:

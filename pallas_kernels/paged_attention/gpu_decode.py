@@ -6,6 +6,7 @@ head's whole group of queries and leaves the chunk's normalised output and the l
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +129,7 @@ def decode(
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     warpgroup = lax.axis_index("wg")
     stream = lax.rem(warpgroup, jnp.int32(plan.streams))
-    number, of = lax.axis_index("block") * plan.streams + stream, plan.blocks * plan.streams
+    number, of = stream * plan.blocks + lax.axis_index("block"), plan.blocks * plan.streams  # every block gets work before any gets two
     mine = lax.div(refs.count[0] * plan.pages.kv_heads - number + (of - 1), jnp.int32(of))
 
     def item(turn: Any) -> Item:
@@ -187,12 +188,17 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
     floor = None if spec.window is None else item.stop - spec.window
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
-    def absorb(number: Any, state: hopper.State) -> hopper.State:
+    def block(number: Any) -> tuple[Any, Any]:
         slot = lax.rem(used + number, jnp.int32(plan.stages))
-        block = scratch.kv.at[stream].at[slot]
-        keys, values = block.at[pl.ds(0, KEYS)], block.at[pl.ds(KEYS, KEYS)]
+        return slot, scratch.kv.at[stream].at[slot]
+
+    def absorb(number: Any, state: hopper.State, *, last: bool) -> hopper.State:
+        slot, both = block(number)
+        keys, values = both.at[pl.ds(0, KEYS)], both.at[pl.ds(KEYS, KEYS)]
         plgpu.barrier_wait(scratch.full.at[stream, slot])
         scores, factor = hopper.shape_scores(hopper.products(q, keys), spec)
+        if last:
+            plgpu.barrier_arrive(scratch.q_free.at[stream])
         first = (item.first + number) * KEYS
         key = hopper.index((TILE, KEYS), 1, first)
         seen = key < item.stop
@@ -202,15 +208,19 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
         hopper.clear(values, first, floor, item.stop)
         weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
         weighted = hopper.weigh(weighted, share.astype(q.dtype), values, spilled)
-        plgpu.barrier_arrive(scratch.free.at[stream, slot])
+        if not last:
+            plgpu.barrier_arrive(scratch.free.at[stream, slot])
         return state._replace(weighted=weighted)
 
-    state = lax.fori_loop(0, item.blocks, absorb, hopper.start(q.shape[1]))
-    q[...] = (state.weighted / hopper.spread(state.total, state.weighted.shape)).astype(q.dtype)
+    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper.start(q.shape[1]))
+    state = absorb(item.blocks - 1, state, last=True)
+    slot, both = block(item.blocks - 1)
+    out = both.at[pl.ds(0, TILE)]  # the last block's keys have been used: the output leaves from their memory
+    out[...] = (state.weighted / hopper.spread(state.total, state.weighted.shape)).astype(q.dtype)
     sums[...] = state.top + jnp.log2(state.total)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q.at[pl.ds(0, plan.padded)], refs.out.at[item.slot])
+    plgpu.copy_smem_to_gmem(out.at[pl.ds(0, plan.padded)], refs.out.at[item.slot])
     plgpu.copy_smem_to_gmem(sums.at[pl.ds(0, plan.padded)], refs.sums.at[item.slot])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch.q_free.at[stream])
+    plgpu.barrier_arrive(scratch.free.at[stream, slot])
     return used + item.blocks

@@ -133,7 +133,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
     def tile(turn: Any) -> Tile:
         work = number + turn * plan.blocks
-        head, index = lax.rem(work, jnp.int32(plan.pages.kv_heads)), lax.div(work, jnp.int32(plan.pages.kv_heads))
+        head, index = lax.div(work, refs.count[0]), refs.count[0] - 1 - lax.rem(work, refs.count[0])
         place, row, first, tokens, stop = (refs.tiles[index * len(TILE_FIELDS) + field] for field in range(len(TILE_FIELDS)))
         floor = jnp.int32(0) if plan.spec.window is None else jnp.maximum(first - (plan.spec.window - 1), 0)
         begin = lax.div(floor, jnp.int32(plan.keys))
