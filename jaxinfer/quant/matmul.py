@@ -81,7 +81,7 @@ def _dense(x: Float[Array, "tokens into"], weight: Float[Array, "out into"], out
 
 
 def _row_sums(x: Float[Array, "one into"], weight: Float[Array, "out into"], out_dtype: np.dtype) -> Float[Array, "one out"]:
-    """The product for one token as sums over the weight's rows: XLA on GPUs reads the weight at the memory's rate, which its dots do not."""
+    """The product for one token as sums over the weight's rows: XLA on GPUs reads it at the memory's rate, which its dots do not."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.sum(x.astype(wide) * weight.astype(wide), axis=1).astype(out_dtype)[None]
 
