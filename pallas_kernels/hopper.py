@@ -150,7 +150,7 @@ def weights(state: State, scores: Any, factor: float) -> tuple[Any, Any, State]:
 
 def load(ref: Any, layout: Any, *, coalesced: bool = True) -> Any:
     """Memory into registers. coalesced False allows reads that are not, in layouts that repeat numbers."""
-    return plgpu.load(ref, (), layout=layout, optimized=coalesced)
+    return plgpu.load(ref, layout=layout, optimized=coalesced)  # pyright: ignore[reportCallIssue]
 
 
 def spread(rows: Any, shape: tuple[int, ...]) -> Any:
