@@ -1,5 +1,6 @@
-"""Attention and quantised matmul for inference: arrays in, arrays out, several implementations behind one signature each.
+"""Attention and matmuls for inference: arrays in, arrays out, several implementations behind one signature each.
 
+    dense_matmul        few tokens times a weight
     flash_attention     contiguous keys and values
     paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
     quantized_matmul    int8 weights
@@ -8,6 +9,7 @@
 """
 
 from pallas_kernels.attention import AttentionSpec as AttentionSpec
+from pallas_kernels.dense_matmul.api import dense_matmul as dense_matmul
 from pallas_kernels.flash_attention.api import flash_attention as flash_attention
 from pallas_kernels.paged_attention.api import KVLayout as KVLayout
 from pallas_kernels.paged_attention.api import PagedMetadata as PagedMetadata

@@ -6,6 +6,7 @@ consumers keep a tile of 64 queries and its online softmax in registers and feed
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,9 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import LOWEST, AttentionSpec
 
 TILE = 64  # queries of a warpgroup: what one wgmma multiplies
+DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
 REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
@@ -46,6 +49,15 @@ def interpreted() -> Iterator[None]:
 def interpreting() -> bool:
     """Whether kernels are being traced for the interpreter."""
     return _interpreted.get()
+
+
+def refusal(target: dispatch.Target) -> str | None:
+    """Why no kernel of this kind can run on a target; None when they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"
+    if not (interpreting() or DEVICES.search(target.device)):
+        return f"its kernels are for Hopper GPUs (H100, H200, H800, H20, GH200), this is {target.device}"
+    return None
 
 
 def cores() -> int:

@@ -18,10 +18,9 @@ from jaxtyping import Array, Float
 
 from jaxinfer.quant.qarray import QArray
 from jaxinfer.sharding import Axes, Rules, partition
-from pallas_kernels import dispatch, quantized_matmul
+from pallas_kernels import dense_matmul, quantized_matmul
 
 Weight = Array | QArray
-HALVED_TOKENS = 16
 
 
 def matmul(
@@ -35,7 +34,7 @@ def matmul(
         values, scales = weight.values.reshape(-1, into), weight.scales.reshape(-1)
         out = quantized_matmul(wide, values, scales, implementation=implementation).astype(out_dtype)
     else:
-        out = _dense(flat, weight.reshape(-1, into), out_dtype)
+        out = dense_matmul(flat, weight.reshape(-1, into), out_dtype=out_dtype, implementation=implementation)
     return out.reshape(tokens, *out_shape)
 
 
@@ -68,28 +67,3 @@ def sharded_matmul(
     specs = (PartitionSpec(*tokens, *into), of_weight)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*tokens, *out), check_vma=False)(x, weight)
 
-
-def _dense(x: Float[Array, "tokens into"], weight: Float[Array, "out into"], out_dtype: np.dtype) -> Float[Array, "tokens out"]:
-    """The dot's own result dtype is out_dtype: matrix units accumulate in float32 anyway. float32 means float32, not TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    platform = dispatch.target().platform
-    if platform == "gpu" and x.shape[0] == 1:
-        return _row_sums(x, weight, out_dtype)
-    if platform == "cpu" and 1 < x.shape[0] <= HALVED_TOKENS and weight.shape[0] % 2 == 0:
-        return _in_halves(x, weight, out_dtype, precision)
-    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype)
-
-
-def _row_sums(x: Float[Array, "one into"], weight: Float[Array, "out into"], out_dtype: np.dtype) -> Float[Array, "one out"]:
-    """The product for one token as sums over the weight's rows: XLA on GPUs reads it at the memory's rate, which its dots do not."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.sum(x.astype(wide) * weight.astype(wide), axis=1).astype(out_dtype)[None]
-
-
-def _in_halves(
-    x: Float[Array, "tokens into"], weight: Float[Array, "out into"], out_dtype: np.dtype, precision: jax.lax.Precision
-) -> Float[Array, "tokens out"]:
-    """The same product as a batch of two with the weight on the left: for a few tokens XLA on CPUs is 1.1 to 1.7 times as fast at that."""
-    halves, twice = weight.reshape(2, -1, weight.shape[1]), jnp.broadcast_to(x[None], (2, *x.shape))
-    product = jax.lax.dot_general(halves, twice, (((2,), (2,)), ((0,), (0,))), precision=precision, preferred_element_type=out_dtype)
-    return product.reshape(-1, x.shape[0]).T
