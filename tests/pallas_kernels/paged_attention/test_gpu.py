@@ -188,7 +188,7 @@ def test_others_never_import_mosaic():
     code = (
         "import sys, pallas_kernels, jax.numpy\n"
         "pallas_kernels.kv_layout('auto', kv_heads=1, head_dim=64, dtype=jax.numpy.float32)\n"
-        "sys.exit(any('mosaic_gpu' in name or 'hopper' in name for name in sys.modules))"
+        "sys.exit(any('pallas.mosaic_gpu' in name or 'hopper' in name for name in sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
