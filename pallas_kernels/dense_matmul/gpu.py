@@ -7,6 +7,7 @@ tile, the tile's sums come in several parts, which whatever consumes them adds u
 so a token's result depends on nothing else. Many tokens are XLA's, which has the vendor's kernels for them, and so is one.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from pallas_kernels import dispatch, hopper
 from pallas_kernels.dense_matmul import xla
 from pallas_kernels.hopper import TILE
 
+BY_NAME = "it has been timed alone but not in whole steps; ask for it by name"
 FEWEST, MOST = 2, 128  # tokens
 BLOCKS = (256, 128, 64)  # inputs of a block, best first
 
@@ -90,7 +92,7 @@ def dense_matmul(x: Float[Array, "tokens in"], weight: Float[Array, "out in"], *
     if not FEWEST <= tokens <= MOST:
         return xla.dense_matmul(x, weight, out_dtype=out_dtype)
     plan = plan_of(tokens + -tokens % 8, *weight.shape)
-    parts = _parts(plan, jnp.pad(x, ((0, plan.tokens - tokens), (0, 0))), weight)
+    parts = _parts(jnp.pad(x, ((0, plan.tokens - tokens), (0, 0))), weight, plan=plan, interpreted=hopper.interpreting())
     count = np.repeat(plan.parts(), plan.consumers * TILE)
     total = parts[0]
     for number in range(1, parts.shape[0]):
@@ -98,8 +100,14 @@ def dense_matmul(x: Float[Array, "tokens in"], weight: Float[Array, "out in"], *
     return total[:tokens].astype(out_dtype)
 
 
-def _parts(plan: Plan, x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float[Array, "parts tokens out"]:
-    """The sums in float32; a part that nobody has holds anything."""
+@partial(jax.jit, static_argnames=("plan", "interpreted"))
+def _parts(
+    x: Float[Array, "tokens in"], weight: Float[Array, "out in"], *, plan: Plan, interpreted: bool
+) -> Float[Array, "parts tokens out"]:
+    """The sums in float32; a part that nobody has holds anything. Compiled as a function, so that a model's layers lower it once.
+
+    interpreted only keeps traces for the interpreter apart.
+    """
     scratch = (
         hopper.swizzled((plan.stages, plan.consumers * TILE, plan.block), weight.dtype),
         hopper.swizzled((plan.stages, plan.tokens, plan.block), x.dtype),

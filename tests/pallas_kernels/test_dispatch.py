@@ -105,3 +105,11 @@ def test_target_follows_an_abstract_mesh():
     described = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, abstract_device=device)
     with jax.sharding.use_abstract_mesh(described):
         assert dispatch.target() == H200
+
+
+def test_what_wants_to_be_named_is_passed_over_by_auto_alone(caplog, picky):
+    picky["gpu"] = SimpleNamespace(BY_NAME="too young")
+    with caplog.at_level("INFO", logger="pallas_kernels.dispatch"):
+        assert dispatch.choose("paged_attention", "auto", H200) == "xla"
+    assert "instead of 'gpu': too young" in caplog.text
+    assert dispatch.choose("paged_attention", "gpu", H200) == "gpu"
