@@ -1,11 +1,11 @@
-"""Compile paged attention's GPU implementation for an H200 described by text, on a machine without a GPU.
+"""Compile the GPU implementations of paged attention and of the matmul of few tokens for an H200 described by text, on a machine without a GPU.
 
 Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none of the other CUDA packages), numpy and jaxtyping:
 
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not show is that
+Each case of attention is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not show is that
 the numbers are right: the tests do that in jax's interpreter, and a card does.
 """
 
@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -25,6 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import tuning
+from pallas_kernels.dense_matmul.cases import Case as MatmulCase
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 
@@ -68,18 +70,30 @@ def cases() -> list[Case]:
     return found
 
 
+def matmuls() -> list[MatmulCase]:
+    """An 8B model's weights and small ones, for every way to cut the tokens."""
+    shapes = [(4096, 6144), (14336, 4096), (4096, 128256), (64, 64)]
+    found = [MatmulCase("x", tokens, *shape) for shape in shapes for tokens in (2, 16, 17, 64, 65, 128)]
+    return [*found, MatmulCase("x", 33, 448, 192, dtype="float16")]
+
+
 def main() -> None:
     """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
 
+    def kernels_of(case: Any, given: Any) -> int:
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), given)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
+        return text.count('custom_call_target="mosaic_gpu')
+
     def compile_case(case: Case, sizes: dict[str, int]) -> None:
         begin = time.perf_counter()
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), case.make(0))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tuning.forced(sizes):
-            text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
-        kernels = text.count('custom_call_target="mosaic_gpu')
-        wanted = 2 * (case.decode_rows > 0) + (case.prefill_rows > 0)
+        with tuning.forced(sizes):
+            kernels = kernels_of(case, case.make(0))
+        merged = "sinks" in case.extras or case.decode_rows < 100  # many short rows are never split
+        wanted = (1 + merged) * (case.decode_rows > 0) + (case.prefill_rows > 0)
         print(f"{case.name} {tuple(sizes.values())}: {kernels} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
         if kernels != wanted:
             raise SystemExit(f"{case.name}: {kernels} kernels of ours in the program, there should be {wanted}")
@@ -90,6 +104,12 @@ def main() -> None:
         case = replace(MIXED, name=f"candidates {head_dim}", head_dim=head_dim)
         for sizes in gpu.candidates("gpu", case.tuning_key())[1:]:
             compile_case(case, sizes)
+    for case in matmuls():
+        wide = jax.numpy.dtype(case.dtype)
+        shapes = {"x": (case.tokens, case.features), "weight": (case.outputs, case.features)}
+        if kernels_of(case, {name: jax.ShapeDtypeStruct(shape, wide) for name, shape in shapes.items()}) != 1:
+            raise SystemExit(f"matmul {case}: there should be one kernel of ours")
+        print(f"matmul {case.tokens} x {case.features} x {case.outputs}", flush=True)
     print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
 
 

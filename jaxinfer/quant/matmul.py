@@ -66,4 +66,3 @@ def sharded_matmul(
     of_weight = jax.tree.unflatten(jax.tree.structure(weight), [PartitionSpec(*parts), PartitionSpec(*out)][: len(jax.tree.leaves(weight))])
     specs = (PartitionSpec(*tokens, *into), of_weight)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*tokens, *out), check_vma=False)(x, weight)
-

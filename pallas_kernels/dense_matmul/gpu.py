@@ -171,6 +171,6 @@ def _consume(plan: Plan, out: Any, scratch: Scratch, tile: Any, begin: Any, end:
         free(stop - 1)
         return found
 
-    sums = pl.run_scoped(accumulate, plgpu.ACC((TILE, plan.tokens), jnp.float32))
+    sums = pl.run_scoped(accumulate, hopper.ACC((TILE, plan.tokens), jnp.float32))
     outputs = pl.ds(tile * (plan.consumers * TILE) + lax.axis_index("wg") * TILE, TILE)
     out.at[part, :, outputs].transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)

@@ -163,7 +163,7 @@ def _decode(
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
     stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
     streams = gpu_decode.streams(head_dim)
-    wanted = max(1, streams * hopper.cores() // (rows * kv_heads))  # all at work at once
+    wanted = min(max(streams * hopper.cores() // (rows * kv_heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
     items = cut_rows(stop, window=spec.window, wanted=wanted, longest=longest, capacity=pages.width * pages.page_size)
     padded = group + -group % 8

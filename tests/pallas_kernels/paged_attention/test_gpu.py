@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, TUNING, Case
 H200 = Target("gpu", "NVIDIA H200")
 KEY = {"page_size": 64, "kv_heads": 8, "heads": 32, "head_dim": 128, "dtype": "bfloat16"}
 NEW = jax.__version_info__ >= (0, 11)
-SMALL = gpu.Sizes(decode_chunk=64, decode_chunk_many=64, decode_stages=2, prefill_keys=128, prefill_stages=2)
+SMALL = gpu.Sizes(decode_longest=64, decode_longest_many=64, decode_stages=2, prefill_keys=128, prefill_stages=2)
 SOON = [
     Case("decode_chunks", decode_rows=4, page_size=64, pages_per_row=6, kv_heads=1, group=4, dtype="bfloat16", extras=BOTH),
     Case("prefill_cap", prefill_rows=3, prefill_tokens=100, pages_per_row=18, kv_heads=1, dtype="float16", window=37, soft_cap=5.0),
@@ -115,13 +116,15 @@ def test_padding_gives_nothing(interpreted):
     assert not np.asarray(result.out).any()
 
 
+@pytest.mark.parametrize(("wanted", "longest"), [(1, 4096), (3, 128), (33, 2048)])
 @pytest.mark.parametrize("window", [None, 1, 64, 5000])
-def test_rows_are_cut_whole(window):
+def test_rows_are_cut_whole(window, wanted, longest):
     """Each row's items are its blocks in order, at most MAX_CHUNKS of them, and the same whatever the others are."""
     capacity, rng = 64 * 64 * 40, np.random.default_rng(0)
     stop = np.concatenate([[0, 1, 63, 64, 65, capacity, capacity - 1, 32 * 128, 32 * 128 + 1], rng.integers(0, capacity, 20)])
     stop = stop.astype(np.int32)
-    items = gpu.cut_rows(jnp.asarray(stop), window=window, chunk=128, capacity=capacity)
+    cut = partial(gpu.cut_rows, window=window, wanted=wanted, longest=longest, capacity=capacity)
+    items = cut(jnp.asarray(stop))
     fields, counts = np.asarray(items.fields[: int(items.total[0])]), np.asarray(items.counts)
     assert int(items.total[0]) == counts.sum() <= len(items.fields)
     assert counts.max() <= gpu.MAX_CHUNKS
@@ -129,12 +132,13 @@ def test_rows_are_cut_whole(window):
         mine = fields[fields[:, 0] == row]
         assert len(mine) == counts[row]
         assert mine[:, 1].tolist() == list(range(counts[row]))
-        assert (mine[:, 3] > 0).all()
+        assert (mine[:, 3] > 0).all() and mine[:, 3].max(initial=0) <= max(2, longest // 64, -(-capacity // 64 // gpu.MAX_CHUNKS))
+        assert mine[:-1, 3].min(initial=99999) >= mine[:, 3].max(initial=0), "chunks of one length, the last may be shorter"
         assert (mine[:, 4] == keys).all()
         floor = 0 if window is None else max(0, keys - window)
         blocks = [block for _, _, first, count, _ in mine for block in range(first, first + count)]
         assert blocks == list(range(floor // gpu_decode.KEYS, -(-keys // gpu_decode.KEYS)) if keys else [])
-        alone = gpu.cut_rows(jnp.asarray(stop[row : row + 1]), window=window, chunk=128, capacity=capacity)
+        alone = cut(jnp.asarray(stop[row : row + 1]))
         assert np.array_equal(np.asarray(alone.fields[: counts[row], 1:]), mine[:, 1:])
 
 

@@ -36,7 +36,7 @@ def test_every_item_alone(interpreted, page_size, window, soft_cap):
     kv = rng.standard_normal((rows * width + 1, HEADS, 2, page_size, DIM), np.float32)
     kv = jnp.asarray(np.where(known[:, None, None, :, None], kv, np.float32(np.nan)), jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((rows * HEADS * 8, DIM), np.float32), jnp.bfloat16)
-    items = cut_rows(jnp.asarray(stop), window=window, chunk=64, capacity=width * page_size)
+    items = cut_rows(jnp.asarray(stop), window=window, wanted=2, longest=128, capacity=width * page_size)
     fields, total = np.asarray(items.fields), int(items.total[0])
     max_chunks = len(fields) // rows
     spec = AttentionSpec(0.2, window=window, soft_cap=soft_cap)
