@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", choices=tuple(LISTS), default="tuning", help=listed)
     parser.add_argument("--case", **several, help="these cases only; may be repeated")
     parser.add_argument("--copies", type=int, metavar="N", help="copies of the inputs that are used in turn [more than a cache holds]")
-    parser.add_argument("--calls", type=int, metavar="N", help="most calls in one compiled program [256; 4 on a CPU]")
+    parser.add_argument("--calls", type=int, metavar="N", help="most calls in one compiled program [512; 4 on a CPU]")
     add_output_arguments(parser)
 
 

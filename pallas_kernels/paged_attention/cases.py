@@ -49,7 +49,7 @@ class Case:
     @property
     def rotates(self) -> tuple[str, ...]:
         """What differs from layer to layer; the metadata is made once for all of them."""
-        return self.donates
+        return ("kv", "q", "k", "v")
 
     @property
     def spec(self) -> AttentionSpec:
