@@ -97,7 +97,7 @@ assert history[-1][2] < 1e-5
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 2.4), layout="constrained")
 for axis, values, title in zip(axes, zip(*history, strict=True), ("top", "total", "error of weighted / total"), strict=True):
-    axis.plot(values, "o-")
+    axis.plot(range(1, len(values) + 1), values, "o-")
     axis.set(title=title, xlabel="blocks absorbed")
 axes[2].set_yscale("log")
 plt.show()
