@@ -2,7 +2,7 @@
 
 The data is as hostile as a serving step can be: page tables are shuffled, every slot that belongs to no row (the guard page too) and
 every padding token holds NaN, and ragged lengths are drawn from the edges: empty, 1, whole pages, one more and one less, full.
-Large pools of full rows (`BENCH`) are drawn where they are needed, on the device; in those only the tables are shuffled.
+Large arrays of full rows (`BENCH`) are drawn where they are needed, on the device; then only the tables are shuffled.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SINKS: Extras = frozenset({"sinks"})
 BOTH: Extras = ROPE | SINKS
 NOTHING: Extras = frozenset()
 CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
-LARGE = 1 << 24  # values of a pool from which on numpy is too slow
+LARGE = 1 << 20  # values of an array from which on numpy is too slow
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Case:
         pool = self._pool(rng, tables, kv_lengths, implementation)
         made: dict[str, Any] = {"positions": positions}
         for name, heads in (("q", self.kv_heads * self.group), ("k", self.kv_heads), ("v", self.kv_heads)):
-            made[name] = np.where(positions[:, None, None] >= 0, _normal(rng, len(positions), heads, self.head_dim), np.nan)
+            made[name] = self._tokens(rng, positions, heads)
         if "sinks" in self.extras:
             made["sinks"] = _normal(rng, self.kv_heads * self.group)
         arrays = {name: jnp.asarray(x.astype(jnp.int32 if name == "positions" else jnp.dtype(self.dtype))) for name, x in made.items()}
@@ -145,6 +145,13 @@ class Case:
             ],
         )
         return queries, np.where(queries > 0, np.clip(wanted, queries, capacity), 0)
+
+    def _tokens(self, rng: np.random.Generator, positions: np.ndarray, heads: int) -> Any:
+        """Values of the packed tokens: NaN where there is only padding."""
+        shape = (len(positions), heads, self.head_dim)
+        if self.lengths == "full" and np.prod(shape) >= LARGE and positions.min() >= 0:
+            return draw(int(rng.integers(1 << 31)), shape, self.dtype)
+        return np.where(positions[:, None, None] >= 0, _normal(rng, *shape), np.nan)
 
     def _pool(self, rng: np.random.Generator, tables: np.ndarray, kv_lengths: np.ndarray, implementation: str) -> jax.Array:
         """A pool: data where a row has tokens, NaN elsewhere; if it is large and its rows are full, data everywhere."""

@@ -74,6 +74,8 @@ def test_large_pools_are_drawn_on_the_device(monkeypatch):
     assert not np.array_equal(kv, np.asarray(other["kv"], np.float32))
     assert np.isnan(np.asarray(Case("x", decode_rows=3).make(0)["kv"])).any(), "ragged ones are always poisoned"
     assert np.isfinite(np.asarray(case.run(inputs, "xla").out, np.float32)).all()
+    padded = Case("x", prefill_rows=2, prefill_tokens=9, lengths="full").make(0)
+    assert np.isnan(np.asarray(padded["q"][8])).all() and np.isfinite(np.asarray(padded["q"][:8])).all(), "padding too"
 
 
 def test_bench_cases_are_full():
