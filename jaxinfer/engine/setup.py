@@ -208,7 +208,7 @@ def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple
         return memory, Program(program)
 
     memory, program = planned(None)
-    return planned(program.measure()) if memory.tight else (memory, program)
+    return planned(program.measure() * 9 // 8) if memory.tight else (memory, program)  # compiled again they may need a little more
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:

@@ -138,8 +138,10 @@ class Program:
                 future.result()
 
     def measure(self) -> int:
-        """Compile the largest forward and sampler only: `bytes_beside` before the pool has its size."""
-        for key in (max(self.config.buckets, key=lambda bucket: bucket.tokens), self.config.samplers[-1]):
+        """Compile the largest forwards (most tokens, most decodes alone) and sampler only: `bytes_beside` before the pool has its size."""
+        buckets = self.config.buckets
+        largest = {max(buckets, key=lambda bucket: bucket.tokens), max(buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.rows))}
+        for key in (*largest, self.config.samplers[-1]):
             self._compile(key, self.lower(key))
         return self.bytes_beside
 
