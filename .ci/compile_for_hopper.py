@@ -1,12 +1,12 @@
-"""Compile the GPU implementations of paged attention and of the matmul of few tokens for an H200 described by text, on a machine without a GPU.
+"""Compile the GPU implementations of the ops for an H200 described by text, on a machine without a GPU.
 
 Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none of the other CUDA packages), numpy and jaxtyping:
 
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case of attention is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not show is that
-the numbers are right: the tests do that in jax's interpreter, and a card does.
+Each case of attention is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not
+show is that the numbers are right: the tests do that in jax's interpreter, and a card does.
 """
 
 import os

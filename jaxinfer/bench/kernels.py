@@ -1,124 +1,147 @@
-"""Time of each kernel alone: every op and implementation over the named cases, beside the machine's ceilings measured in the same run.
+"""Time of each kernel alone: every op and implementation over the named cases, beside what else could do the work and the machine's
+ceilings, all measured in the same run.
 
-Ops and implementations are found by `pallas_kernels.dispatch`, cases in each op's `cases.py`. A case's arrays exist in several copies
-that are used in turn, so that a cache does not answer; what an op donates is fed back. `floor` is bytes in and out / bandwidth;
-`operations` are those of the reference, masked ones included. This file does not know what an op computes.
+Ops and implementations are found by `pallas_kernels.dispatch`, cases in each op's `cases.py`, peers in `kernel_peers.py`. Times are the
+device's (`kernel_timing.py`). A case's `cost` counts the bytes that must be moved and the useful operations; `share_of_bandwidth` and
+`share_of_matmul` compare them with the ceilings. `times_peer` is the peer's time over this row's: above 1 this row is the faster one
+(`times_contiguous`: over the same implementation's attention without pages). A goal that is missed on the card it is for
+(`kernel_goals.py`) makes the exit code 1. This file does not know what an op computes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import time
-from collections.abc import Callable, Iterator
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from jaxinfer.bench import kernel_goals
 from jaxinfer.bench.rows import Report, add_output_arguments
-from jaxinfer.console import remark
+from jaxinfer.config import ConfigError
+from jaxinfer.console import remark, warn
 
-HELP = "each kernel alone, over its named cases"
-LISTS = {"tuning": "TUNING", "tests": "CASES"}
+HELP = "each kernel alone, over its named cases, beside its peers"
+LISTS = {"tuning": "TUNING", "bench": "BENCH", "tests": "CASES"}
 
 
 class Job(NamedTuple):
-    """One thing to measure."""
+    """One thing to measure: who it is in rows, how it is timed, and what it raises for a case that it refuses."""
 
     op: str
-    implementation: str
     case: Any
+    implementation: str
+    time: Callable[[Any], Any]
+    refusals: tuple[type[Exception], ...] = (NotImplementedError,)
+
+
+def names(text: str) -> list[str]:
+    """`a,b` as a list."""
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--op", action="append", metavar="NAME", help="this op only; may be repeated")
-    parser.add_argument("--implementation", action="append", metavar="NAME", help="this one only; may be repeated [all but reference]")
-    parser.add_argument("--cases", choices=tuple(LISTS), default="tuning", help="those of real models, or the tests' small ones [tuning]")
-    parser.add_argument("--case", action="append", metavar="NAME", help="this case only; may be repeated")
-    parser.add_argument("--copies", type=int, default=4, metavar="N", help="copies of the inputs that are used in turn [4]")
+    several: dict[str, Any] = {"action": "extend", "type": names, "metavar": "NAME[,NAME]"}
+    parser.add_argument("--op", **several, help="these ops only; may be repeated")
+    parser.add_argument("--implementation", **several, help="these only, peers among them; may be repeated [all but reference]")
+    listed = "those of real models, those that goals speak of, or the tests' small ones [tuning]"
+    parser.add_argument("--cases", choices=tuple(LISTS), default="tuning", help=listed)
+    parser.add_argument("--case", **several, help="these cases only; may be repeated")
+    parser.add_argument("--copies", type=int, metavar="N", help="copies of the inputs that are used in turn [more than a cache holds]")
+    parser.add_argument("--calls", type=int, metavar="N", help="most calls in one compiled program [512; 4 on a CPU]")
     add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure everything that was asked for and exists."""
+    """Measure everything that was asked for and exists; 1 if a goal is missed."""
     from jaxinfer.bench import ceilings
+    from jaxinfer.bench.kernel_timing import Settings
 
+    jobs, settings = list(work(args)), Settings(args.repeat, args.calls, args.copies)
     with Report("kernels", args) as report:
-        found = [ceilings.measure(dtype) for dtype in ("float32", "bfloat16")]
-        for each in found:
+        found = {dtype: ceilings.measure(dtype) for dtype in ("float32", "bfloat16")}
+        for each in found.values():
             report.add(row="ceiling", **each.fields())
-        ceiling = max(found, key=lambda each: each.bandwidth)
-        for op, implementation, case in _work(args):
-            remark(f"{op} {case.name} {implementation}")
+        rows: list[dict[str, Any]] = []
+        for job in jobs:
+            remark(f"{job.op} {job.case.name} {job.implementation}")
             try:
-                measured = _measure(case, implementation, args, ceiling)
-                report.add(row="kernel", op=op, case=case.name, implementation=implementation, **measured)
-            except NotImplementedError as error:  # a case that this implementation refuses
-                remark(f"left out: {error}")
-    return 0
+                timing = job.time(settings)
+            except job.refusals as error:  # a case that this implementation refuses
+                (remark if isinstance(error, NotImplementedError) else warn)(f"{job.implementation} left out: {_first_line(error)}")
+                continue
+            row = {"row": "kernel", "op": job.op, "case": job.case.name, "implementation": job.implementation, **timing.fields()}
+            row |= _against_ceilings(job.case, timing, found)
+            row |= _against_others(row, rows)
+            row |= kernel_goals.judge(kernel_goals.find(job.op, job.case), row, report.stamp["device"])
+            rows.append(row)
+            report.add(**row)
+    return int(any(row["reached"] is False for row in rows))
 
 
-def _work(args: argparse.Namespace) -> Iterator[Job]:
+def work(args: argparse.Namespace) -> Iterator[Job]:
+    """The jobs that were asked for, those of one case together, its peers first.
+
+    Raises:
+        ConfigError: an op or a case that does not exist.
+    """
     from pallas_kernels import dispatch
 
-    for op in args.op or dispatch.ops():
-        for case in getattr(importlib.import_module(f"pallas_kernels.{op}.cases"), LISTS[args.cases]):
-            for implementation in args.implementation or [name for name in dispatch.implementations(op) if name != "reference"]:
-                if args.case is None or case.name in args.case:
-                    yield Job(op, implementation, case)
+    ops = args.op or dispatch.ops()
+    _check_known("op", ops, dispatch.ops())
+    cases = {op: getattr(importlib.import_module(f"pallas_kernels.{op}.cases"), LISTS[args.cases], ()) for op in ops}
+    _check_known("case", args.case or (), [case.name for several in cases.values() for case in several])
+    for op in ops:
+        for case in cases[op]:
+            if args.case is None or case.name in args.case:
+                yield from (job for job in _sides(op, case) if job.implementation in (args.implementation or [job.implementation]))
 
 
-def _measure(case: Any, implementation: str, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
-    import jax
+def _sides(op: str, case: Any) -> Iterator[Job]:
+    """Everyone who could do a case's work."""
+    from jaxinfer.bench import kernel_peers, kernel_timing
+    from pallas_kernels import dispatch
 
-    def split(given: dict[str, Any], rest: dict[str, Any]) -> Any:
-        return case.run(given | rest, implementation)
-
-    function = jax.jit(split, donate_argnums=0)
-    copies = [_divide(case, case.make(seed, implementation)) for seed in range(args.copies)]
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(copies[0])) + _fresh_bytes(jax.eval_shape(split, *copies[0]), case)
-    seconds = _seconds(lambda: _turn(function, copies, case), args)
-    reference = case.make(0, "reference")
-    cost = jax.jit(lambda inputs: case.run(inputs, "reference")).lower(reference).cost_analysis() or {}
-    timed = {"microseconds": median(seconds) * 1e6, "floor_microseconds": ceiling.decode_floor(nbytes) * 1e6, "runs": seconds}
-    share = ceiling.decode_floor(nbytes) / median(seconds)
-    return {"bytes": nbytes, **timed, "share_of_floor": share, "operations": cost.get("flops")}
+    for name, peer in kernel_peers.peers(op).items():
+        yield Job(op, case, name, partial(peer, case), kernel_peers.UNFIT)
+    for name in dispatch.implementations(op):
+        if name != "reference":
+            yield Job(op, case, name, partial(kernel_timing.measure, case, partial(_call, case, name), partial(_make, case, name)))
 
 
-def _divide(case: Any, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The inputs that are donated, and the others."""
-    given = {name: inputs[name] for name in case.donates}
-    return [given, {name: value for name, value in inputs.items() if name not in given}]
+def _call(case: Any, implementation: str, inputs: dict[str, Any]) -> Any:
+    return case.run(inputs, implementation)
 
 
-def _fresh_bytes(result: Any, case: Any) -> int:
-    """Bytes of the outputs that are not donated inputs updated in place."""
-    import jax
-
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves([getattr(result, name) for name in case.donates]))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result)) - kept
+def _make(case: Any, implementation: str, seed: int) -> dict[str, Any]:
+    return case.make(seed, implementation)
 
 
-def _turn(function: Callable[..., Any], copies: list[list[dict[str, Any]]], case: Any) -> Any:
-    """One call on each copy; what was donated comes back in the result."""
-    result = None
-    for copy in copies:
-        result = function(*copy)
-        copy[0] = {name: getattr(result, name) for name in case.donates}
-    return result
+def _against_ceilings(case: Any, timing: Any, ceilings: dict[str, Any]) -> dict[str, Any]:
+    """What had to be done, how fast that was, and shares of what the machine can do."""
+    bandwidth, (nbytes, operations) = max(each.bandwidth for each in ceilings.values()), timing.cost
+    matmul = ceilings["float32" if case.dtype == "float32" else "bfloat16"].matmul
+    floor, rate = nbytes / bandwidth, operations / timing.typical
+    moved = {"bytes": nbytes, "floor_microseconds": floor * 1e6, "share_of_bandwidth": floor / timing.typical}
+    return {**moved, "operations": operations, "tflops": rate / 1e12, "share_of_matmul": rate / matmul}
 
 
-def _seconds(turn: Callable[[], Any], args: argparse.Namespace) -> list[float]:
-    """Seconds of one call, measured `repeat` times over turns that fill about 50 ms."""
-    import jax
+def _against_others(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios of what was measured before of the same case to this row."""
+    from jaxinfer.bench.kernel_peers import CONTIGUOUS, peers
 
-    jax.block_until_ready(turn())
-    start = time.perf_counter()
-    jax.block_until_ready(turn())
-    turns = max(1, min(100, int(0.05 / max(time.perf_counter() - start, 1e-6))))
-    found = []
-    for _ in range(args.repeat):
-        start = time.perf_counter()
-        jax.block_until_ready([turn() for _ in range(turns)][-1])
-        found.append((time.perf_counter() - start) / (turns * args.copies))
-    return found
+    times = {other["implementation"]: other["microseconds"] for other in rows if (other["op"], other["case"]) == (row["op"], row["case"])}
+    peer = next((times[name] for name in peers(row["op"]) if name in times and not name.startswith(CONTIGUOUS)), None)
+    found = {"times_peer": peer, "times_contiguous": times.get(f"{CONTIGUOUS}{row['implementation']}")}
+    return {name: None if other is None else other / row["microseconds"] for name, other in found.items()}
+
+
+def _check_known(kind: str, asked: Sequence[str], known: Sequence[str]) -> None:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ConfigError(f"unknown {kind} {unknown[0]!r}; there are: {', '.join(known)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]

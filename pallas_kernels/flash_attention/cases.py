@@ -1,6 +1,7 @@
 """Named shapes of flash attention, shared by the contract test, the benchmarks and the tuner; `make` fills one with data.
 
 Keys and values beyond an entry's length hold NaN. Lengths are drawn from the edges: 1, block sizes, one more and one less, full.
+Large arrays without lengths (`BENCH`) are drawn where they are needed, on the device.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import costs
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.flash_attention.api import flash_attention
 
 Extras = frozenset[Literal["kv_lengths", "query_offsets", "sinks"]]
 RAGGED: Extras = frozenset({"kv_lengths"})
 EVERYTHING: Extras = frozenset({"kv_lengths", "query_offsets", "sinks"})
+LARGE = 1 << 20  # values of q from which on numpy is too slow
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Case:
     extras: Extras = frozenset()
 
     donates: ClassVar[tuple[str, ...]] = ()
+    rotates: ClassVar[tuple[str, ...]] = ("q", "k", "v")
 
     @property
     def spec(self) -> AttentionSpec:
@@ -49,6 +53,8 @@ class Case:
     def make(self, seed: int, implementation: str = "reference") -> dict[str, Any]:
         """Inputs of `run`; the same for every implementation."""
         rng = np.random.default_rng(seed)
+        if not self.extras and self.batch * self.queries * self.kv_heads * self.group * self.head_dim >= LARGE:
+            return self._draw(seed)
         made = {"q": _normal(rng, self.batch, self.queries, self.kv_heads * self.group, self.head_dim)}
         for name in ("k", "v"):
             made[name] = _normal(rng, self.batch, self.keys, self.kv_heads, self.head_dim)
@@ -73,6 +79,27 @@ class Case:
             inputs["q"], inputs["k"], inputs["v"], spec=self.spec, causal=self.causal, implementation=implementation, **rest
         )
 
+    def cost(self, inputs: dict[str, Any]) -> costs.Cost:
+        """What the op must do on what `make` gave."""
+        heads = self.kv_heads * self.group
+        sizes = {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "itemsize": jnp.dtype(self.dtype).itemsize}
+        lengths = np.asarray(inputs.get("kv_lengths", np.full(self.batch, self.keys))).tolist()
+        offsets = np.asarray(inputs.get("query_offsets", np.zeros(self.batch, int))).tolist()
+        if self.causal == "full":
+            seen = [costs.Seen(length, length * self.queries) for length in lengths]
+        else:
+            seen = [costs.causal(self.queries, first, length, self.window) for first, length in zip(offsets, lengths, strict=True)]
+        return costs.total([costs.attention(each, queries=self.queries, **sizes) for each in seen])
+
+    def _draw(self, seed: int) -> dict[str, Any]:
+        heads = {"q": self.kv_heads * self.group, "k": self.kv_heads, "v": self.kv_heads}
+        lengths = {"q": self.queries, "k": self.keys, "v": self.keys}
+        normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+        return {
+            name: normal(key, (self.batch, lengths[name], heads[name], self.head_dim), jnp.dtype(self.dtype))
+            for name, key in zip(heads, jax.random.split(jax.random.key(seed), 3), strict=True)
+        }
+
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32)
@@ -87,4 +114,20 @@ CASES = (
 TUNING = (
     Case("demo_1k", batch=1, queries=1024, keys=1024),
     Case("8b_2k", batch=1, queries=2048, keys=2048, kv_heads=8, group=4, head_dim=128, dtype="bfloat16"),
+)
+
+
+def _bench(name: str, *, batch: int = 1, length: int, head_dim: int = 128, **rest: Any) -> Case:
+    """A case of bfloat16, 32 query heads and 8 KV heads, each query a key."""
+    return Case(name, batch, length, length, kv_heads=8, group=4, head_dim=head_dim, dtype="bfloat16", **rest)
+
+
+BENCH = (
+    *(
+        _bench(f"causal_{batch}x{length}_dim{head_dim}", batch=batch, length=length, head_dim=head_dim)
+        for head_dim in (64, 128, 256)
+        for batch, length in ((1, 1024), (1, 2048), (1, 4096), (1, 8192), (1, 16384), (4, 4096))
+    ),
+    _bench("full_1x4096_dim128", length=4096, causal="full"),
+    _bench("window1024_1x8192_dim128", length=8192, window=1024),
 )

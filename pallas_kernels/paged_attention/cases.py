@@ -2,14 +2,17 @@
 
 The data is as hostile as a serving step can be: page tables are shuffled, every slot that belongs to no row (the guard page too) and
 every padding token holds NaN, and ragged lengths are drawn from the edges: empty, 1, whole pages, one more and one less, full.
+Large arrays of full rows (`BENCH`) are drawn where they are needed, on the device; then only the tables are shuffled.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import costs
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
 
@@ -17,7 +20,9 @@ Extras = frozenset[Literal["rope", "sinks"]]
 ROPE: Extras = frozenset({"rope"})
 SINKS: Extras = frozenset({"sinks"})
 BOTH: Extras = ROPE | SINKS
+NOTHING: Extras = frozenset()
 CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
+LARGE = 1 << 20  # values of an array from which on numpy is too slow
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Case:
     lengths: Literal["ragged", "full"] = "ragged"
 
     donates: ClassVar[tuple[str, ...]] = ("kv",)
+
+    @property
+    def rotates(self) -> tuple[str, ...]:
+        """What differs from layer to layer; the metadata is made once for all of them."""
+        return ("kv", "q", "k", "v")
 
     @property
     def spec(self) -> AttentionSpec:
@@ -76,21 +86,30 @@ class Case:
         metadata = PagedMetadata(
             *(jnp.asarray(x.astype(np.int32)) for x in (tables, starts, query_lengths, kv_lengths)), decode_rows=self.decode_rows
         )
-        made = {"kv": self._pool(rng, tables, kv_lengths).transpose(*self._order(implementation)), "positions": positions}
+        pool = self._pool(rng, tables, kv_lengths, implementation)
+        made: dict[str, Any] = {"positions": positions}
         for name, heads in (("q", self.kv_heads * self.group), ("k", self.kv_heads), ("v", self.kv_heads)):
-            made[name] = np.where(positions[:, None, None] >= 0, _normal(rng, len(positions), heads, self.head_dim), np.nan)
+            made[name] = self._tokens(rng, positions, heads)
         if "sinks" in self.extras:
             made["sinks"] = _normal(rng, self.kv_heads * self.group)
         arrays = {name: jnp.asarray(x.astype(jnp.int32 if name == "positions" else jnp.dtype(self.dtype))) for name, x in made.items()}
         if "rope" in self.extras:
             arrays["rope"] = jnp.asarray((10000.0 ** -np.linspace(0, 1, self.head_dim // 2)).astype(np.float32))
-        return arrays | {"metadata": metadata}
+        return arrays | {"kv": pool, "metadata": metadata}
 
     def run(self, inputs: dict[str, Any], implementation: str) -> PagedResult:
         """The op on what `make` gave for the same implementation."""
         optional = {"rope": None} | {name: inputs[name] for name in ("rope", "sinks") if name in inputs}
         required = [inputs[name] for name in ("q", "k", "v", "positions", "kv", "metadata")]
         return paged_attention(*required, spec=self.spec, implementation=implementation, **optional)
+
+    def cost(self, inputs: dict[str, Any]) -> costs.Cost:
+        """What the op must do on what `make` gave; the new keys and values count as keys and values that are read."""
+        metadata, heads = inputs["metadata"], self.kv_heads * self.group
+        sizes = {"heads": heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "itemsize": jnp.dtype(self.dtype).itemsize}
+        rows = zip(np.asarray(metadata.query_lengths).tolist(), np.asarray(metadata.kv_lengths).tolist(), strict=True)
+        seen = [(queries, costs.causal(queries, length - queries, length, self.window)) for queries, length in rows]
+        return costs.total([costs.attention(each, queries=queries, **sizes) for queries, each in seen])
 
     def canonical(self, kv: Any, implementation: str) -> Any:
         """An implementation's pool with its dimensions in CANONICAL order."""
@@ -127,14 +146,30 @@ class Case:
         )
         return queries, np.where(queries > 0, np.clip(wanted, queries, capacity), 0)
 
-    def _pool(self, rng: np.random.Generator, tables: np.ndarray, kv_lengths: np.ndarray) -> np.ndarray:
-        """A pool in CANONICAL order: data where a row has tokens, NaN elsewhere."""
-        pool = _normal(rng, tables.size + 1, self.kv_heads, 2, self.page_size, self.head_dim)
+    def _tokens(self, rng: np.random.Generator, positions: np.ndarray, heads: int) -> Any:
+        """Values of the packed tokens: NaN where there is only padding."""
+        shape = (len(positions), heads, self.head_dim)
+        if self.lengths == "full" and np.prod(shape) >= LARGE and positions.min() >= 0:
+            return draw(int(rng.integers(1 << 31)), shape, self.dtype)
+        return np.where(positions[:, None, None] >= 0, _normal(rng, *shape), np.nan)
+
+    def _pool(self, rng: np.random.Generator, tables: np.ndarray, kv_lengths: np.ndarray, implementation: str) -> jax.Array:
+        """A pool: data where a row has tokens, NaN elsewhere; if it is large and its rows are full, data everywhere."""
+        shape = (tables.size + 1, self.kv_heads, 2, self.page_size, self.head_dim)
+        order = self._order(implementation)
+        if self.lengths == "full" and np.prod(shape) >= LARGE:
+            return draw(int(rng.integers(1 << 31)), tuple(shape[axis] for axis in order), self.dtype)
         used = np.zeros((tables.size + 1, self.page_size), bool)
         slots = np.arange(self.pages_per_row * self.page_size).reshape(1, self.pages_per_row, self.page_size)
         used[tables] = slots < kv_lengths[:, None, None]
         used[0] = False
-        return np.where(used[:, None, None, :, None], pool, np.float32(np.nan))
+        pool = np.where(used[:, None, None, :, None], _normal(rng, *shape), np.float32(np.nan))
+        return jnp.asarray(pool.transpose(*order).astype(jnp.dtype(self.dtype)))
+
+
+def draw(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Normal random values, made on the device."""
+    return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, jnp.dtype(dtype))
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -166,4 +201,23 @@ TUNING = (
         dtype="bfloat16",
         lengths="full",
     ),
+)
+
+
+def _bench(name: str, *, rows: int, keys: int, page_size: int = 64, group: int = 4, head_dim: int = 128, prefill: bool = False) -> Case:
+    """A case of bfloat16, 8 KV heads and full rows: one new token a row, or all of them."""
+    sizes: dict[str, Any] = {"page_size": page_size, "pages_per_row": keys // page_size, "group": group, "head_dim": head_dim}
+    tokens = {"prefill_rows": rows, "prefill_tokens": rows * keys} if prefill else {"decode_rows": rows}
+    return Case(name, **tokens, **sizes, kv_heads=8, dtype="bfloat16", extras=NOTHING, lengths="full")
+
+
+BENCH = (
+    *(
+        _bench(f"decode_{rows}x{keys}", rows=rows, keys=keys)
+        for rows, keys in ((1, 1024), (16, 1024), (64, 1024), (16, 4096), (64, 4096), (256, 1024), (1, 65536), (1, 131072))
+    ),
+    *(_bench(f"decode_64x4096_page{size}", rows=64, keys=4096, page_size=size) for size in (16, 128)),
+    *(_bench(f"decode_64x4096_group{group}", rows=64, keys=4096, group=group) for group in (1, 8, 16)),
+    *(_bench(f"decode_64x4096_dim{head_dim}", rows=64, keys=4096, head_dim=head_dim) for head_dim in (64, 256)),
+    *(_bench(f"prefill_{rows}x{keys}", rows=rows, keys=keys, prefill=True) for rows, keys in ((1, 2048), (1, 8192), (8, 4096))),
 )

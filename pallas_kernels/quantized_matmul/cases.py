@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.costs import Cost
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 
 
@@ -21,6 +22,7 @@ class Case:
     dtype: str = "float32"
 
     donates: ClassVar[tuple[str, ...]] = ()
+    rotates: ClassVar[tuple[str, ...]] = ("x", "weight", "scales")
 
     def tuning_key(self) -> dict[str, int | str]:
         """The key that block sizes for this case are looked up by."""
@@ -38,6 +40,11 @@ class Case:
     def run(self, inputs: dict[str, Any], implementation: str) -> jax.Array:
         """The op on what `make` gave."""
         return quantized_matmul(inputs["x"], inputs["weight"], inputs["scales"], implementation=implementation)
+
+    def cost(self, inputs: dict[str, Any]) -> Cost:
+        """What the op must do on what `make` gave: everything in, the products out."""
+        moved = sum(x.nbytes for x in inputs.values()) + self.tokens * self.outputs * jnp.dtype(self.dtype).itemsize
+        return Cost(moved, 2 * self.tokens * self.features * self.outputs)
 
 
 CASES = (

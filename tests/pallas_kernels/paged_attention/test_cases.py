@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention.cases import CASES, TUNING, Case
+from pallas_kernels.paged_attention import cases
+from pallas_kernels.paged_attention.cases import BENCH, CASES, TUNING, Case
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -54,3 +55,32 @@ def test_tuning_cases_are_full():
         assert set(case.tuning_key()) == {"page_size", "kv_heads", "heads", "head_dim", "dtype"}
     lengths = np.asarray(Case("x", decode_rows=2, lengths="full").make(0)["metadata"].kv_lengths)
     assert (lengths == 8 * 16).all()
+
+
+def test_cost_counts_what_is_seen():
+    case = Case("x", decode_rows=2, prefill_rows=1, prefill_tokens=16, window=20, lengths="full", pages_per_row=2)
+    cost = case.cost(case.make(0))
+    pairs = 2 * 20 + sum(min(position + 1, 20) for position in range(16, 32))
+    assert cost.operations == 4 * 64 * 6 * pairs
+    assert cost.bytes == 4 * 64 * (2 * 18 * 6 + 2 * 2 * (20 + 20 + 32))
+
+
+def test_large_pools_are_drawn_on_the_device(monkeypatch):
+    monkeypatch.setattr(cases, "LARGE", 1)
+    case = Case("x", decode_rows=3, dtype="bfloat16", lengths="full")
+    inputs, other = case.make(0, "xla"), case.make(1, "xla")
+    kv = np.asarray(inputs["kv"], np.float32)
+    assert kv.shape == case.layout("xla").shape(25, 16) and abs(kv.std() - 1) < 0.02
+    assert not np.array_equal(kv, np.asarray(other["kv"], np.float32))
+    assert np.isnan(np.asarray(Case("x", decode_rows=3).make(0)["kv"])).any(), "ragged ones are always poisoned"
+    assert np.isfinite(np.asarray(case.run(inputs, "xla").out, np.float32)).all()
+    padded = Case("x", prefill_rows=2, prefill_tokens=9, lengths="full").make(0)
+    assert np.isnan(np.asarray(padded["q"][8])).all() and np.isfinite(np.asarray(padded["q"][:8])).all(), "padding too"
+
+
+def test_bench_cases_are_full():
+    for case in BENCH:
+        assert case.lengths == "full" and case.dtype == "bfloat16" and case.kv_heads == 8
+        rows, keys = map(int, case.name.split("_")[1].split("x"))
+        assert case.decode_rows + case.prefill_rows == rows and case.page_size * case.pages_per_row == keys
+        assert case.prefill_tokens == (rows * keys if case.prefill_rows else 0)

@@ -24,3 +24,8 @@ def test_the_same_seed_gives_the_same_data():
     first, again, other = (Case("x", 2, 3, 4).make(seed)["x"] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_cost_counts_everything_once():
+    case = Case("x", tokens=2, features=3, outputs=4)
+    assert case.cost(case.make(0)) == (4 * 6 + 12 + 4 * 4 + 4 * 8, 2 * 2 * 3 * 4)
