@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.costs import Cost
 from pallas_kernels.dense_matmul.api import dense_matmul
 
 
@@ -21,6 +22,7 @@ class Case:
     dtype: str = "bfloat16"
 
     donates: ClassVar[tuple[str, ...]] = ()
+    rotates: ClassVar[tuple[str, ...]] = ("x", "weight")
 
     def tuning_key(self) -> dict[str, int | str]:
         """What there is to know of the case."""
@@ -37,6 +39,11 @@ class Case:
     def run(self, inputs: dict[str, Any], implementation: str) -> jax.Array:
         """The op on what `make` gave."""
         return dense_matmul(inputs["x"], inputs["weight"], implementation=implementation)
+
+    def cost(self, inputs: dict[str, Any]) -> Cost:
+        """What the op must do on what `make` gave: everything in, the products out."""
+        moved = sum(x.nbytes for x in inputs.values()) + self.tokens * self.outputs * jnp.dtype(self.dtype).itemsize
+        return Cost(moved, 2 * self.tokens * self.features * self.outputs)
 
 
 CASES = (
