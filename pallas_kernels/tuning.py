@@ -14,9 +14,7 @@ import datetime
 import functools
 import importlib
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +24,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, timing
 
 Sizes = dict[str, int]
 Key = dict[str, int | str]
@@ -111,23 +109,12 @@ def write(file: Path, rows: Sequence[Row]) -> None:
 
 
 def measure(case: Any, implementation: str, chosen: Sizes) -> float:
-    """Microseconds of one call of a case's op with these sizes: median of 5 rounds of 10 calls. What the case donates goes around."""
-    inputs = case.make(0)
-    state = {name: inputs.pop(name) for name in case.donates}
+    """Microseconds that one call of a case's op with these sizes takes on the device."""
     with forced(chosen):
-        call = jax.jit(lambda state, inputs: case.run(state | inputs, implementation), donate_argnums=0).lower(state, inputs).compile()
-
-    def timed(calls: int) -> float:
-        nonlocal state
-        result, begin = None, time.perf_counter()
-        for _ in range(calls):
-            result = call(state, inputs)
-            state = {name: getattr(result, name) for name in case.donates}
-        jax.block_until_ready(result)
-        return (time.perf_counter() - begin) / calls * 1e6
-
-    timed(3)
-    return statistics.median(timed(10) for _ in range(5))
+        timed = timing.measure(
+            case, lambda inputs: case.run(inputs, implementation), lambda seed: case.make(seed, implementation), timing.Settings()
+        )
+    return timed.typical * 1e6
 
 
 def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.bench import kernel_timing
-from jaxinfer.bench.kernel_timing import Settings, Timing
+from pallas_kernels import timing
+from pallas_kernels.timing import Settings, Timing
 
 CONTIGUOUS = "contiguous-"
 UNFIT = (NotImplementedError, ValueError, RuntimeError)  # what libraries raise for shapes they refuse
@@ -46,7 +46,7 @@ def cudnn(case: Any, settings: Settings) -> Timing:
             q, k, v, scale=case.spec.scale, is_causal=causal, local_window_size=window, implementation="cudnn"
         )
 
-    return kernel_timing.measure(case, run, case.make, settings)
+    return timing.measure(case, run, case.make, settings)
 
 
 def torch_sdpa(case: Any, settings: Settings) -> Timing:
@@ -90,7 +90,7 @@ def _ours(name: str, case: Any, settings: Settings) -> Timing:
     if name not in dispatch.implementations("flash_attention"):
         raise NotImplementedError(f"flash_attention has no {name!r} implementation")
     flat = contiguous(case)
-    return kernel_timing.measure(flat, lambda inputs: flat.run(inputs, name), flat.make, settings)
+    return timing.measure(flat, lambda inputs: flat.run(inputs, name), flat.make, settings)
 
 
 def _check_plain(case: Any) -> None:
@@ -106,7 +106,7 @@ def _torch_copies(torch: Any, case: Any, settings: Settings) -> list[list[Any]]:
     """Random q, k and v [batch, heads, length, head_dim], views of [batch, length, heads, head_dim] as ours are."""
     lengths = {"q": (case.queries, case.kv_heads * case.group), "k": (case.keys, case.kv_heads), "v": (case.keys, case.kv_heads)}
     nbytes = sum(int(np.prod(size)) for size in lengths.values()) * case.batch * case.head_dim * 2
-    copies = settings.copies or max(kernel_timing.FEWEST, -(-kernel_timing.TIMES * kernel_timing.CACHE // nbytes))
+    copies = settings.copies or max(timing.FEWEST, -(-timing.TIMES * timing.CACHE // nbytes))
     options = {"dtype": getattr(torch, case.dtype), "device": "cuda"}
     return [[torch.randn(case.batch, *size, case.head_dim, **options).transpose(1, 2) for size in lengths.values()] for _ in range(copies)]
 
@@ -125,12 +125,12 @@ def _graphed(torch: Any, calls: Callable[[int], None], settings: Settings) -> Ti
     with torch.inference_mode():
         seconds(partial(calls, 3), 1)
         dispatch = seconds(lambda: None, 20) + 20e-6  # launching a graph
-        count = min(settings.limit(), max(1, round(dispatch / kernel_timing.SHARE / max(seconds(partial(calls, 10), 1) / 10, 5e-6))))
+        count = min(settings.limit(), max(1, round(dispatch / timing.SHARE / max(seconds(partial(calls, 10), 1) / 10, 5e-6))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             calls(count)
         once = seconds(graph.replay, 3)
-        runs = max(1, int(kernel_timing.ROUND / once))
+        runs = max(1, int(timing.ROUND / once))
         return Timing([seconds(graph.replay, runs) / count for _ in range(settings.repeat)], count, dispatch, None)
 
 

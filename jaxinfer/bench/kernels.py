@@ -2,8 +2,8 @@
 ceilings, all measured in the same run.
 
 Ops and implementations are found by `pallas_kernels.dispatch`, cases in each op's `cases.py`, peers in `kernel_peers.py`. Times are the
-device's (`kernel_timing.py`). A case's `cost` counts the bytes that must be moved and the useful operations; `share_of_bandwidth` and
-`share_of_matmul` compare them with the ceilings. `times_peer` is the peer's time over this row's: above 1 this row is the faster one
+device's (`pallas_kernels/timing.py`). A case's `cost` counts the bytes that must be moved and the useful operations;
+`share_of_bandwidth` and `share_of_matmul` compare them with the ceilings. `times_peer` is the peer's time over this row's: above 1 this row is the faster one
 (`times_contiguous`: over the same implementation's attention without pages). A goal that is missed on the card it is for
 (`kernel_goals.py`) makes the exit code 1. This file does not know what an op computes.
 """
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure everything that was asked for and exists; 1 if a goal is missed."""
     from jaxinfer.bench import ceilings
-    from jaxinfer.bench.kernel_timing import Settings
+    from pallas_kernels.timing import Settings
 
     jobs, settings = list(work(args)), Settings(args.repeat, args.calls, args.copies)
     with Report("kernels", args) as report:
@@ -100,14 +100,14 @@ def work(args: argparse.Namespace) -> Iterator[Job]:
 
 def _sides(op: str, case: Any) -> Iterator[Job]:
     """Everyone who could do a case's work."""
-    from jaxinfer.bench import kernel_peers, kernel_timing
-    from pallas_kernels import dispatch
+    from jaxinfer.bench import kernel_peers
+    from pallas_kernels import dispatch, timing
 
     for name, peer in kernel_peers.peers(op).items():
         yield Job(op, case, name, partial(peer, case), kernel_peers.UNFIT)
     for name in dispatch.implementations(op):
         if name != "reference":
-            yield Job(op, case, name, partial(kernel_timing.measure, case, partial(_call, case, name), partial(_make, case, name)))
+            yield Job(op, case, name, partial(timing.measure, case, partial(_call, case, name), partial(_make, case, name)))
 
 
 def _call(case: Any, implementation: str, inputs: dict[str, Any]) -> Any:

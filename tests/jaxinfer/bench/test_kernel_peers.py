@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.bench import kernel_peers, kernel_timing
-from jaxinfer.bench.kernel_timing import Settings, Timing
+from jaxinfer.bench import kernel_peers
+from pallas_kernels import timing
 from pallas_kernels.flash_attention import cases as flash
 from pallas_kernels.paged_attention import cases as paged
+from pallas_kernels.timing import Settings, Timing
 
 QUICK = Settings(repeat=1, most_calls=1, copies=1)
 SMALL = flash.Case("small", batch=1, queries=16, keys=16, group=2, dtype="bfloat16", window=5)
@@ -45,7 +46,7 @@ def test_cudnn_is_asked_for_our_arithmetic(monkeypatch):
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, implementation, **rest: theirs(*args, implementation="xla", **rest))
-    monkeypatch.setattr(kernel_timing, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         kernel_peers.cudnn(SMALL, QUICK)
     ours = SMALL.run(SMALL.make(0), "reference")

@@ -7,10 +7,10 @@ import pytest
 
 from jaxinfer import __main__ as program
 from jaxinfer.bench import ceilings, kernel_goals, kernel_peers, kernels
-from jaxinfer.bench.kernel_timing import Timing
 from jaxinfer.config import ConfigError
 from pallas_kernels.costs import Cost
 from pallas_kernels.paged_attention import cases as paged
+from pallas_kernels.timing import Timing
 
 
 @pytest.fixture(autouse=True)

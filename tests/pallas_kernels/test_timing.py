@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.bench import kernel_timing
-from jaxinfer.bench.kernel_timing import Settings, Timing
+from pallas_kernels import timing
+from pallas_kernels.timing import Settings, Timing
 
 
 class Result(NamedTuple):
@@ -27,14 +27,14 @@ def make(seed):
 
 
 def test_no_call_is_left_out():
-    arguments = kernel_timing._arguments(PURE, make(0), make, 3)
-    program = kernel_timing.program_of(PURE, lambda inputs: inputs["x"] @ inputs["y"] * jnp.exp(inputs["scale"]), arguments, 9)
+    arguments = timing._arguments(PURE, make(0), make, 3)
+    program = timing.program_of(PURE, lambda inputs: inputs["x"] @ inputs["y"] * jnp.exp(inputs["scale"]), arguments, 9)
     lowered = program.lower(*arguments)
     text, compiled = lowered.as_text(), lowered.compile().as_text()
     assert text.count("stablehlo.dot_general") == 1 and text.count(" call @") == 9, "lowered once"
     assert len(re.findall(r"= f32[^=]* dot\(|custom-call\(.*matmul", compiled)) == 9, "though there are three copies only"
     results = np.asarray(program(*arguments)[1])
-    assert len({result.tobytes() for result in results}) == 9 == kernel_timing._most_distinct(PURE, arguments)
+    assert len({result.tobytes() for result in results}) == 9 == timing._most_distinct(PURE, arguments)
 
 
 def test_what_is_donated_goes_around():
@@ -44,29 +44,29 @@ def test_what_is_donated_goes_around():
     def run(inputs):
         return Result(inputs["pool"].sum(), inputs["pool"] + inputs["step"])
 
-    arguments = kernel_timing._arguments(DONATES, pool(0), pool, 2)
-    donated, results = kernel_timing.program_of(DONATES, run, arguments, 5)(*arguments)
+    arguments = timing._arguments(DONATES, pool(0), pool, 2)
+    donated, results = timing.program_of(DONATES, run, arguments, 5)(*arguments)
     assert [float(x["pool"][0]) for x in donated] == [3, 102] and [float(*x) for x in results] == [0, 400, 4, 404, 8]
-    timing = kernel_timing.measure(DONATES, run, pool, Settings(repeat=2, most_calls=3, copies=2))
-    assert len(timing.seconds) == 2 and 1 <= timing.calls <= 3 and timing.cost == "cost"
+    found = timing.measure(DONATES, run, pool, Settings(repeat=2, most_calls=3, copies=2))
+    assert len(found.seconds) == 2 and 1 <= found.calls <= 3 and found.cost == "cost"
 
 
 def test_calls_grow_until_dispatch_does_not_count(monkeypatch):
     """Kernels of 10 us behind 60 us of dispatch: 240 calls a program."""
-    monkeypatch.setattr(kernel_timing, "_dispatch", lambda arguments: 60e-6)
-    monkeypatch.setattr(kernel_timing, "program_of", lambda case, run, like, calls: calls)
-    monkeypatch.setattr(kernel_timing, "_warm", lambda calls, arguments: (calls, arguments))
-    monkeypatch.setattr(kernel_timing, "_round", lambda calls, arguments: (60e-6 + calls * 10e-6, arguments))
-    timing = kernel_timing.measure(DONATES, lambda inputs: Result(inputs["pool"], inputs["pool"]), lambda seed: {"pool": jnp.ones(4)},
-                                   Settings(most_calls=512))  # fmt: skip
-    fields = timing.fields()
+    monkeypatch.setattr(timing, "_dispatch", lambda arguments: 60e-6)
+    monkeypatch.setattr(timing, "program_of", lambda case, run, like, calls: calls)
+    monkeypatch.setattr(timing, "_warm", lambda calls, arguments: (calls, arguments))
+    monkeypatch.setattr(timing, "_round", lambda calls, arguments: (60e-6 + calls * 10e-6, arguments))
+    found = timing.measure(DONATES, lambda inputs: Result(inputs["pool"], inputs["pool"]), lambda seed: {"pool": jnp.ones(4)},
+                           Settings(most_calls=512))  # fmt: skip
+    fields = found.fields()
     assert fields["calls_per_program"] == 240 and fields["dispatch_share"] <= 0.03
     assert abs(fields["microseconds"] - 10.25) < 1e-6
 
 
 def test_copies_exceed_the_cache(monkeypatch):
-    monkeypatch.setattr(kernel_timing, "CACHE", 1000)
-    arguments = kernel_timing._arguments(DONATES, {"pool": np.zeros(100)}, lambda seed: {"pool": np.zeros(100)}, None)
+    monkeypatch.setattr(timing, "CACHE", 1000)
+    arguments = timing._arguments(DONATES, {"pool": np.zeros(100)}, lambda seed: {"pool": np.zeros(100)}, None)
     assert len(arguments.donated) == 5
 
 
