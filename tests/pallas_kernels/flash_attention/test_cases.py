@@ -25,3 +25,12 @@ def test_the_same_seed_gives_the_same_data():
     first, again, other = (Case("x").make(seed)["q"] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_packed_sequences_lie_one_after_the_other():
+    inputs = Case("x", keys=200, extras=frozenset({"query_offsets", "segment_ids"})).make(2)
+    queries, keys = (np.asarray(ids) for ids in inputs["segment_ids"])
+    assert (np.diff(keys) >= 0).all()
+    assert keys.max() > 0
+    for own, theirs, offset in zip(queries, keys, np.asarray(inputs["query_offsets"]), strict=True):
+        np.testing.assert_array_equal(own, theirs[offset : offset + 64])
