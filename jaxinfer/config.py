@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "random")
-IMPLEMENTATIONS = ("auto", "xla", "reference")
+IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
 SWITCH = ("on", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 

@@ -1,8 +1,9 @@
 """Chooses which file of an op's folder runs: `<op>/<implementation>.py`, found by name, imported when first used.
 
-A caller names an implementation or says "auto". "auto" goes through the platform's preferences and takes the first that exists; the
-choice is logged once. Whatever was asked for by name and is not there is an error: nothing falls back in silence. Knows no op by
-name and looks at no array.
+A caller names an implementation or says "auto". "auto" goes through the platform's preferences and takes the first that exists and does
+not refuse; the choice is logged once, with the reason where one refused. An implementation refuses through a function of its module,
+`refusal(target, key) -> str | None`: a reason, for what the key tells of shapes and dtypes. Whatever was asked for by name and is not
+there or refuses is an error: nothing falls back in silence. Knows no op by name and looks at no array.
 """
 
 import functools
@@ -16,6 +17,8 @@ import jax
 
 IMPLEMENTATIONS = ("reference", "xla", "tpu", "gpu")
 PREFERENCES = {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("tpu", "xla")}
+
+Key = dict[str, int | str]
 
 _logger = logging.getLogger("pallas_kernels.dispatch")
 
@@ -48,28 +51,26 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(name for name in IMPLEMENTATIONS if (folder / f"{name}.py").exists())
 
 
-def resolve(op: str, implementation: str, platform: str) -> ModuleType:
+def resolve(op: str, implementation: str, target: Target, key: Key | None = None) -> ModuleType:
     """The module that implements op.
 
-    implementation: "auto" or one of IMPLEMENTATIONS; platform: "cpu", "gpu" or "tpu".
-    Raises ValueError for an unknown op or implementation and NotImplementedError for one that does not exist for this op.
+    implementation: "auto" or one of IMPLEMENTATIONS; key: what is known of the shapes and dtypes, for `refusal`.
+    Raises ValueError for an unknown op or implementation and NotImplementedError for one that does not exist for this op or refuses.
     """
-    return importlib.import_module(f"pallas_kernels.{op}.{choose(op, implementation, platform)}")
+    return _module(op, choose(op, implementation, target, key))
 
 
-@functools.cache
-def choose(op: str, implementation: str, platform: str) -> str:
-    """The name that `resolve` imports; logged the first time "auto" decides for a platform. Raises as `resolve` does."""
+def refusal(op: str, implementation: str, target: Target, key: Key | None = None) -> str | None:
+    """Why an existing implementation cannot run for a target and key; None when it can."""
+    ask = getattr(_module(op, implementation), "refusal", None)
+    return None if ask is None else ask(target, key or {})
+
+
+def choose(op: str, implementation: str, target: Target, key: Key | None = None) -> str:
+    """The name that `resolve` imports; what "auto" decides, and why it passes something over, is logged once. Raises as `resolve` does."""
     existing = implementations(op)
     if implementation == "auto":
-        preferred = PREFERENCES.get(platform, ("xla",))
-        choice = next((name for name in preferred if name in existing), None)
-        if choice is None:
-            raise NotImplementedError(f"{op} has no implementation for platform {platform!r}: wanted {preferred}, there are {existing}")
-        missing = preferred[: preferred.index(choice)]
-        note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""
-        _logger.info("%s runs its %r implementation on platform %r%s", op, choice, platform, note)
-        return choice
+        return _preferred(op, existing, target, key)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r} for {op}: use 'auto' or one of {', '.join(existing)}")
     if implementation not in existing:
@@ -77,4 +78,38 @@ def choose(op: str, implementation: str, platform: str) -> str:
             f"implementation={implementation!r} does not exist for {op}: there are {', '.join(existing)}; "
             "'auto' picks the one for the platform"
         )
+    reason = refusal(op, implementation, target, key)
+    if reason is not None:
+        raise NotImplementedError(f"{op} cannot run implementation={implementation!r}: {reason}; 'auto' picks one that can")
     return implementation
+
+
+def _preferred(op: str, existing: tuple[str, ...], target: Target, key: Key | None) -> str:
+    """The first of the platform's preferences that exists and does not refuse."""
+    preferred, missing, refused = PREFERENCES.get(target.platform, ("xla",)), [], []
+    for name in preferred:
+        if name not in existing:
+            missing.append(name)
+            continue
+        reason = refusal(op, name, target, key)
+        if reason is None:
+            note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""
+            for each in refused:
+                _log_once(logging.WARNING, f"{op} runs its {name!r} implementation on platform {target.platform!r} instead of {each}")
+            if not refused:
+                _log_once(logging.INFO, f"{op} runs its {name!r} implementation on platform {target.platform!r}{note}")
+            return name
+        refused.append(f"{name!r}: {reason}")
+    raise NotImplementedError(
+        f"{op} has no implementation for platform {target.platform!r}: wanted {preferred}, there are {existing}"
+        + "".join(f"; {each}" for each in refused)
+    )
+
+
+@functools.cache
+def _log_once(level: int, message: str) -> None:
+    _logger.log(level, message)
+
+
+def _module(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")

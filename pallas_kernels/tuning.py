@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     target = dispatch.target()
     try:
-        implementation = dispatch.choose(options.op, options.implementation, target.platform)
+        implementation = dispatch.choose(options.op, options.implementation, target)
         cases = _named(options.op, options.case)
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))

@@ -45,8 +45,13 @@ def flash_attention(  # noqa: PLR0913
     """
     rest = {"kv_lengths": kv_lengths, "query_offsets": query_offsets, "sinks": sinks, "segment_ids": segment_ids}
     check(q, k, v, spec=spec, causal=causal, **rest)
-    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
+    module = dispatch.resolve(OP, implementation, dispatch.target(), tuning_key(q, k.shape[2]))
     return module.flash_attention(q, k, v, spec=spec, causal=causal, **rest)
+
+
+def tuning_key(q: Float[Array, "batch queries heads head_dim"], kv_heads: int) -> dispatch.Key:
+    """What block sizes depend on, and whether an implementation can run."""
+    return {"kv_heads": kv_heads, "heads": q.shape[2], "head_dim": q.shape[3], "dtype": q.dtype.name}
 
 
 def check(  # noqa: PLR0913

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import AttentionSpec, Running, absorb, accumulation_dtype, finish, precision, shape_scores, start
-from pallas_kernels.flash_attention.api import SegmentIds
+from pallas_kernels.flash_attention.api import SegmentIds, tuning_key
 
 
 class Sizes(NamedTuple):
@@ -20,11 +20,6 @@ class Sizes(NamedTuple):
 
     queries: int
     keys: int
-
-
-def tuning_key(q: Float[Array, "batch queries heads head_dim"], kv_heads: int) -> dict[str, int | str]:
-    """What block sizes depend on."""
-    return {"kv_heads": kv_heads, "heads": q.shape[2], "head_dim": q.shape[3], "dtype": q.dtype.name}
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:

@@ -87,9 +87,11 @@ class PagedResult(NamedTuple):
 def kv_layout(implementation: str, *, kv_heads: int, head_dim: int, dtype: Any) -> KVLayout:
     """The layout of the pool that `paged_attention` with the same implementation name reads and writes.
 
-    Raises ValueError for an unknown implementation and NotImplementedError for one that does not exist.
+    "auto" may still turn to another implementation once it knows page size and heads: those it has for a platform share a layout.
+    Raises ValueError for an unknown implementation and NotImplementedError for one that does not exist or refuses.
     """
-    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
+    known = {"kv_heads": kv_heads, "head_dim": head_dim, "dtype": jnp.dtype(dtype).name}
+    module = dispatch.resolve(OP, implementation, dispatch.target(), known)
     return module.kv_layout(kv_heads=kv_heads, head_dim=head_dim, dtype=jnp.dtype(dtype))
 
 
@@ -113,11 +115,14 @@ def paged_attention(  # noqa: PLR0913
     rope (inverse frequencies) rotates q and k first; None leaves them. sinks: one score per head that takes its share of the softmax.
     Head h reads kv head h // (heads / kv_heads). Memory that belongs to no row, NaN included, never reaches a result.
 
-    Donate kv: it is updated in place. Raises ValueError when shapes or dtypes do not fit together.
+    Donate kv: it is updated in place. Raises ValueError when shapes or dtypes do not fit together, and NotImplementedError when an
+    implementation that was asked for by name refuses them.
     """
-    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
-    layout = module.kv_layout(kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype)
+    known = {"kv_heads": k.shape[1], "head_dim": k.shape[2], "dtype": k.dtype.name}
+    layout = kv_layout(implementation, kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype)
     check(q, k, v, positions, kv, metadata, extras=(rope, sinks), layout=layout)
+    known |= {"heads": q.shape[1], "page_size": kv.shape[layout.dims.index("page")]}
+    module = dispatch.resolve(OP, implementation, dispatch.target(), known)
     return module.paged_attention(q, k, v, positions, kv, metadata, spec=spec, rope=rope, sinks=sinks)
 
 

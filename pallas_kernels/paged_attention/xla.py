@@ -118,7 +118,7 @@ def write(
     """The pool with the tokens' k and v in their slots; padding tokens land in the guard page. Donate kv: updated in place."""
     page_size = kv.shape[3]
     real = jnp.maximum(positions, 0)
-    page = _take(metadata.page_tables, row_of_token(metadata, k.shape[0]), lax.div(real, jnp.int32(page_size)))
+    page = take(metadata.page_tables, row_of_token(metadata, k.shape[0]), lax.div(real, jnp.int32(page_size)))
     page = jnp.where(positions >= 0, page, 0)
     new = jnp.stack([k, v], axis=2)
     slots = kv.at[page, :, :, lax.rem(real, jnp.int32(page_size))]
@@ -137,7 +137,7 @@ def row_of_token(metadata: PagedMetadata, tokens: int) -> Int32[Array, "tokens"]
     return jnp.concatenate([rows, decode + lax.argmax(owns, 1, jnp.int32)])
 
 
-def _take(array: Array, *indices: Int32[Array, "..."]) -> Array:
+def take(array: Array, *indices: Int32[Array, "..."]) -> Array:
     """array[indices], known to be inside."""
     return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
@@ -150,12 +150,12 @@ def _gather(
     _, kv_heads, _, page_size, head_dim = kv.shape
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     at = (pages[:, None] * kv_heads + head) * 2 + which  # as rows of a matrix: XLA on CPUs copies whole rows, but gathers boxes by element
-    out = _take(kv.reshape(-1, page_size * head_dim), at.reshape(-1))
+    out = take(kv.reshape(-1, page_size * head_dim), at.reshape(-1))
     out = out.reshape(items, kv_heads, count * page_size, head_dim)
     return out if seen is None else jnp.where(seen[:, None, :, None], out, 0)
 
 
-def _ceil(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "..."]:
+def ceil_div(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "..."]:
     """Ceiling division of integers >= 0."""
     return lax.div(numerator + (denominator - 1), jnp.full_like(numerator, denominator))
 
@@ -192,7 +192,7 @@ def _decode(
     stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
     floor = jnp.zeros_like(stop) if spec.window is None else jnp.maximum(stop - spec.window, 0)
     first = lax.div(floor, jnp.int32(keys))
-    counts = _ceil(stop, keys) - first
+    counts = ceil_div(stop, keys) - first
     ends = jnp.cumsum(counts)
     begins = ends - counts
 
@@ -200,8 +200,8 @@ def _decode(
     groups = -(-rows * chunks // at_once)
     item = jnp.arange(groups * at_once, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
-    chunk = jnp.clip(item - _take(begins, row) + _take(first, row), 0, chunks - 1)
-    pages, offset = _take(tables, row, chunk), chunk * keys
+    chunk = jnp.clip(item - take(begins, row) + take(first, row), 0, chunks - 1)
+    pages, offset = take(tables, row, chunk), chunk * keys
 
     def attend(group: Int32[Array, ""], state: Running) -> Running:
         def own(x: Int32[Array, "items ..."]) -> Int32[Array, "items_at_once ..."]:
@@ -209,14 +209,14 @@ def _decode(
 
         index = own(offset)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
         mine = own(row)
-        seen = (index < _take(stop, mine)[:, None]) & (index >= _take(floor, mine)[:, None])
-        part = _attend_once(_take(q, mine), kv, own(pages), seen, spec)
+        seen = (index < take(stop, mine)[:, None]) & (index >= take(floor, mine)[:, None])
+        part = _attend_once(take(q, mine), kv, own(pages), seen, spec)
         return jax.tree.map(lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, group * at_once, 0), state, part)
 
     wide = accumulation_dtype(q.dtype)
     zeros = blank(q, (groups * at_once, *q.shape[1:]), wide)
     state = Running(zeros[..., 0], zeros[..., 0], zeros)
-    state = _loop(attend, state, jnp.zeros((), jnp.int32), _ceil(ends[-1], at_once), groups)
+    state = _loop(attend, state, jnp.zeros((), jnp.int32), ceil_div(ends[-1], at_once), groups)
     return _combine(state, begins, counts, chunks, sinks).astype(q.dtype)
 
 
@@ -249,13 +249,13 @@ def _combine(
     chunk = jnp.arange(chunks, dtype=jnp.int32)[None]
     item = jnp.minimum(begins[:, None] + chunk, state.top.shape[0] - 1)
     has = (chunk < counts[:, None])[..., None, None]
-    tops = jnp.where(has, _take(state.top, item), LOWEST)
+    tops = jnp.where(has, take(state.top, item), LOWEST)
     top = jnp.max(tops, axis=1)
     if sinks is not None:
         top = jnp.maximum(top, sinks.astype(top.dtype)[None])
     share = jnp.where(has, jnp.exp(tops - top[:, None]), 0)
-    totals = jnp.where(has, _take(state.total, item), 0)  # where, not times 0: a neighbour's item may hold infinities
-    weighted = jnp.where(has[..., None], _take(state.weighted, item), 0)
+    totals = jnp.where(has, take(state.total, item), 0)  # where, not times 0: a neighbour's item may hold infinities
+    weighted = jnp.where(has[..., None], take(state.weighted, item), 0)
     total = jnp.zeros_like(top) if sinks is None else jnp.exp(sinks.astype(top.dtype)[None] - top)
     mean = jnp.zeros_like(weighted[:, 0])
     for index in range(chunks):  # unrolled: a fixed order, and one fusion where a reduction would wake XLA's thread pool
@@ -281,24 +281,24 @@ class Blocks(NamedTuple):
     total: Int32[Array, ""]
 
 
-def _cut(metadata: PagedMetadata, positions: Int32[Array, "tokens"], queries: int, multiple: int) -> Blocks:
+def cut(metadata: PagedMetadata, positions: Int32[Array, "tokens"], queries: int, multiple: int) -> Blocks:
     """The prefill tokens cut into blocks of at most `queries`; there is room for as many as the tokens could ever need."""
     decode, tokens = metadata.decode_rows, positions.shape[0]
     starts, lengths = metadata.query_starts[decode:] - decode, metadata.query_lengths[decode:]
     room = -(-tokens // queries) + lengths.shape[0]
     room = -(-room // multiple) * multiple
-    counts = _ceil(lengths, queries)
+    counts = ceil_div(lengths, queries)
     ends = jnp.cumsum(counts)
     begins = ends - counts
     block = jnp.arange(room, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(ends[None] <= block[:, None], axis=1, dtype=jnp.int32), lengths.shape[0] - 1)
-    offset = ((block - _take(begins, row)) * queries)[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
-    mine = (offset < _take(lengths, row)[:, None]) & (block < ends[-1])[:, None]
-    token = jnp.where(mine, _take(starts, row)[:, None] + offset, 0)
+    offset = ((block - take(begins, row)) * queries)[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
+    mine = (offset < take(lengths, row)[:, None]) & (block < ends[-1])[:, None]
+    token = jnp.where(mine, take(starts, row)[:, None] + offset, 0)
     owner = row_of_token(metadata, decode + tokens)[decode:] - decode
-    within = jnp.arange(tokens, dtype=jnp.int32) - _take(starts, owner)
-    place = jnp.clip(_take(begins, owner) * queries + within, 0, room * queries - 1)
-    return Blocks(row + decode, token, jnp.where(mine, _take(positions, token), -1), place, ends[-1])
+    within = jnp.arange(tokens, dtype=jnp.int32) - take(starts, owner)
+    place = jnp.clip(take(begins, owner) * queries + within, 0, room * queries - 1)
+    return Blocks(row + decode, token, jnp.where(mine, take(positions, token), -1), place, ends[-1])
 
 
 def _prefill(
@@ -316,9 +316,9 @@ def _prefill(
     typical = tokens // (metadata.query_lengths.shape[0] - metadata.decode_rows)  # many short rows want small blocks
     queries = min(sizes.prefill_queries, tokens, max(_power_of_two(4 * typical), 16))
     at_once = min(sizes.prefill_blocks_at_once, -(-tokens // queries))
-    blocks = _cut(metadata, positions, queries, at_once)
+    blocks = cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
-    cut = _take(q, blocks.token).transpose(0, 2, 3, 1, 4)
+    queued = take(q, blocks.token).transpose(0, 2, 3, 1, 4)
     tables = _chunked(metadata.page_tables, sizes.prefill_keys, kv.shape[3], bounded=False)
 
     def attend(
@@ -329,13 +329,13 @@ def _prefill(
 
         rows = own(blocks.row)
         part = _attend_blocks(
-            own(cut), own(blocks.position), kv, _take(tables, rows), _take(metadata.kv_lengths, rows), spec=spec, sinks=sinks
+            own(queued), own(blocks.position), kv, take(tables, rows), take(metadata.kv_lengths, rows), spec=spec, sinks=sinks
         )
         return lax.dynamic_update_slice_in_dim(out, part, index * at_once, 0)
 
-    out = _loop(attend, blank(q, cut.shape, q.dtype), jnp.zeros((), jnp.int32), _ceil(blocks.total, at_once), room // at_once)
+    out = _loop(attend, blank(q, queued.shape, q.dtype), jnp.zeros((), jnp.int32), ceil_div(blocks.total, at_once), room // at_once)
     out = out.transpose(0, 3, 1, 2, 4).reshape(room * queries, kv_heads, group, head_dim)
-    return jnp.where((positions >= 0)[:, None, None, None], _take(out, blocks.place), 0)
+    return jnp.where((positions >= 0)[:, None, None, None], take(out, blocks.place), 0)
 
 
 def _attend_blocks(
@@ -376,4 +376,4 @@ def _attend_blocks(
 
     state = start(q, None if sinks is None else sinks[None, ..., None])
     first = lax.div(jnp.min(jnp.where(stop > floor, floor, jnp.iinfo(jnp.int32).max)), jnp.int32(keys))
-    return finish(_loop(step, state, first, _ceil(jnp.max(stop), keys), tables.shape[1])).astype(q.dtype)
+    return finish(_loop(step, state, first, ceil_div(jnp.max(stop), keys), tables.shape[1])).astype(q.dtype)

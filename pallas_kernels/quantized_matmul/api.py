@@ -24,7 +24,7 @@ def quantized_matmul(
     Raises ValueError when shapes or dtypes do not fit together.
     """
     check(x, weight, scales)
-    module = dispatch.resolve(OP, implementation, dispatch.target().platform)
+    module = dispatch.resolve(OP, implementation, dispatch.target())
     return module.quantized_matmul(x, weight, scales)
 
 

@@ -1,0 +1,238 @@
+"""Paged attention on Hopper GPUs: the XLA implementation's pool and writes, kernels of our own (Pallas Mosaic GPU) for the reads.
+
+The new keys and values are scattered into the donated pool. Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
+`gpu_combine` merges; the tokens of the other rows are cut into tiles for `gpu_prefill`. The lists of work are made here, in plain jnp,
+from the metadata alone: all layers of a program ask for the same ones and XLA computes them once. How a row is cut depends on its
+own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import dispatch, hopper, tuning
+from pallas_kernels.attention import AttentionSpec, accumulation_dtype, rope_table, rotate
+from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, xla
+from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.gpu_combine import combine
+from pallas_kernels.paged_attention.gpu_pages import Pages
+
+Pool = xla.Pool
+Key = dict[str, int | str]
+DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_GROUP = 16
+MAX_CHUNKS = 32  # of a row: longer rows get longer chunks
+MANY = 4  # (row, kv head) pairs per streaming multiprocessor that keep it busy without short chunks
+
+kv_layout = xla.kv_layout
+
+
+class Sizes(NamedTuple):
+    """Block sizes. Decode: keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once
+    (per stream). Prefill: keys of a block, blocks in shared memory at once."""
+
+    decode_chunk: int
+    decode_chunk_many: int
+    decode_stages: int
+    prefill_keys: int
+    prefill_stages: int
+
+
+def heuristic(platform: str, key: Key) -> dict[str, int]:
+    """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
+    head_dim = int(key["head_dim"])
+    stages = {64: 6, 96: 4}.get(head_dim, 3)
+    return Sizes(256, 1024, stages, 64 if head_dim > 128 else 128, 2)._asdict()
+
+
+def candidates(platform: str, key: Key) -> list[dict[str, int]]:
+    """Sizes worth measuring: those that fit in shared memory."""
+    base, head_dim = Sizes(**heuristic(platform, key)), int(key["head_dim"])
+    grid = [base._replace(decode_chunk=keys) for keys in (128, 512)]
+    grid += [base._replace(decode_chunk_many=keys) for keys in (512, 2048)]
+    grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
+    grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
+    return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim)]
+
+
+def fits(sizes: Sizes, head_dim: int) -> bool:
+    """Whether the kernels' shared memory is there."""
+    decode = gpu_decode.shared_bytes(head_dim, sizes.decode_stages)
+    return max(decode, gpu_prefill.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages)) <= hopper.SHARED_BYTES
+
+
+def refusal(target: dispatch.Target, key: Key) -> str | None:
+    """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
+    dtype, head_dim, page_size = key.get("dtype"), key.get("head_dim"), int(key.get("page_size", 64))
+    group = int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
+    if jax.__version_info__ < (0, 11):
+        return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"
+    if not (hopper.interpreting() or DEVICES.search(target.device)):
+        return f"its kernels are for Hopper GPUs (H100, H200, H800, H20, GH200), this is {target.device}"
+    if dtype not in (None, "bfloat16", "float16"):
+        return f"its kernels compute in bfloat16 or float16, the pool is {dtype}"
+    if head_dim not in (None, *HEAD_DIMS):
+        return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if page_size < 8 or page_size & (page_size - 1):
+        return f"its kernels need pages of 8, 16, 32, 64, 128, ... tokens, not of {page_size}"
+    if group > MAX_GROUP:
+        return f"its kernels have room for {MAX_GROUP} query heads per kv head, not for {group}"
+    return None
+
+
+def paged_attention(  # noqa: PLR0913
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    spec: AttentionSpec,
+    rope: Float[Array, "half_rotary"] | None,
+    sinks: Float[Array, "heads"] | None,
+) -> PagedResult:
+    """See api.paged_attention."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, decode = k.shape[1], metadata.decode_rows
+    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, heads)))
+    if rope is not None:
+        table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
+        q, k = rotate(q, table), rotate(k, table)
+    kv = xla.write(kv, k, v, positions, metadata)
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+    parts = []
+    if decode:
+        parts.append(_decode(grouped[:decode], positions[:decode], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
+    if tokens > decode:
+        parts.append(_prefill(grouped[decode:], positions[decode:], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return PagedResult(out.reshape(tokens, heads, head_dim), kv)
+
+
+def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
+    """Page tables wide enough for whole blocks of keys (the guard page fills them up), and what there is to know of them."""
+    _, kv_heads, _, page_size, _ = kv.shape
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % max(keys // page_size, 1))))
+    return tables, Pages(kv_heads, page_size, tables.shape[1])
+
+
+class Items(NamedTuple):
+    """Work of a decode: for each item the integers gpu_decode.ITEM names, how many are real, and how many each row has."""
+
+    fields: Int32[Array, "items 5"]
+    total: Int32[Array, "1"]
+    counts: Int32[Array, "rows"]
+
+
+def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, chunk: int, capacity: int) -> Items:
+    """Rows of `stop` keys, at most `capacity`, cut into chunks of `chunk` keys, doubled until a row has at most MAX_CHUNKS."""
+    keys, rows = gpu_decode.KEYS, stop.shape[0]
+    most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-window // keys) + 1)
+    base = max(chunk // keys, 1)
+    max_chunks = min(-(-most // base), MAX_CHUNKS)
+    first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(stop - window, 0), jnp.int32(keys))
+    blocks = xla.ceil_div(stop, keys) - first
+    size = jnp.full_like(stop, base)
+    while base * MAX_CHUNKS < most:
+        size, base = jnp.where(blocks > size * MAX_CHUNKS, size * 2, size), base * 2
+    counts = lax.div(blocks + size - 1, size)
+    ends = jnp.cumsum(counts)
+    item = jnp.arange(rows * max_chunks, dtype=jnp.int32)
+    row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
+    number = item - xla.take(ends - counts, row)
+    begin = number * xla.take(size, row)
+    length = jnp.minimum(xla.take(blocks, row) - begin, xla.take(size, row))
+    fields = jnp.stack([row, number, xla.take(first, row) + begin, length, xla.take(stop, row)], axis=1)
+    return Items(fields, ends[-1:], counts)
+
+
+def _decode(
+    q: Float[Array, "rows kv_heads group head_dim"],
+    positions: Int32[Array, "rows"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    spec: AttentionSpec,
+    sinks: Float[Array, "heads"] | None,
+    sizes: Sizes,
+) -> Float[Array, "rows kv_heads group head_dim"]:
+    """One query per row."""
+    rows, kv_heads, group, head_dim = q.shape
+    tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
+    stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
+    chunk = sizes.decode_chunk_many if rows * kv_heads >= MANY * hopper.cores() else sizes.decode_chunk
+    items = cut_rows(stop, window=spec.window, chunk=chunk, capacity=pages.width * pages.page_size)
+    padded = group + -group % 8
+    plan = gpu_decode.Plan(
+        spec=spec,
+        pages=pages,
+        max_chunks=items.fields.shape[0] // rows,
+        padded=padded,
+        stages=sizes.decode_stages,
+        streams=gpu_decode.streams(head_dim),
+        blocks=hopper.cores(),
+    )
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0))).reshape(-1, head_dim)
+    parts, sums = gpu_decode.decode(q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, plan=plan)
+    out = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
+    return out.reshape(rows, kv_heads, padded, head_dim)[:, :, :group]
+
+
+def _prefill(
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    spec: AttentionSpec,
+    sinks: Float[Array, "heads"] | None,
+    sizes: Sizes,
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """Tiles of queries of one row each. The longest go first, so that the last to end are short."""
+    _, kv_heads, group, head_dim = q.shape
+    tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
+    plan = gpu_prefill.Plan(
+        spec=spec,
+        pages=pages,
+        group=group,
+        keys=sizes.prefill_keys,
+        stages=sizes.prefill_stages,
+        blocks=hopper.cores(),
+        has_sinks=sinks is not None,
+    )
+    blocks = xla.cut(metadata, positions, gpu_prefill.CONSUMERS * plan.tokens, 1)
+    places, first = blocks.row.shape[0], blocks.position[:, 0]
+    tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
+    sees = first + tokens if spec.window is None else jnp.minimum(first + tokens, spec.window + tokens)
+    order = jnp.argsort(jnp.where(first >= 0, -sees, 1)).astype(jnp.int32)
+    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
+    lines = xla.take(q, blocks.token).reshape(places, gpu_prefill.CONSUMERS, plan.tokens, kv_heads, group, head_dim)
+    lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, gpu_prefill.CONSUMERS, -1, head_dim)
+    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
+    out = gpu_prefill.prefill(
+        lines.reshape(kv_heads, -1, head_dim),
+        kv.reshape(-1, head_dim),
+        tables.reshape(-1),
+        xla.take(fields, order).reshape(-1),
+        blocks.total[None],
+        None if sinks is None else _sinks_of_lines(sinks, kv_heads),
+        plan=plan,
+    )
+    own = jnp.int32(plan.tokens)
+    line = lax.div(blocks.place, own) * hopper.TILE + lax.rem(blocks.place, own) * group
+    line = line[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
+    out = xla.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
+    return jnp.where((positions >= 0)[:, None, None, None], out, 0)
+
+
+def _sinks_of_lines(sinks: Float[Array, "heads"], kv_heads: int) -> Float[Array, "kv_heads lines"]:
+    """The sink of each line of a warpgroup's queries: the group's heads over and over."""
+    groups = sinks.reshape(kv_heads, -1)
+    return jnp.tile(groups, (1, -(-hopper.TILE // groups.shape[1])))[:, : hopper.TILE]
