@@ -43,6 +43,7 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(file.parent.name for file in Path(__file__).parent.glob("*/api.py")))
 
 
+@functools.cache
 def implementations(op: str) -> tuple[str, ...]:
     """The implementations that exist for an op, the reference first. Raises ValueError for an unknown op."""
     if op not in ops():

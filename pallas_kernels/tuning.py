@@ -131,7 +131,7 @@ def measure(case: Any, implementation: str, chosen: Sizes) -> float:
 
 
 def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:
-    """The fastest candidate for each key that the cases have; cases of one key are measured together."""
+    """The fastest candidate for each key that the cases have and the implementation takes; cases of one key are measured together."""
     target, module = dispatch.target(), _module(op, implementation)
     grouped: dict[str, list[Any]] = {}
     for case in cases:
@@ -139,6 +139,10 @@ def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = 
     rows = []
     for text, same in grouped.items():
         key = json.loads(text)
+        refused = dispatch.refusal(op, implementation, target, key)
+        if refused is not None:
+            _say(f"{op} {key}: left out, {refused}")
+            continue
         timed = []
         for candidate in module.candidates(target.platform, key):
             timed.append((sum(measure(case, implementation, candidate) for case in same), candidate))

@@ -93,6 +93,14 @@ def test_the_fastest_candidate_of_a_key_is_kept():
     assert set(asked) == {("a", "xla"), ("b", "xla")}
 
 
+def test_what_an_implementation_refuses_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "refusal", lambda op, name, target, key: "too warm" if key["heads"] == 7 else None)
+    cases = [SimpleNamespace(name="x", tuning_key=lambda heads=heads: KEY | {"heads": heads}) for heads in (6, 7)]
+    (row,) = tuning.tune("flash_attention", "xla", cases, lambda case, implementation, sizes: 1.0)
+    assert row.key["heads"] == 6
+    assert "left out, too warm" in capsys.readouterr().out
+
+
 def test_measure_runs_a_case():
     assert tuning.measure(Case("tiny", tokens=1, features=8, outputs=8), "xla", {"outputs": 4}) > 0
 

@@ -1,0 +1,195 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import PagedMetadata, dispatch, paged_attention, tuning
+from pallas_kernels.dispatch import Target
+from pallas_kernels.paged_attention import gpu, gpu_decode, xla
+from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, TUNING, Case
+
+H200 = Target("gpu", "NVIDIA H200")
+KEY = {"page_size": 64, "kv_heads": 8, "heads": 32, "head_dim": 128, "dtype": "bfloat16"}
+NEW = jax.__version_info__ >= (0, 11)
+SMALL = gpu.Sizes(decode_chunk=64, decode_chunk_many=64, decode_stages=2, prefill_keys=128, prefill_stages=2)
+SOON = [
+    Case("decode_chunks", decode_rows=4, page_size=64, pages_per_row=6, kv_heads=1, group=4, dtype="bfloat16", extras=BOTH),
+    Case("prefill_cap", prefill_rows=3, prefill_tokens=100, pages_per_row=18, kv_heads=1, dtype="float16", window=37, soft_cap=5.0),
+]
+LATER = [
+    Case("wide", 3, 2, 40, page_size=128, pages_per_row=3, kv_heads=1, group=16, head_dim=256, dtype="bfloat16", extras=BOTH),
+    Case("middle", 3, 3, 90, page_size=32, pages_per_row=9, group=5, head_dim=96, dtype="bfloat16", window=77, extras=SINKS),
+    Case("alone", 4, 2, 300, page_size=64, pages_per_row=5, group=1, head_dim=128, dtype="float16", soft_cap=8.0, extras=ROPE),
+    Case("narrow", 5, 3, 120, page_size=8, pages_per_row=45, group=8, dtype="bfloat16", window=100, extras=BOTH),
+    Case("one_page", 2, 1, 20, page_size=256, pages_per_row=1, group=2, dtype="bfloat16"),
+]
+
+
+@pytest.fixture
+def jax_is_new(monkeypatch):
+    """Refusals other than that of an old jax, on any jax."""
+    if not NEW:
+        monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+
+
+def run_of(case, sizes=SMALL):
+    """The compiled op with small chunks."""
+    with tuning.forced(sizes._asdict()):
+        return jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(case.make(0, "gpu")).compile()
+
+
+def close(case, seeds):
+    """Against XLA in float32 on the same 16-bit numbers."""
+    run, wide = run_of(case), dataclasses.replace(case, dtype="float32")
+    oracle = jax.jit(lambda inputs: wide.run(inputs, "xla"))
+    for seed in seeds:
+        inputs = case.make(seed, "gpu")
+        widened = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
+        found, wanted = np.asarray(run(inputs).out, np.float32), np.asarray(oracle(widened).out)
+        np.testing.assert_allclose(found, wanted, atol=0.03 if case.dtype == "bfloat16" else 0.004, err_msg=f"seed {seed}")
+        padding = np.asarray(inputs["positions"]) < 0
+        assert not found[padding].any()
+
+
+@pytest.mark.parametrize("case", SOON, ids=lambda case: case.name)
+def test_close_to_xla(interpreted, case):
+    close(case, range(2))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
+def test_close_to_xla_many_draws(interpreted, case):
+    close(case, range(12))
+
+
+def without(inputs, rows):
+    """The same step in which other rows are empty and their pages are garbage."""
+    metadata = inputs["metadata"]
+    starts, queries, lengths = (np.array(x) for x in (metadata.query_starts, metadata.query_lengths, metadata.kv_lengths))
+    positions, tables = np.array(inputs["positions"]), np.array(metadata.page_tables)
+    garbage = np.concatenate([tables[row][tables[row] > 0] for row in rows])
+    for row in rows:
+        positions[starts[row] : starts[row] + queries[row]] = -1
+        queries[row] = lengths[row] = tables[row] = 0
+    metadata = PagedMetadata(*(jnp.asarray(x) for x in (tables, starts, queries, lengths)), metadata.decode_rows)
+    kv = inputs["kv"].at[garbage].set(jnp.nan) if garbage.size else inputs["kv"]
+    return inputs | {"metadata": metadata, "positions": jnp.asarray(positions), "kv": kv}
+
+
+def test_a_row_depends_on_itself_alone(interpreted):
+    """Bit for bit, whatever the neighbours' lengths."""
+    case = Case("x", 3, 3, 60, page_size=16, pages_per_row=20, kv_heads=1, dtype="bfloat16", window=90, extras=SINKS)
+    run = run_of(case)
+    inputs = case.make(5, "gpu")
+    together, metadata = np.asarray(run(inputs).out), inputs["metadata"]
+    rows = range(len(metadata.kv_lengths))
+    for row in rows:
+        if metadata.query_lengths[row] > 0:
+            alone = np.asarray(run(without(inputs, set(rows) - {row})).out)
+            mine = slice(int(metadata.query_starts[row]), int(metadata.query_starts[row] + metadata.query_lengths[row]))
+            assert together[mine].any()
+            assert np.array_equal(together[mine], alone[mine]), f"row {row}"
+
+
+def test_pages_behind_the_window_may_be_anybodys(interpreted):
+    """Freed pages of a row, NaN included, change nothing: what a window hides is masked in the values too."""
+    case = Case("x", 2, 1, 30, page_size=16, pages_per_row=12, kv_heads=1, dtype="bfloat16", window=20, extras=SINKS)
+    inputs = case.make(3, "gpu")
+    metadata = inputs["metadata"]
+    hidden = np.asarray(metadata.kv_lengths - metadata.query_lengths - 20)[:, None] >= (np.arange(12)[None] + 1) * 16
+    assert hidden.any()
+    freed = dataclasses.replace(metadata, page_tables=jnp.where(hidden, 0, metadata.page_tables))
+    run = run_of(case)
+    assert np.array_equal(run(inputs).out, run(inputs | {"metadata": freed}).out)
+
+
+def test_padding_gives_nothing(interpreted):
+    case = Case("x", 2, 1, 8, pages_per_row=2, kv_heads=1, dtype="bfloat16", extras=SINKS)
+    result = run_of(case)(without(case.make(0, "gpu"), {0, 1, 2}))
+    assert not np.asarray(result.out).any()
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 5000])
+def test_rows_are_cut_whole(window):
+    """Each row's items are its blocks in order, at most MAX_CHUNKS of them, and the same whatever the others are."""
+    capacity, rng = 64 * 64 * 40, np.random.default_rng(0)
+    stop = np.concatenate([[0, 1, 63, 64, 65, capacity, capacity - 1, 32 * 128, 32 * 128 + 1], rng.integers(0, capacity, 20)])
+    stop = stop.astype(np.int32)
+    items = gpu.cut_rows(jnp.asarray(stop), window=window, chunk=128, capacity=capacity)
+    fields, counts = np.asarray(items.fields[: int(items.total[0])]), np.asarray(items.counts)
+    assert int(items.total[0]) == counts.sum() <= len(items.fields)
+    assert counts.max() <= gpu.MAX_CHUNKS
+    for row, keys in enumerate(stop):
+        mine = fields[fields[:, 0] == row]
+        assert len(mine) == counts[row]
+        assert mine[:, 1].tolist() == list(range(counts[row]))
+        assert (mine[:, 3] > 0).all()
+        assert (mine[:, 4] == keys).all()
+        floor = 0 if window is None else max(0, keys - window)
+        blocks = [block for _, _, first, count, _ in mine for block in range(first, first + count)]
+        assert blocks == list(range(floor // gpu_decode.KEYS, -(-keys // gpu_decode.KEYS)) if keys else [])
+        alone = gpu.cut_rows(jnp.asarray(stop[row : row + 1]), window=window, chunk=128, capacity=capacity)
+        assert np.array_equal(np.asarray(alone.fields[: counts[row], 1:]), mine[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "reason"),
+    [
+        (H200, {}, None),
+        (Target("gpu", "NVIDIA H100 80GB HBM3"), {}, None),
+        (Target("gpu", "NVIDIA GH200 480GB"), {"head_dim": 64, "dtype": "float16", "page_size": 8, "heads": 128}, None),
+        (Target("gpu", "NVIDIA B200"), {}, "Hopper.*this is NVIDIA B200"),
+        (Target("gpu", "NVIDIA A100-SXM4-80GB"), {}, "Hopper"),
+        (Target("cpu", "cpu"), {}, "Hopper"),
+        (H200, {"dtype": "float32"}, "bfloat16 or float16, the pool is float32"),
+        (H200, {"head_dim": 80}, "head_dim 64, 96, 128, 256, not 80"),
+        (H200, {"page_size": 24}, "pages of 8, 16.*not of 24"),
+        (H200, {"page_size": 4}, "not of 4"),
+        (H200, {"heads": 17 * 8}, "16 query heads per kv head, not for 17"),
+    ],
+)
+def test_refusal(target, changes, reason, jax_is_new):
+    found = gpu.refusal(target, KEY | changes)
+    if reason is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert re.search(reason, found)
+    assert gpu.refusal(H200, {"head_dim": 128, "dtype": "bfloat16"}) is None
+
+
+def test_an_old_jax_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "jax 0.11 or newer" in str(gpu.refusal(H200, KEY))
+
+
+def test_by_name_on_a_machine_without_it():
+    case = Case("x", decode_rows=1, dtype="bfloat16")
+    inputs = case.make(0)
+    order = [inputs[name] for name in ("q", "k", "v", "positions", "kv", "metadata")]
+    with pytest.raises(NotImplementedError, match="paged_attention cannot run implementation='gpu'"):
+        paged_attention(*order, spec=case.spec, rope=None, implementation="gpu")
+
+
+def test_auto_falls_to_the_same_layout(jax_is_new):
+    assert dispatch.choose("paged_attention", "auto", H200, KEY) == "gpu"
+    assert dispatch.choose("paged_attention", "auto", H200, KEY | {"dtype": "float32"}) == "xla"
+    assert gpu.kv_layout is xla.kv_layout
+
+
+def test_candidates_fit():
+    for head_dim in gpu.HEAD_DIMS:
+        key = KEY | {"head_dim": head_dim}
+        first, *rest = gpu.candidates("gpu", key)
+        assert first == gpu.heuristic("gpu", key)
+        assert rest
+        for sizes in (first, *rest):
+            assert gpu.fits(gpu.Sizes(**sizes), head_dim)
+    assert not gpu.fits(SMALL._replace(decode_stages=9), 128)
+
+
+def test_some_tuning_cases_are_for_it(jax_is_new):
+    assert any(gpu.refusal(H200, case.tuning_key()) is None for case in TUNING)
