@@ -1,5 +1,8 @@
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +181,19 @@ def test_auto_falls_to_the_same_layout(jax_is_new):
     assert dispatch.choose("paged_attention", "auto", H200, KEY) == "gpu"
     assert dispatch.choose("paged_attention", "auto", H200, KEY | {"dtype": "float32"}) == "xla"
     assert gpu.kv_layout is xla.kv_layout
+
+
+def test_others_never_import_mosaic():
+    """The package, and what runs on a CPU."""
+    code = (
+        "import sys, pallas_kernels, jax.numpy\n"
+        "pallas_kernels.kv_layout('auto', kv_heads=1, head_dim=64, dtype=jax.numpy.float32)\n"
+        "sys.exit(any('pallas.mosaic_gpu' in name or 'hopper' in name for name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_candidates_fit():

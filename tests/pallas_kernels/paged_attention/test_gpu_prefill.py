@@ -19,11 +19,11 @@ def test_shared_memory_suffices():
         assert gpu_prefill.shared_bytes(head_dim, sizes["prefill_keys"], sizes["prefill_stages"]) <= hopper.SHARED_BYTES
 
 
-@pytest.mark.parametrize(("group", "window", "has_sinks"), [(3, None, True), (8, 50, False)])
-def test_every_tile_alone(interpreted, group, window, has_sinks):
+@pytest.mark.parametrize(("group", "keys", "window", "has_sinks"), [(3, 128, None, True), (8, 64, 120, False)])
+def test_every_tile_alone(interpreted, group, keys, window, has_sinks):
     """Tiles at shuffled places, the last one's place never written; what belongs to no row is NaN."""
     rng = np.random.default_rng(2)
-    plan = gpu_prefill.Plan(AttentionSpec(0.2, window=window), Pages(HEADS, PAGE, WIDTH), group, 128, 2, 2, has_sinks)
+    plan = gpu_prefill.Plan(AttentionSpec(0.2, window=window), Pages(HEADS, PAGE, WIDTH), group, keys, 2, 2, has_sinks)
     room = gpu_prefill.CONSUMERS * plan.tokens
     stop = np.array([200, 1], np.int32)  # the first row's queries: all that fit a tile, and 5
     tiles = np.array([[2, 0, 195 - room, room, 200], [0, 0, 195, 5, 200], [1, 1, 0, 1, 1], [3, 0, 0, 0, 0]], np.int32)
@@ -46,7 +46,7 @@ def test_every_tile_alone(interpreted, group, window, has_sinks):
             at = token % plan.tokens * group
             line = place * LINES + token // plan.tokens * hopper.TILE + at
             for head in range(HEADS):
-                keys, values = kv64[tables[row, seen // PAGE], head, :, seen % PAGE].transpose(1, 0, 2)
-                weights = np.exp(q64[head, line : line + group] @ keys.T * 0.2)
+                k, values = kv64[tables[row, seen // PAGE], head, :, seen % PAGE].transpose(1, 0, 2)
+                weights = np.exp(q64[head, line : line + group] @ k.T * 0.2)
                 total = weights.sum(1, keepdims=True) + (np.exp(sinks[head, at : at + group])[:, None] if has_sinks else 0)
                 np.testing.assert_allclose(found[head, line : line + group], weights @ values / total, atol=4e-3)

@@ -1,0 +1,97 @@
+"""Compile paged attention's GPU implementation for an H200 described by text, on a machine without a GPU.
+
+Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none of the other CUDA packages), numpy and jaxtyping:
+
+    pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
+    python .ci/compile_for_hopper.py
+
+Each case is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not show is that
+the numbers are right: the tests do that in jax's interpreter, and a card does.
+"""
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import tuning
+from pallas_kernels.paged_attention import gpu
+from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
+GROUPS, PAGES = (1, 3, 4, 8, 16), (8, 16, 32, 64, 128, 256)
+
+
+def cases() -> list[Case]:
+    """Every head dimension with every group and page size, each with some of window, cap, sinks and dtype; then one part at a time."""
+    found = []
+    for number, head_dim in enumerate(gpu.HEAD_DIMS):
+        pages = PAGES[number % 2 :: 2] if head_dim != 128 else PAGES
+        for index in range(max(len(GROUPS), len(pages))):
+            options = index + number
+            changes = {
+                "group": GROUPS[index % len(GROUPS)],
+                "page_size": pages[index % len(pages)],
+                "window": 200 if options % 2 else None,
+                "soft_cap": 30.0 if options % 3 == 0 else None,
+                "extras": (ROPE, BOTH, SINKS)[options % 3],
+                "dtype": ("bfloat16", "float16")[options // 2 % 2],
+            }
+            words = "-".join(str(value) for value in changes.values() if not isinstance(value, frozenset))
+            found.append(replace(MIXED, name=f"{head_dim}-{words}", head_dim=head_dim, **changes))
+    found.append(replace(MIXED, name="decode alone", prefill_rows=0, prefill_tokens=0))
+    found.append(replace(MIXED, name="many decode rows", decode_rows=512, prefill_rows=0, prefill_tokens=0, pages_per_row=4))
+    found.append(replace(MIXED, name="prefill alone", decode_rows=0))
+    return found
+
+
+def main() -> None:
+    """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
+    topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
+
+    def compile_case(case: Case, sizes: dict[str, int]) -> None:
+        begin = time.perf_counter()
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), case.make(0))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tuning.forced(sizes):
+            text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
+        kernels = text.count('custom_call_target="mosaic_gpu')
+        wanted = 2 * (case.decode_rows > 0) + (case.prefill_rows > 0)
+        print(f"{case.name} {tuple(sizes.values())}: {kernels} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
+        if kernels != wanted:
+            raise SystemExit(f"{case.name}: {kernels} kernels of ours in the program, there should be {wanted}")
+
+    for case in cases():
+        compile_case(case, gpu.heuristic("gpu", case.tuning_key()))
+    for head_dim in gpu.HEAD_DIMS:
+        case = replace(MIXED, name=f"candidates {head_dim}", head_dim=head_dim)
+        for sizes in gpu.candidates("gpu", case.tuning_key())[1:]:
+            compile_case(case, sizes)
+    print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
+
+
+if __name__ == "__main__":
+    main()
