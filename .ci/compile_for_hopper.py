@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import tuning
+from pallas_kernels import hopper, tuning
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 
@@ -48,7 +48,7 @@ GROUPS, PAGES = (1, 3, 4, 8, 16), (8, 16, 32, 64, 128, 256)
 def cases() -> list[Case]:
     """Every head dimension with every group and page size, each with some of window, cap, sinks and dtype; then one part at a time."""
     found = []
-    for number, head_dim in enumerate(gpu.HEAD_DIMS):
+    for number, head_dim in enumerate(hopper.HEAD_DIMS):
         pages = PAGES[number % 2 :: 2] if head_dim != 128 else PAGES
         for index in range(max(len(GROUPS), len(pages))):
             options = index + number
@@ -86,7 +86,7 @@ def main() -> None:
 
     for case in cases():
         compile_case(case, gpu.heuristic("gpu", case.tuning_key()))
-    for head_dim in gpu.HEAD_DIMS:
+    for head_dim in hopper.HEAD_DIMS:
         case = replace(MIXED, name=f"candidates {head_dim}", head_dim=head_dim)
         for sizes in gpu.candidates("gpu", case.tuning_key())[1:]:
             compile_case(case, sizes)

@@ -6,6 +6,7 @@ consumers keep a tile of 64 queries and its online softmax in registers and feed
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,13 +19,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import LOWEST, AttentionSpec
+from pallas_kernels.dispatch import Key, Target
 
+DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
+HEAD_DIMS = (64, 96, 128, 256)
 TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
 REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-ROWS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+ROWS, COLUMNS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
 
 _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_hopper_interpreted", default=False)
 
@@ -46,6 +50,20 @@ def interpreted() -> Iterator[None]:
 def interpreting() -> bool:
     """Whether kernels are being traced for the interpreter."""
     return _interpreted.get()
+
+
+def refusal(target: Target, key: Key) -> str | None:
+    """Why attention kernels cannot run on a target, or for the dtype and head_dim of a key that knows them; None when they can."""
+    dtype, head_dim = key.get("dtype"), key.get("head_dim")
+    if jax.__version_info__ < (0, 11):
+        return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"
+    if not (interpreting() or DEVICES.search(target.device)):
+        return f"its kernels are for Hopper GPUs (H100, H200, H800, H20, GH200), this is {target.device}"
+    if dtype not in (None, "bfloat16", "float16"):
+        return f"its kernels compute in bfloat16 or float16, not in {dtype}"
+    if head_dim not in (None, *HEAD_DIMS):
+        return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    return None
 
 
 def cores() -> int:

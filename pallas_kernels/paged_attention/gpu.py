@@ -6,10 +6,8 @@ from the metadata alone: all layers of a program ask for the same ones and XLA c
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
 """
 
-import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
@@ -23,8 +21,6 @@ from pallas_kernels.paged_attention.gpu_pages import Pages
 
 Pool = xla.Pool
 Key = dict[str, int | str]
-DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
-HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16
 MAX_CHUNKS = 32  # of a row: longer rows get longer chunks
 MANY = 4  # (row, kv head) pairs per streaming multiprocessor that keep it busy without short chunks
@@ -69,16 +65,10 @@ def fits(sizes: Sizes, head_dim: int) -> bool:
 
 def refusal(target: dispatch.Target, key: Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
-    dtype, head_dim, page_size = key.get("dtype"), key.get("head_dim"), int(key.get("page_size", 64))
-    group = int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
-    if jax.__version_info__ < (0, 11):
-        return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"
-    if not (hopper.interpreting() or DEVICES.search(target.device)):
-        return f"its kernels are for Hopper GPUs (H100, H200, H800, H20, GH200), this is {target.device}"
-    if dtype not in (None, "bfloat16", "float16"):
-        return f"its kernels compute in bfloat16 or float16, the pool is {dtype}"
-    if head_dim not in (None, *HEAD_DIMS):
-        return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
+    reason = hopper.refusal(target, key)
+    if reason is not None:
+        return reason
     if page_size < 8 or page_size & (page_size - 1):
         return f"its kernels need pages of 8, 16, 32, 64, 128, ... tokens, not of {page_size}"
     if group > MAX_GROUP:
@@ -205,7 +195,6 @@ def _prefill(
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
-        has_sinks=sinks is not None,
     )
     blocks = xla.cut(metadata, positions, gpu_prefill.CONSUMERS * plan.tokens, 1)
     places, first = blocks.row.shape[0], blocks.position[:, 0]
