@@ -1,12 +1,12 @@
-"""Compile paged attention's GPU implementation for an H200 described by text, on a machine without a GPU.
+"""Compile the GPU implementations of the attention ops for an H200 described by text, on a machine without a GPU.
 
 Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none of the other CUDA packages), numpy and jaxtyping:
 
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not show is that
-the numbers are right: the tests do that in jax's interpreter, and a card does.
+Each case is a program: paged attention with decode rows, prefill rows or both, or flash attention. A case that does not compile ends
+the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter, and a card does.
 """
 
 import os
@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -25,6 +26,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import hopper, tuning
+from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 
@@ -42,6 +45,7 @@ dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
+FLASH = flash_cases.Case("flash", 2, 512, 512, kv_heads=2, group=4, head_dim=128, dtype="bfloat16")
 GROUPS, PAGES = (1, 3, 4, 8, 16), (8, 16, 32, 64, 128, 256)
 
 
@@ -68,28 +72,52 @@ def cases() -> list[Case]:
     return found
 
 
+def flash() -> list[flash_cases.Case]:
+    """Every head dimension with long and short queries, lengths that are and are not whole, and each option somewhere."""
+    ragged, packed, everything = flash_cases.RAGGED, flash_cases.PACKED, flash_cases.EVERYTHING
+    shapes = (
+        {"extras": ragged, "group": 1},
+        {"queries": 133, "keys": 201, "extras": everything, "window": 100, "group": 3},
+        {"extras": packed, "soft_cap": 30.0, "dtype": "float16"},
+        {"queries": 20, "keys": 777, "extras": everything | packed, "window": 200, "group": 16},
+        {"queries": 1, "keys": 9, "batch": 1, "causal": "full", "extras": ragged | packed, "group": 8},
+        {"causal": "full", "dtype": "float16"},
+    )
+    return [
+        replace(FLASH, name=f"flash {head_dim} {number}", head_dim=head_dim, **changes)
+        for head_dim in hopper.HEAD_DIMS
+        for number, changes in enumerate(shapes)
+    ]
+
+
+def kernels_of(case: Any) -> int:
+    """How many kernels of ours the program has: decode and merge, prefill; flash."""
+    return 1 if isinstance(case, flash_cases.Case) else 2 * (case.decode_rows > 0) + (case.prefill_rows > 0)
+
+
 def main() -> None:
     """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
 
-    def compile_case(case: Case, sizes: dict[str, int]) -> None:
+    def compile_case(case: Any, sizes: dict[str, int]) -> None:
         begin = time.perf_counter()
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), case.make(0))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), tuning.forced(sizes):
             text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
         kernels = text.count('custom_call_target="mosaic_gpu')
-        wanted = 2 * (case.decode_rows > 0) + (case.prefill_rows > 0)
+        wanted = kernels_of(case)
         print(f"{case.name} {tuple(sizes.values())}: {kernels} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
         if kernels != wanted:
             raise SystemExit(f"{case.name}: {kernels} kernels of ours in the program, there should be {wanted}")
 
-    for case in cases():
-        compile_case(case, gpu.heuristic("gpu", case.tuning_key()))
-    for head_dim in hopper.HEAD_DIMS:
-        case = replace(MIXED, name=f"candidates {head_dim}", head_dim=head_dim)
-        for sizes in gpu.candidates("gpu", case.tuning_key())[1:]:
-            compile_case(case, sizes)
+    for module, found, base in ((gpu, cases(), MIXED), (flash_gpu, flash(), FLASH)):
+        for case in found:
+            compile_case(case, module.heuristic("gpu", case.tuning_key()))
+        for head_dim in hopper.HEAD_DIMS:
+            case = replace(base, name=f"{base.name}, candidates {head_dim}", head_dim=head_dim)
+            for sizes in module.candidates("gpu", case.tuning_key()):
+                compile_case(case, sizes)
     print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
 
 

@@ -68,7 +68,7 @@ def test_close_to_float64(interpreted, case):
 @pytest.mark.ci
 @pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
 def test_close_to_float64_many_draws(interpreted, case):
-    close(case, range(8))
+    close(case, range(4))
 
 
 def test_an_entry_depends_on_itself_alone(interpreted):
