@@ -5,8 +5,9 @@ Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case of attention is a program with decode rows, prefill rows or both; a case that does not compile ends the run. What this does not
-show is that the numbers are right: the tests do that in jax's interpreter, and a card does.
+Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, or the matmul of few tokens. A case that
+does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter, and a card
+does.
 """
 
 import os
@@ -25,8 +26,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import tuning
+from pallas_kernels import hopper, tuning
 from pallas_kernels.dense_matmul.cases import Case as MatmulCase
+from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 
@@ -44,13 +47,14 @@ dnn_version_info { major: 9 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H200"
 """
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
+FLASH = flash_cases.Case("flash", 2, 512, 512, kv_heads=2, group=4, head_dim=128, dtype="bfloat16")
 GROUPS, PAGES = (1, 3, 4, 8, 16), (8, 16, 32, 64, 128, 256)
 
 
 def cases() -> list[Case]:
     """Every head dimension with every group and page size, each with some of window, cap, sinks and dtype; then one part at a time."""
     found = []
-    for number, head_dim in enumerate(gpu.HEAD_DIMS):
+    for number, head_dim in enumerate(hopper.HEAD_DIMS):
         pages = PAGES[number % 2 :: 2] if head_dim != 128 else PAGES
         for index in range(max(len(GROUPS), len(pages))):
             options = index + number
@@ -77,37 +81,62 @@ def matmuls() -> list[MatmulCase]:
     return [*found, MatmulCase("x", 33, 448, 192, dtype="float16")]
 
 
+def flash() -> list[flash_cases.Case]:
+    """Every head dimension with long and short queries, lengths that are and are not whole, and each option somewhere."""
+    ragged, packed, everything = flash_cases.RAGGED, flash_cases.PACKED, flash_cases.EVERYTHING
+    shapes = (
+        {"extras": ragged, "group": 1},
+        {"queries": 133, "keys": 201, "extras": everything, "window": 100, "group": 3},
+        {"extras": packed, "soft_cap": 30.0, "dtype": "float16"},
+        {"queries": 20, "keys": 777, "extras": everything | packed, "window": 200, "group": 16},
+        {"queries": 1, "keys": 9, "batch": 1, "causal": "full", "extras": ragged | packed, "group": 8},
+        {"causal": "full", "dtype": "float16"},
+    )
+    return [
+        replace(FLASH, name=f"flash {head_dim} {number}", head_dim=head_dim, **changes)
+        for head_dim in hopper.HEAD_DIMS
+        for number, changes in enumerate(shapes)
+    ]
+
+
+def kernels_of(case: Any) -> int:
+    """How many kernels of ours the program has: decode and merge (many short rows are never split), prefill; flash."""
+    if isinstance(case, flash_cases.Case):
+        return 1
+    merged = "sinks" in case.extras or case.decode_rows < 100
+    return (1 + merged) * (case.decode_rows > 0) + (case.prefill_rows > 0)
+
+
 def main() -> None:
     """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
 
-    def kernels_of(case: Any, given: Any) -> int:
+    def compiled(case: Any, given: Any) -> int:
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), given)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
         return text.count('custom_call_target="mosaic_gpu')
 
-    def compile_case(case: Case, sizes: dict[str, int]) -> None:
+    def compile_case(case: Any, sizes: dict[str, int]) -> None:
         begin = time.perf_counter()
         with tuning.forced(sizes):
-            kernels = kernels_of(case, case.make(0))
-        merged = "sinks" in case.extras or case.decode_rows < 100  # many short rows are never split
-        wanted = (1 + merged) * (case.decode_rows > 0) + (case.prefill_rows > 0)
+            kernels = compiled(case, case.make(0))
+        wanted = kernels_of(case)
         print(f"{case.name} {tuple(sizes.values())}: {kernels} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
         if kernels != wanted:
             raise SystemExit(f"{case.name}: {kernels} kernels of ours in the program, there should be {wanted}")
 
-    for case in cases():
-        compile_case(case, gpu.heuristic("gpu", case.tuning_key()))
-    for head_dim in gpu.HEAD_DIMS:
-        case = replace(MIXED, name=f"candidates {head_dim}", head_dim=head_dim)
-        for sizes in gpu.candidates("gpu", case.tuning_key())[1:]:
-            compile_case(case, sizes)
+    for module, found, base in ((gpu, cases(), MIXED), (flash_gpu, flash(), FLASH)):
+        for case in found:
+            compile_case(case, module.heuristic("gpu", case.tuning_key()))
+        for head_dim in hopper.HEAD_DIMS:
+            case = replace(base, name=f"{base.name}, candidates {head_dim}", head_dim=head_dim)
+            for sizes in module.candidates("gpu", case.tuning_key()):
+                compile_case(case, sizes)
     for case in matmuls():
-        wide = jax.numpy.dtype(case.dtype)
         shapes = {"x": (case.tokens, case.features), "weight": (case.outputs, case.features)}
-        if kernels_of(case, {name: jax.ShapeDtypeStruct(shape, wide) for name, shape in shapes.items()}) != 1:
+        if compiled(case, {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}) != 1:
             raise SystemExit(f"matmul {case}: there should be one kernel of ours")
         print(f"matmul {case.tokens} x {case.features} x {case.outputs}", flush=True)
     print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")

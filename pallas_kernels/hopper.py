@@ -18,16 +18,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
 from pallas_kernels.attention import LOWEST, AttentionSpec
+from pallas_kernels.dispatch import Key, Target
 
-TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capability 9.0
+HEAD_DIMS = (64, 96, 128, 256)
+TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
 REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-ROWS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA
+ROWS, COLUMNS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
 
 _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_hopper_interpreted", default=False)
 
@@ -51,12 +52,17 @@ def interpreting() -> bool:
     return _interpreted.get()
 
 
-def refusal(target: dispatch.Target) -> str | None:
-    """Why no kernel of this kind can run on a target; None when they can."""
+def refusal(target: Target, key: Key) -> str | None:
+    """Why attention kernels cannot run on a target, or for the dtype and head_dim of a key that knows them; None when they can."""
+    dtype, head_dim = key.get("dtype"), key.get("head_dim")
     if jax.__version_info__ < (0, 11):
         return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"
     if not (interpreting() or DEVICES.search(target.device)):
         return f"its kernels are for Hopper GPUs (H100, H200, H800, H20, GH200), this is {target.device}"
+    if dtype not in (None, "bfloat16", "float16"):
+        return f"its kernels compute in bfloat16 or float16, not in {dtype}"
+    if head_dim not in (None, *HEAD_DIMS):
+        return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     return None
 
 

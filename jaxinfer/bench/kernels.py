@@ -3,9 +3,9 @@ ceilings, all measured in the same run.
 
 Ops and implementations are found by `pallas_kernels.dispatch`, cases in each op's `cases.py`, peers in `kernel_peers.py`. Times are the
 device's (`pallas_kernels/timing.py`). A case's `cost` counts the bytes that must be moved and the useful operations;
-`share_of_bandwidth` and `share_of_matmul` compare them with the ceilings. `times_peer` is the peer's time over this row's: above 1 this row is the faster one
-(`times_contiguous`: over the same implementation's attention without pages). A goal that is missed on the card it is for
-(`kernel_goals.py`) makes the exit code 1. This file does not know what an op computes.
+`share_of_bandwidth` and `share_of_matmul` compare them with the ceilings. `times_peer` is the peer's time over this row's: above 1 this
+row is the faster one (`times_contiguous`: over the same implementation's attention without pages). A goal that is missed on the card it
+is for (`kernel_goals.py`) makes the exit code 1. This file does not know what an op computes.
 """
 
 from __future__ import annotations

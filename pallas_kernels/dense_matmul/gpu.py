@@ -65,12 +65,10 @@ class Scratch(NamedTuple):
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why this cannot run on a target, or for what is known of a key; None when it can."""
-    dtype, features, outputs = key.get("dtype", "bfloat16"), int(key.get("in", TILE)), int(key.get("out", TILE))
-    reason = hopper.refusal(target)
+    features, outputs = int(key.get("in", TILE)), int(key.get("out", TILE))
+    reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
     if reason is not None:
         return reason
-    if dtype not in ("bfloat16", "float16"):
-        return f"its kernel multiplies bfloat16 or float16, not {dtype}"
     if features % BLOCKS[-1] or outputs % TILE:
         return f"its kernel needs inputs and outputs in multiples of {BLOCKS[-1]}, not {features} and {outputs}"
     return None

@@ -1,9 +1,9 @@
-"""Attention over contiguous keys and values: one batch entry per sequence, ragged by lengths.
+"""Attention over contiguous keys and values: a batch entry is a sequence, ragged by lengths, or several sequences packed by segment ids.
 
 q, k and v come in already rotated and leave as attention outputs; nothing is cached or written. Knows no pages and no mesh.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -13,6 +13,13 @@ from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.checks import describe, require, require_dtype, require_shape
 
 OP = "flash_attention"
+
+
+class SegmentIds(NamedTuple):
+    """Which of the sequences packed into a batch entry each query and key belongs to: any numbers."""
+
+    queries: Int32[Array, "batch queries"]
+    keys: Int32[Array, "batch keys"]
 
 
 def flash_attention(  # noqa: PLR0913
@@ -25,21 +32,29 @@ def flash_attention(  # noqa: PLR0913
     kv_lengths: Int32[Array, "batch"] | None = None,
     query_offsets: Int32[Array, "batch"] | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    segment_ids: SegmentIds | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads head_dim"]:
     """softmax(scale * q k^T) v without ever holding the whole matrix of scores (FlashAttention, arXiv 2205.14135).
 
     causal: "causal" lets query i of batch entry b see keys up to query_offsets[b] + i (None: i), "full" lets it see all.
     kv_lengths: keys of each entry (None: all); what lies beyond, NaN included, never reaches a result.
-    spec.window needs "causal". sinks: one score per head that takes its share of the softmax. Head h reads kv head
-    h // (heads / kv_heads). A query that sees no key gets 0. Raises ValueError when the arguments do not fit together.
+    segment_ids: a query sees only keys of its own id. spec.window needs "causal". sinks: one score per head that takes its share of
+    the softmax. Head h reads kv head h // (heads / kv_heads). A query that sees no key gets 0. Raises ValueError when the arguments do
+    not fit together, and NotImplementedError when an implementation that was asked for by name refuses them.
     """
-    check(q, k, v, causal=causal, spec=spec, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
-    module = dispatch.resolve(OP, implementation, dispatch.target())
-    return module.flash_attention(q, k, v, spec=spec, causal=causal, kv_lengths=kv_lengths, query_offsets=query_offsets, sinks=sinks)
+    rest = {"kv_lengths": kv_lengths, "query_offsets": query_offsets, "sinks": sinks, "segment_ids": segment_ids}
+    check(q, k, v, spec=spec, causal=causal, **rest)
+    module = dispatch.resolve(OP, implementation, dispatch.target(), tuning_key(q, k.shape[2]))
+    return module.flash_attention(q, k, v, spec=spec, causal=causal, **rest)
 
 
-def check(
+def tuning_key(q: Float[Array, "batch queries heads head_dim"], kv_heads: int) -> dispatch.Key:
+    """What block sizes depend on, and whether an implementation can run."""
+    return {"kv_heads": kv_heads, "heads": q.shape[2], "head_dim": q.shape[3], "dtype": q.dtype.name}
+
+
+def check(  # noqa: PLR0913
     q: Array,
     k: Array,
     v: Array,
@@ -49,6 +64,7 @@ def check(
     kv_lengths: Array | None = None,
     query_offsets: Array | None = None,
     sinks: Array | None = None,
+    segment_ids: SegmentIds | None = None,
 ) -> None:
     """Refuse arguments that do not fit together (ValueError)."""
     require(causal in ("causal", "full"), OP, f"causal={causal!r}", "use 'causal' or 'full'")
@@ -74,3 +90,6 @@ def check(
             require_dtype(OP, name, lengths, jnp.int32, "lengths are int32")
     if sinks is not None:
         require_shape(OP, "sinks", sinks, (heads,), "one score per query head")
+    for name, found, wanted in zip(("queries", "keys"), segment_ids or (), (q, k), strict=False):
+        require_shape(OP, f"segment_ids.{name}", found, (batch, wanted.shape[1]), f"batch, {name}")
+        require_dtype(OP, f"segment_ids.{name}", found, jnp.int32, "ids are int32")

@@ -13,10 +13,11 @@ import numpy as np
 
 from pallas_kernels import costs
 from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flash_attention.api import SegmentIds, flash_attention
 
-Extras = frozenset[Literal["kv_lengths", "query_offsets", "sinks"]]
+Extras = frozenset[Literal["kv_lengths", "query_offsets", "sinks", "segment_ids"]]
 RAGGED: Extras = frozenset({"kv_lengths"})
+PACKED: Extras = frozenset({"segment_ids"})
 EVERYTHING: Extras = frozenset({"kv_lengths", "query_offsets", "sinks"})
 LARGE = 1 << 20  # values of q from which on numpy is too slow
 
@@ -70,7 +71,15 @@ class Case:
         if "query_offsets" in self.extras:
             lengths["query_offsets"] = rng.integers(0, max(self.keys - self.queries, 0) + 1, self.batch)
         arrays = {name: jnp.asarray(x.astype(jnp.dtype(self.dtype))) for name, x in made.items()}
-        return arrays | {name: jnp.asarray(x.astype(np.int32)) for name, x in lengths.items()}
+        arrays |= {name: jnp.asarray(x.astype(np.int32)) for name, x in lengths.items()}
+        return arrays | ({"segment_ids": self._packed(rng, arrays.get("query_offsets"))} if "segment_ids" in self.extras else {})
+
+    def _packed(self, rng: np.random.Generator, offsets: Any) -> SegmentIds:
+        """Sequences of random lengths one after the other in each entry; a query belongs to the one that the key of its position does."""
+        ids = np.cumsum(rng.random((self.batch, self.keys)) < 4 / self.keys, axis=1)
+        offsets = np.zeros(self.batch, np.int32) if offsets is None else np.asarray(offsets)
+        own = np.minimum(offsets[:, None] + np.arange(self.queries)[None], self.keys - 1)
+        return SegmentIds(*(jnp.asarray(x.astype(np.int32)) for x in (np.take_along_axis(ids, own, 1), ids)))
 
     def run(self, inputs: dict[str, Any], implementation: str) -> jax.Array:
         """The op on what `make` gave."""
@@ -109,6 +118,9 @@ CASES = (
     Case("causal", queries=140, keys=140),
     Case("full", queries=5, keys=400, kv_heads=1, group=8, head_dim=128, dtype="bfloat16", causal="full", extras=RAGGED),
     Case("chunk", queries=90, keys=300, group=4, window=100, soft_cap=4.0, extras=EVERYTHING),
+    Case("packed", queries=140, keys=140, group=2, extras=PACKED),
+    Case("packed_chunk", queries=50, keys=300, group=1, extras=EVERYTHING | PACKED),
+    Case("packed_full", queries=70, keys=200, kv_heads=1, causal="full", extras=RAGGED | PACKED),
 )
 
 TUNING = (

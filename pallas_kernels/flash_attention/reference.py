@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.flash_attention.api import SegmentIds
 
 
-def flash_attention(
+def flash_attention(  # noqa: PLR0913
     q: Float[Array, "batch queries heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
     v: Float[Array, "batch keys kv_heads head_dim"],
@@ -19,6 +20,7 @@ def flash_attention(
     kv_lengths: Int32[Array, "batch"] | None,
     query_offsets: Int32[Array, "batch"] | None,
     sinks: Float[Array, "heads"] | None,
+    segment_ids: SegmentIds | None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """See api.flash_attention."""
     (batch, queries, heads, _), length = q.shape, k.shape[1]
@@ -34,6 +36,8 @@ def flash_attention(
         seen &= index <= position
     if spec.window is not None:
         seen &= index > position - spec.window
+    if segment_ids is not None:
+        seen &= segment_ids.queries[:, :, None] == segment_ids.keys[:, None]
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)

@@ -8,10 +8,11 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import AttentionSpec, Running, absorb, accumulation_dtype, finish, precision, shape_scores, start
+from pallas_kernels.flash_attention.api import SegmentIds, tuning_key
 
 
 class Sizes(NamedTuple):
@@ -19,11 +20,6 @@ class Sizes(NamedTuple):
 
     queries: int
     keys: int
-
-
-def tuning_key(q: Float[Array, "batch queries heads head_dim"], kv_heads: int) -> dict[str, int | str]:
-    """What block sizes depend on."""
-    return {"kv_heads": kv_heads, "heads": q.shape[2], "head_dim": q.shape[3], "dtype": q.dtype.name}
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
@@ -37,7 +33,7 @@ def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]
     return [Sizes(base.queries * a // 2, base.keys * b // 2)._asdict() for a in (1, 2, 4) for b in (1, 2, 4)]
 
 
-def flash_attention(
+def flash_attention(  # noqa: PLR0913
     q: Float[Array, "batch queries heads head_dim"],
     k: Float[Array, "batch keys kv_heads head_dim"],
     v: Float[Array, "batch keys kv_heads head_dim"],
@@ -47,6 +43,7 @@ def flash_attention(
     kv_lengths: Int32[Array, "batch"] | None,
     query_offsets: Int32[Array, "batch"] | None,
     sinks: Float[Array, "heads"] | None,
+    segment_ids: SegmentIds | None,
 ) -> Float[Array, "batch queries heads head_dim"]:
     """See api.flash_attention."""
     batch, queries, heads, head_dim = q.shape
@@ -59,25 +56,32 @@ def flash_attention(
     lengths = jnp.full((batch,), keys, jnp.int32) if kv_lengths is None else kv_lengths
     offsets = jnp.zeros((batch,), jnp.int32) if query_offsets is None else query_offsets
     sinks = None if sinks is None else sinks.reshape(1, kv_heads, heads // kv_heads, 1)
+    ids = segment_ids and SegmentIds(_ids_by_block(segment_ids.queries, block), _ids_by_block(segment_ids.keys, sizes.keys))
 
     def attend(index: Int32[Array, ""]) -> Float[Array, "batch kv_heads group queries head_dim"]:
         positions = offsets[:, None] + index * block + jnp.arange(block, dtype=jnp.int32)[None]
         if causal == "full":
             positions = jnp.broadcast_to(lengths[:, None], positions.shape)
         part = lax.dynamic_index_in_dim(cut, index, keepdims=False)
-        return _attend_block(part, k, v, positions, lengths, spec=spec, sinks=sinks)
+        own_ids = None if ids is None else ids._replace(queries=lax.dynamic_index_in_dim(ids.queries, index, keepdims=False))
+        return _attend_block(part, k, v, positions, lengths, spec=spec, sinks=sinks, ids=own_ids)
 
     count = cut.shape[0]
     out = attend(jnp.zeros((), jnp.int32))[None] if count == 1 else lax.map(attend, jnp.arange(count, dtype=jnp.int32))
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, heads, head_dim)[:, :queries]
 
 
-def _by_block(x: Float[Array, "batch keys kv_heads head_dim"], keys: int) -> Float[Array, "blocks batch kv_heads keys_of_block head_dim"]:
+def _by_block(x: Shaped[Array, "batch keys kv_heads head_dim"], keys: int) -> Shaped[Array, "blocks batch kv_heads keys_of_block head_dim"]:
     """Contiguous blocks of keys, padded with zeros at the end."""
     batch, length, kv_heads, head_dim = x.shape
     block = min(keys, length)
     padded = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
     return padded.reshape(batch, -1, block, kv_heads, head_dim).transpose(1, 0, 3, 2, 4)
+
+
+def _ids_by_block(ids: Int32[Array, "batch length"], size: int) -> Int32[Array, "blocks batch length_of_block"]:
+    """As `_by_block`, for segment ids."""
+    return _by_block(ids[..., None, None], size)[:, :, 0, :, 0]
 
 
 def _attend_block(
@@ -89,8 +93,12 @@ def _attend_block(
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "1 kv_heads group 1"] | None,
+    ids: SegmentIds | None,
 ) -> Float[Array, "batch kv_heads group queries head_dim"]:
-    """One block of queries through the blocks of keys between the lowest and the highest that any of them sees."""
+    """One block of queries through the blocks of keys between the lowest and the highest that any of them sees.
+
+    ids: of these queries [batch, queries] and of all keys [blocks, batch, keys].
+    """
     batch, kv_heads, group, queries, head_dim = q.shape
     wide, exact, blocks, keys = accumulation_dtype(q.dtype), precision(q.dtype), k.shape[0], k.shape[3]
     flat = q.reshape(batch, kv_heads, group * queries, head_dim)
@@ -101,6 +109,8 @@ def _attend_block(
         seen = exists[:, None] & (index[:, None] <= positions[..., None])
         if spec.window is not None:
             seen &= index[:, None] > positions[..., None] - spec.window
+        if ids is not None:
+            seen &= ids.queries[..., None] == lax.dynamic_index_in_dim(ids.keys, block, keepdims=False)[:, None]
         values = jnp.where(exists[:, None, :, None], lax.dynamic_index_in_dim(v, block, keepdims=False), 0)
 
         def weigh(weights: Float[Array, "batch kv_heads group queries keys"]) -> Float[Array, "batch kv_heads group queries head_dim"]:

@@ -21,7 +21,6 @@ from pallas_kernels.paged_attention.gpu_pages import Pages
 
 Pool = xla.Pool
 Key = dict[str, int | str]
-HEAD_DIMS = (64, 96, 128, 256)
 MAX_GROUP = 16
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
@@ -65,15 +64,10 @@ def fits(sizes: Sizes, head_dim: int) -> bool:
 
 def refusal(target: dispatch.Target, key: Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
-    dtype, head_dim, page_size = key.get("dtype"), key.get("head_dim"), int(key.get("page_size", 64))
-    group = int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
-    reason = hopper.refusal(target)
+    page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
+    reason = hopper.refusal(target, key)
     if reason is not None:
         return reason
-    if dtype not in (None, "bfloat16", "float16"):
-        return f"its kernels compute in bfloat16 or float16, the pool is {dtype}"
-    if head_dim not in (None, *HEAD_DIMS):
-        return f"its kernels know head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if page_size < 8 or page_size & (page_size - 1):
         return f"its kernels need pages of 8, 16, 32, 64, 128, ... tokens, not of {page_size}"
     if group > MAX_GROUP:
@@ -204,7 +198,6 @@ def _prefill(
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
-        has_sinks=sinks is not None,
     )
     blocks = xla.cut(metadata, positions, gpu_prefill.CONSUMERS * plan.tokens, 1)
     places, first = blocks.row.shape[0], blocks.position[:, 0]

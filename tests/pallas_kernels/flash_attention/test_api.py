@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels import AttentionSpec
+from pallas_kernels import AttentionSpec, SegmentIds
 from pallas_kernels.flash_attention import api
 
 GOOD = {
@@ -27,6 +27,7 @@ def test_the_package_exports_it():
 def test_good_arguments_pass():
     checked()
     checked(causal="full", kv_lengths=jnp.zeros(2, jnp.int32))
+    checked(segment_ids=SegmentIds(jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 5), jnp.int32)))
     checked(spec=AttentionSpec(0.5, window=2), query_offsets=jnp.zeros(2, jnp.int32), sinks=jnp.zeros(4, jnp.float32))
 
 
@@ -45,6 +46,9 @@ def test_good_arguments_pass():
         ({"kv_lengths": jnp.zeros(3, jnp.int32)}, r"kv_lengths is int32\[3\]"),
         ({"query_offsets": jnp.zeros(2, jnp.float32)}, "query_offsets is float32.*int32"),
         ({"sinks": jnp.zeros(2, jnp.float32)}, r"sinks is float32\[2\]"),
+        ({"segment_ids": SegmentIds(*[jnp.zeros((2, 5), jnp.int32)] * 2)}, r"segment_ids.queries is int32\[2, 5\]"),
+        ({"segment_ids": SegmentIds(*[jnp.zeros((2, 3), jnp.int32)] * 2)}, r"segment_ids.keys is int32\[2, 3\]"),
+        ({"segment_ids": SegmentIds(*[jnp.zeros((2, 3), jnp.float32)] * 2)}, r"segment_ids.queries is float32.*int32"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):

@@ -50,3 +50,12 @@ def test_bench_cases_attend_to_themselves():
     for case in BENCH:
         batch, length = map(int, case.name.split("_")[1].split("x"))
         assert (case.batch, case.queries, case.keys) == (batch, length, length) and not case.extras
+
+
+def test_packed_sequences_lie_one_after_the_other():
+    inputs = Case("x", keys=200, extras=frozenset({"query_offsets", "segment_ids"})).make(2)
+    queries, keys = (np.asarray(ids) for ids in inputs["segment_ids"])
+    assert (np.diff(keys) >= 0).all()
+    assert keys.max() > 0
+    for own, theirs, offset in zip(queries, keys, np.asarray(inputs["query_offsets"]), strict=True):
+        np.testing.assert_array_equal(own, theirs[offset : offset + 64])

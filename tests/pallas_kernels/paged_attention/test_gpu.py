@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PagedMetadata, dispatch, paged_attention, tuning
+from pallas_kernels import PagedMetadata, dispatch, hopper, paged_attention, tuning
 from pallas_kernels.dispatch import Target
 from pallas_kernels.paged_attention import gpu, gpu_decode, xla
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, TUNING, Case
@@ -151,7 +151,7 @@ def test_rows_are_cut_whole(window, wanted, longest):
         (Target("gpu", "NVIDIA B200"), {}, "Hopper.*this is NVIDIA B200"),
         (Target("gpu", "NVIDIA A100-SXM4-80GB"), {}, "Hopper"),
         (Target("cpu", "cpu"), {}, "Hopper"),
-        (H200, {"dtype": "float32"}, "bfloat16 or float16, the pool is float32"),
+        (H200, {"dtype": "float32"}, "bfloat16 or float16, not in float32"),
         (H200, {"head_dim": 80}, "head_dim 64, 96, 128, 256, not 80"),
         (H200, {"page_size": 24}, "pages of 8, 16.*not of 24"),
         (H200, {"page_size": 4}, "not of 4"),
@@ -201,7 +201,7 @@ def test_others_never_import_mosaic():
 
 
 def test_candidates_fit():
-    for head_dim in gpu.HEAD_DIMS:
+    for head_dim in hopper.HEAD_DIMS:
         key = KEY | {"head_dim": head_dim}
         first, *rest = gpu.candidates("gpu", key)
         assert first == gpu.heuristic("gpu", key)

@@ -5,8 +5,9 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.hopper import HEAD_DIMS
 from pallas_kernels.paged_attention import gpu_decode
-from pallas_kernels.paged_attention.gpu import HEAD_DIMS, cut_rows, heuristic
+from pallas_kernels.paged_attention.gpu import cut_rows, heuristic
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 DIM, HEADS, WIDTH = 64, 2, 16

@@ -5,8 +5,9 @@ import pytest
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.hopper import HEAD_DIMS
 from pallas_kernels.paged_attention import gpu_prefill
-from pallas_kernels.paged_attention.gpu import HEAD_DIMS, heuristic
+from pallas_kernels.paged_attention.gpu import heuristic
 from pallas_kernels.paged_attention.gpu_pages import Pages
 from pallas_kernels.paged_attention.gpu_prefill import LINES
 
@@ -23,7 +24,7 @@ def test_shared_memory_suffices():
 def test_every_tile_alone(interpreted, group, keys, window, has_sinks):
     """Tiles at shuffled places, the last one's place never written; what belongs to no row is NaN."""
     rng = np.random.default_rng(2)
-    plan = gpu_prefill.Plan(AttentionSpec(0.2, window=window), Pages(HEADS, PAGE, WIDTH), group, keys, 2, 2, has_sinks)
+    plan = gpu_prefill.Plan(AttentionSpec(0.2, window=window), Pages(HEADS, PAGE, WIDTH), group, keys, 2, 2)
     room = gpu_prefill.CONSUMERS * plan.tokens
     stop = np.array([200, 1], np.int32)  # the first row's queries: all that fit a tile, and 5
     tiles = np.array([[2, 0, 195 - room, room, 200], [0, 0, 195, 5, 200], [1, 1, 0, 1, 1], [3, 0, 0, 0, 0]], np.int32)

@@ -1,0 +1,318 @@
+"""Tiles of queries over the blocks of keys that they see, for Hopper: the prefill of paged and of contiguous attention.
+
+A tile has 2 x 64 lines, one for each query of some heads that share a kv head: two warpgroups' consecutive tokens. Blocks of threads
+stay for the whole kernel and take (tile, head) pairs in turn, head by head, each time from the caller's last tile to the first: those
+that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values. The two
+take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
+keys that all queries of a warpgroup see need no mask. A query's result depends on its row alone, bit for bit. Where queries, keys and
+values lie in memory is the caller's: `Queries` and `Keys` say it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import hopper
+from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.hopper import COLUMNS, LOG2E, ROWS, TILE
+
+CONSUMERS = 2  # warpgroups that attend
+LINES = CONSUMERS * TILE  # of a tile of queries
+TILE_FIELDS = ("place", "row", "first position", "tokens", "stop")  # the integers of a tile; stop: keys of the row
+
+
+class Tile(NamedTuple):
+    """A tile for one head: number in the list and place among the queries, first token's position, the blocks of keys that it sees."""
+
+    number: Any
+    place: Any
+    head: Any
+    row: Any
+    first: Any
+    begin: Any
+    end: Any
+    stop: Any
+
+
+class Queries(Protocol):
+    """How a warpgroup's lines lie in memory; results lie the same way."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a warpgroup."""
+        ...
+
+    @property
+    def copies(self) -> int:
+        """Copies that bring a warpgroup's lines."""
+        ...
+
+    def token(self, line: Any) -> Any:
+        """Which of the warpgroup's tokens each line holds."""
+        ...
+
+    def load(self, array: Any, tile: Tile, warpgroup: int, into: Any, barrier: Any) -> None:
+        """Start copying a warpgroup's lines into shared memory; each copy arrives at the barrier once."""
+        ...
+
+    def store(self, lines: Any, tile: Tile, warpgroup: Any, array: Any) -> None:
+        """Start copying a warpgroup's results from shared memory."""
+        ...
+
+
+class Keys(Protocol):
+    """How blocks of keys and values lie in memory."""
+
+    def copies(self, keys: int) -> int:
+        """Copies that bring a block of keys, or one of values."""
+        ...
+
+    def find(self, arrays: tuple[Any, ...], tile: Tile, block: Any, keys: int) -> Any:
+        """Where a tile's block lies."""
+        ...
+
+    def copy(self, arrays: tuple[Any, ...], place: Any, which: int, into: Any, barrier: Any) -> None:
+        """Start copying a block's keys (which=0) or values (1) into shared memory; each copy arrives at the barrier once."""
+        ...
+
+
+class Plan(NamedTuple):
+    """Static shape: `heads` per tile's tokens are taken one by one; blocks of `keys` keys, `stages` of them at once in shared memory."""
+
+    spec: AttentionSpec
+    queries: Queries
+    source: Keys
+    heads: int
+    keys: int
+    stages: int
+    blocks: int  # of threads
+
+
+class Inputs(NamedTuple):
+    """The kernel's arrays: `total` tiles are real, each TILE_FIELDS; results of the others' places are left as they are.
+
+    sinks: the score of each line of a warpgroup's queries. query_ids and key_ids: segment ids of each tile's lines and each row's
+    keys, whole blocks of them.
+    """
+
+    q: Float[Array, "..."]
+    kv: tuple[Array, ...]
+    tiles: Int32[Array, "tiles_5"]
+    total: Int32[Array, "1"]
+    sinks: Float[Array, "heads tile"] | None = None
+    query_ids: Int32[Array, "tiles lines"] | None = None
+    key_ids: Int32[Array, "rows keys"] | None = None
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers: queries once per consumer, keys and values once per stage."""
+
+    q: Any
+    k: Any
+    v: Any
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    ids: Any = None
+    spill: Any = None
+
+
+class Kernel(NamedTuple):
+    """What every part of the kernel is given; refs: those of `Inputs`."""
+
+    plan: Plan
+    refs: Any
+    out: Any
+    scratch: Scratch
+
+
+def shared_bytes(head_dim: int, keys: int, stages: int) -> int:
+    """Shared memory of a block of threads, for 16-bit data."""
+    return 2 * head_dim * (LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * CONSUMERS + 4 * stages + 1)
+
+
+def attend(inputs: Inputs, *, head_dim: int, plan: Plan) -> Float[Array, "..."]:
+    """Attention of the tiles, in q's shape."""
+    given, tree = jax.tree.flatten(inputs._replace(sinks=None if inputs.sinks is None else inputs.sinks.astype(jnp.float32) * LOG2E))
+    dtype, pieces, has_ids = inputs.q.dtype, plan.source.copies(plan.keys), inputs.key_ids is not None
+    scratch = {
+        "q": hopper.swizzled((CONSUMERS, TILE, head_dim), dtype),
+        "k": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
+        "v": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
+        "q_full": plgpu.Barrier(num_arrivals=plan.queries.copies, num_barriers=CONSUMERS),
+        "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
+        "k_full": plgpu.Barrier(num_arrivals=pieces + has_ids, num_barriers=plan.stages),
+        "v_full": plgpu.Barrier(num_arrivals=pieces, num_barriers=plan.stages),
+        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages),
+        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages),
+        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
+    }
+    if has_ids:
+        scratch["ids"] = plgpu.SMEM((plan.stages, plan.keys), jnp.int32)
+    scratch |= dict(zip(["spill"], hopper.spill(CONSUMERS, plan.keys, dtype), strict=False))
+
+    def body(*refs: Any) -> None:
+        *arrays, out, made = refs
+        _body(Kernel(plan, jax.tree.unflatten(tree, arrays), out, Scratch(**dict(zip(scratch, made, strict=True)))))
+
+    return hopper.kernel(
+        body,
+        tuple(scratch.values()),
+        out_type=jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        grid={"block": plan.blocks},
+        warpgroups=CONSUMERS + 1,
+    )(*given)
+
+
+def _body(kernel: Kernel) -> None:
+    plan, refs, scratch = kernel.plan, kernel.refs, kernel.scratch
+    warpgroup, number = lax.axis_index("wg"), lax.axis_index("block")
+    mine = lax.div(refs.total[0] * plan.heads - number + (plan.blocks - 1), jnp.int32(plan.blocks))
+
+    def tile(turn: Any) -> Tile:
+        work = number + turn * plan.blocks
+        head, index = lax.div(work, refs.total[0]), refs.total[0] - 1 - lax.rem(work, refs.total[0])
+        place, row, first, tokens, stop = (refs.tiles[index * len(TILE_FIELDS) + field] for field in range(len(TILE_FIELDS)))
+        floor = jnp.int32(0) if plan.spec.window is None else jnp.maximum(first - (plan.spec.window - 1), 0)
+        begin = lax.div(floor, jnp.int32(plan.keys))
+        end = lax.div(jnp.minimum(first + tokens, stop) + (plan.keys - 1), jnp.int32(plan.keys))
+        return Tile(index, place, head, row, first, begin, jnp.maximum(begin, end), stop)
+
+    @pl.when(warpgroup < CONSUMERS)
+    def _consumer() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), used), jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == CONSUMERS)
+    def _producer() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
+
+        @pl.when(mine > 0)
+        def _rest() -> None:
+            for consumer in range(CONSUMERS):
+                plgpu.barrier_wait(scratch.q_free.at[consumer])
+
+        for free in (scratch.k_free, scratch.v_free):
+            hopper.drain(lambda slot, free=free: free.at[slot], used, plan.stages)
+
+
+def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
+    """Copy a tile's queries and its blocks; `used` counts the blocks so far."""
+    plan, refs, scratch = kernel.plan, kernel.refs, kernel.scratch
+    for consumer in range(CONSUMERS):
+        pl.when(turn > 0)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[consumer]))
+        plan.queries.load(refs.q, tile, consumer, scratch.q.at[consumer], scratch.q_full.at[consumer])
+
+    def copy(block: Any, _: None) -> None:
+        number = used + block - tile.begin
+        slot = lax.rem(number, jnp.int32(plan.stages))
+        at = plan.source.find(refs.kv, tile, block, plan.keys)
+        for which, into, full, free in (
+            (0, scratch.k, scratch.k_full, scratch.k_free),
+            (1, scratch.v, scratch.v_full, scratch.v_free),
+        ):
+            pl.when(number >= plan.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+            plan.source.copy(refs.kv, at, which, into.at[slot], full.at[slot])
+            if which == 0 and refs.key_ids is not None:
+                ids = refs.key_ids.at[tile.row, pl.ds(pl.multiple_of(block * plan.keys, plan.keys), plan.keys)]
+                plgpu.copy_gmem_to_smem(ids, scratch.ids.at[slot], full.at[slot])
+
+    lax.fori_loop(tile.begin, tile.end, copy, None)
+    return used + tile.end - tile.begin
+
+
+def _consume(kernel: Kernel, tile: Tile, used: Any) -> Any:
+    """Attend with one warpgroup's queries of a tile and write the result; `used` counts the blocks so far."""
+    (plan, refs, out, scratch), warpgroup = kernel, lax.axis_index("wg")
+    q, first = scratch.q.at[warpgroup], tile.first + warpgroup * plan.queries.tokens
+    state = hopper.start(q.shape[1])
+    if refs.sinks is not None:
+        sinks = hopper.load(refs.sinks.at[tile.head], ROWS, coalesced=False)
+        state = state._replace(top=sinks, total=state.total + 1)
+    own = None
+    if refs.query_ids is not None:
+        own = hopper.load(refs.query_ids.at[tile.number, pl.ds(warpgroup * TILE, TILE)], ROWS, coalesced=False)
+    plgpu.barrier_wait(scratch.q_full.at[warpgroup])
+    pl.when(warpgroup == 1)(lambda: _take_turns(scratch))
+    absorb = partial(_absorb, kernel, tile, first, own, used)
+    for begin, end, masked in _ranges(plan, tile, first, has_ids=own is not None):
+        state = lax.fori_loop(begin, end, partial(absorb, masked=masked), state)
+    pl.when(warpgroup == 0)(lambda: _take_turns(scratch))
+    total = jnp.where(state.total > 0, state.total, jnp.ones_like(state.total))
+    q[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
+    plgpu.commit_smem()
+    plan.queries.store(q, tile, warpgroup, out)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(scratch.q_free.at[warpgroup])
+    return used + tile.end - tile.begin
+
+
+def _ranges(plan: Plan, tile: Tile, first: Any, *, has_ids: bool) -> list[tuple[Any, Any, bool]]:
+    """A tile's blocks, as (begin, end, masked): those in the middle need no mask for a warpgroup whose first token is at `first`."""
+    if has_ids:
+        return [(tile.begin, tile.end, True)]
+    ranges, inside = [], tile.begin
+    if plan.spec.window is not None:  # blocks before it begin before the last query's window
+        inside = lax.div(jnp.maximum(first + plan.queries.tokens - plan.spec.window, 0) + (plan.keys - 1), jnp.int32(plan.keys))
+        inside = jnp.clip(inside, tile.begin, tile.end)
+        ranges.append((tile.begin, inside, True))
+    whole = lax.div(jnp.minimum(first + 1, tile.stop), jnp.int32(plan.keys))  # blocks before it end before the first query
+    whole = jnp.clip(whole, inside, tile.end)
+    return [*ranges, (inside, whole, False), (whole, tile.end, True)]
+
+
+def _take_turns(scratch: Scratch) -> None:
+    """Let the other consumer have the tensor cores."""
+    plgpu.barrier_arrive(scratch.turn)
+    plgpu.barrier_wait(scratch.turn)
+
+
+def _absorb(kernel: Kernel, tile: Tile, first: Any, own: Any, used: Any, block: Any, state: hopper.State, *, masked: bool) -> Any:
+    """One block of keys enters the softmax of a warpgroup whose first token is at position `first`; own: its lines' segment ids."""
+    plan, scratch, warpgroup = kernel.plan, kernel.scratch, lax.axis_index("wg")
+    q, slot, at = scratch.q.at[warpgroup], lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
+    plgpu.barrier_wait(scratch.k_full.at[slot])
+    scores = hopper.products(q, scratch.k.at[slot], lambda: _take_turns(scratch))
+    same = None
+    if own is not None:
+        ids = hopper.load(scratch.ids.at[slot], COLUMNS, coalesced=False)
+        same = hopper.spread(own, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
+    plgpu.barrier_arrive(scratch.k_free.at[slot])
+    scores, factor = hopper.shape_scores(scores, plan.spec)
+    if masked:
+        seen = _seen(plan, tile, first, at)
+        scores = jnp.where(seen if same is None else seen & same, scores, -jnp.inf)
+    share, decay, state = hopper.weights(state, scores, factor)
+    # what follows may not be moved before the softmax: it is the other consumer's turn to multiply
+    share, decay, state = lax.optimization_barrier((share.astype(q.dtype), decay, state))
+    plgpu.barrier_arrive(scratch.turn)
+    plgpu.barrier_wait(scratch.v_full.at[slot])
+    plgpu.barrier_wait(scratch.turn)
+    values = scratch.v.at[slot]
+    if masked:
+        floor = None if plan.spec.window is None else tile.first - (plan.spec.window - 1)
+        hopper.clear(values, at, floor, tile.stop)
+    weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
+    weighted = hopper.weigh(weighted, share, values, None if scratch.spill is None else scratch.spill.at[warpgroup])
+    plgpu.barrier_arrive(scratch.v_free.at[slot])
+    return state._replace(weighted=weighted)
+
+
+def _seen(plan: Plan, tile: Tile, first: Any, at: Any) -> Any:
+    """Which keys of the block from key `at` on each line sees."""
+    shape = (TILE, plan.keys)
+    key, query = hopper.index(shape, 1, at), first + plan.queries.token(hopper.index(shape, 0, 0))
+    seen = (key <= query) & (key < tile.stop)
+    return seen if plan.spec.window is None else seen & (key > query - plan.spec.window)
