@@ -5,11 +5,11 @@ stay for the whole kernel and take (tile, head) pairs in turn, head by head, eac
 that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values. The two
 take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
 keys that all queries of a warpgroup see need no mask. A query's result depends on its row alone, bit for bit. Where queries, keys and
-values lie in memory is the caller's: `Queries` and `Keys` say it.
+values lie in memory is the caller's: `hopper_places` says how they say it.
 """
 
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,65 +21,11 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import COLUMNS, LOG2E, ROWS, TILE
+from pallas_kernels.hopper_places import Keys, Queries, Tile
 
 CONSUMERS = 2  # warpgroups that attend
 LINES = CONSUMERS * TILE  # of a tile of queries
 TILE_FIELDS = ("place", "row", "first position", "tokens", "stop")  # the integers of a tile; stop: keys of the row
-
-
-class Tile(NamedTuple):
-    """A tile for one head: number in the list and place among the queries, first token's position, the blocks of keys that it sees."""
-
-    number: Any
-    place: Any
-    head: Any
-    row: Any
-    first: Any
-    begin: Any
-    end: Any
-    stop: Any
-
-
-class Queries(Protocol):
-    """How a warpgroup's lines lie in memory; results lie the same way."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a warpgroup."""
-        ...
-
-    @property
-    def copies(self) -> int:
-        """Copies that bring a warpgroup's lines."""
-        ...
-
-    def token(self, line: Any) -> Any:
-        """Which of the warpgroup's tokens each line holds."""
-        ...
-
-    def load(self, array: Any, tile: Tile, warpgroup: int, into: Any, barrier: Any) -> None:
-        """Start copying a warpgroup's lines into shared memory; each copy arrives at the barrier once."""
-        ...
-
-    def store(self, lines: Any, tile: Tile, warpgroup: Any, array: Any) -> None:
-        """Start copying a warpgroup's results from shared memory."""
-        ...
-
-
-class Keys(Protocol):
-    """How blocks of keys and values lie in memory."""
-
-    def copies(self, keys: int) -> int:
-        """Copies that bring a block of keys, or one of values."""
-        ...
-
-    def find(self, arrays: tuple[Any, ...], tile: Tile, block: Any, keys: int) -> Any:
-        """Where a tile's block lies."""
-        ...
-
-    def copy(self, arrays: tuple[Any, ...], place: Any, which: int, into: Any, barrier: Any) -> None:
-        """Start copying a block's keys (which=0) or values (1) into shared memory; each copy arrives at the barrier once."""
-        ...
 
 
 class Plan(NamedTuple):

@@ -17,6 +17,7 @@ from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.flash_attention.api import SegmentIds, tuning_key
 from pallas_kernels.hopper import TILE
+from pallas_kernels.hopper_places import Tile
 
 ROWS = 8  # of an array's rows that are one unit in shared memory
 
@@ -63,19 +64,19 @@ class Queries(NamedTuple):
         """Which of the warpgroup's tokens each line holds."""
         return line & (self.tokens - 1)
 
-    def load(self, array: Any, tile: hopper_tiles.Tile, warpgroup: Any, into: Any, barrier: Any) -> None:
+    def load(self, array: Any, tile: Tile, warpgroup: Any, into: Any, barrier: Any) -> None:
         """Start copying a warpgroup's lines into shared memory."""
         for head in range(self.heads):
             lines = into.at[pl.ds(head * self.tokens, self.tokens)]
             plgpu.copy_gmem_to_smem(self._place(array, tile, warpgroup, head, into.shape[1]), lines, barrier)
 
-    def store(self, lines: Any, tile: hopper_tiles.Tile, warpgroup: Any, array: Any) -> None:
+    def store(self, lines: Any, tile: Tile, warpgroup: Any, array: Any) -> None:
         """Start copying a warpgroup's results from shared memory."""
         for head in range(self.heads):
             own = lines.at[pl.ds(head * self.tokens, self.tokens)]
             plgpu.copy_smem_to_gmem(own, self._place(array, tile, warpgroup, head, lines.shape[1]))
 
-    def _place(self, array: Any, tile: hopper_tiles.Tile, warpgroup: Any, head: int, head_dim: int) -> Any:
+    def _place(self, array: Any, tile: Tile, warpgroup: Any, head: int, head_dim: int) -> Any:
         rows = pl.ds(pl.multiple_of(tile.place + warpgroup * self.tokens, self.tokens), self.tokens)
         return array.at[tile.row, rows, pl.ds(pl.multiple_of((tile.head * self.heads + head) * head_dim, head_dim), head_dim)]
 
@@ -89,7 +90,7 @@ class Keys(NamedTuple):
         """One."""
         return 1
 
-    def find(self, arrays: tuple[Any, ...], tile: hopper_tiles.Tile, block: Any, keys: int) -> Any:
+    def find(self, arrays: tuple[Any, ...], tile: Tile, block: Any, keys: int) -> Any:
         """Entry, first key and kv head of a tile's block."""
         return tile.row, pl.multiple_of(block * keys, keys), lax.div(tile.head, jnp.int32(self.share))
 

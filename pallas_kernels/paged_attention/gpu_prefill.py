@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import hopper_tiles
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import TILE
+from pallas_kernels.hopper_places import Tile
 from pallas_kernels.hopper_tiles import CONSUMERS as CONSUMERS
 from pallas_kernels.hopper_tiles import LINES as LINES
 from pallas_kernels.hopper_tiles import shared_bytes as shared_bytes
@@ -57,15 +58,15 @@ class Queries(NamedTuple):
         power = self.group & (self.group - 1) == 0
         return line >> (self.group.bit_length() - 1) if power else lax.div(line, jnp.full_like(line, self.group))
 
-    def load(self, array: Any, tile: hopper_tiles.Tile, warpgroup: Any, into: Any, barrier: Any) -> None:
+    def load(self, array: Any, tile: Tile, warpgroup: Any, into: Any, barrier: Any) -> None:
         """Start copying a warpgroup's lines into shared memory."""
         plgpu.copy_gmem_to_smem(self._lines(array, tile, warpgroup), into, barrier)
 
-    def store(self, lines: Any, tile: hopper_tiles.Tile, warpgroup: Any, array: Any) -> None:
+    def store(self, lines: Any, tile: Tile, warpgroup: Any, array: Any) -> None:
         """Start copying a warpgroup's results from shared memory."""
         plgpu.copy_smem_to_gmem(lines, self._lines(array, tile, warpgroup))
 
-    def _lines(self, array: Any, tile: hopper_tiles.Tile, warpgroup: Any) -> Any:
+    def _lines(self, array: Any, tile: Tile, warpgroup: Any) -> Any:
         return array.at[tile.head, pl.ds(tile.place * LINES + warpgroup * TILE, TILE)]
 
 
@@ -78,7 +79,7 @@ class Keys(NamedTuple):
         """One for each piece."""
         return self.pages.pieces(keys)
 
-    def find(self, arrays: tuple[Any, ...], tile: hopper_tiles.Tile, block: Any, keys: int) -> Any:
+    def find(self, arrays: tuple[Any, ...], tile: Tile, block: Any, keys: int) -> Any:
         """First row of each piece."""
         return self.pages.at(arrays[1], tile.row, tile.head, block, keys)
 
