@@ -118,18 +118,18 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    page_size: int = option(32, "tokens in one KV page")
+    page_size: int | None = option(None, "tokens in one KV page (default: 32 on CPUs, 64 on accelerators)")
     memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
     kv_tokens: int | None = option(None, "tokens in the KV pool, per data replica (default: what the memory holds)", parse=parse_count)
     prefix_caching: str = option("on", "share the KV pages of common beginnings", choices=SWITCH)
 
     def __post_init__(self) -> None:
         _one_of("prefix-caching", self.prefix_caching, SWITCH)
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+        if self.page_size is not None and (self.page_size < 1 or self.page_size & (self.page_size - 1)):
             raise ConfigError(f"--page-size {self.page_size} is not a power of two; write for example 32 or 64")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError(f"--memory-fraction {self.memory_fraction:g} is not in (0, 1]")
-        _at_least("kv-tokens", self.kv_tokens, 2 * self.page_size)
+        _at_least("kv-tokens", self.kv_tokens, 2 * (self.page_size or 32))
 
 
 @dataclass(frozen=True)

@@ -93,18 +93,19 @@ def _preferred(op: str, existing: tuple[str, ...], target: Target, key: Key | No
         if name not in existing:
             missing.append(name)
             continue
-        reason = getattr(_module(op, name), "BY_NAME", None) or refusal(op, name, target, key)
+        wants_name = getattr(_module(op, name), "BY_NAME", None)
+        reason = wants_name or refusal(op, name, target, key)
         if reason is None:
             note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""
-            for each in refused:
-                _log_once(logging.WARNING, f"{op} runs its {name!r} implementation on platform {target.platform!r} instead of {each}")
+            for level, each in refused:
+                _log_once(level, f"{op} runs its {name!r} implementation on platform {target.platform!r} instead of {each}")
             if not refused:
                 _log_once(logging.INFO, f"{op} runs its {name!r} implementation on platform {target.platform!r}{note}")
             return name
-        refused.append(f"{name!r}: {reason}")
+        refused.append((logging.INFO if wants_name else logging.WARNING, f"{name!r}: {reason}"))
     raise NotImplementedError(
         f"{op} has no implementation for platform {target.platform!r}: wanted {preferred}, there are {existing}"
-        + "".join(f"; {each}" for each in refused)
+        + "".join(f"; {each}" for _, each in refused)
     )
 
 

@@ -119,7 +119,12 @@ def build(config: EngineConfig, progress: Progress) -> Built:
 
 
 def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
-    return PrefixIndex(config.cache.page_size, (model.name, str(model.dtype))) if config.cache.prefix_caching == "on" else None
+    return PrefixIndex(_page_size(config), (model.name, str(model.dtype))) if config.cache.prefix_caching == "on" else None
+
+
+def _page_size(config: EngineConfig) -> int:
+    """Tokens of a page: on accelerators a whole block of the attention kernels."""
+    return config.cache.page_size or (32 if devices.platform() == "cpu" else 64)
 
 
 def use_compilation_cache(mode: str) -> None:
@@ -197,7 +202,7 @@ def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple
 
     def planned(programs: int | None) -> tuple[MemoryPlan, Program]:
         memory = plan_memory(
-            model.graph, PoolShape(pages=2, page_size=config.cache.page_size, replicas=limits.replicas),
+            model.graph, PoolShape(pages=2, page_size=_page_size(config), replicas=limits.replicas),
             Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
             device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]), programs=programs,
         )  # fmt: skip

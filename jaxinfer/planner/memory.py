@@ -80,7 +80,7 @@ def plan_memory(
     wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
     pages = min(wanted, left // per_page - 1)
     if pages < row:
-        raise ConfigError(_too_small(cache, pages=max(0, pages), row=row, left=left))
+        raise ConfigError(_too_small(cache, pool.page_size, pages=max(0, pages), row=row, left=left))
     sized = replace(pool, pages=pages + 1)
     return MemoryPlan(device_memory, weights, slots, needed, sized.pages * per_page, sized, wanted)
 
@@ -101,11 +101,11 @@ def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> Memor
     )
 
 
-def _too_small(cache: CacheConfig, *, pages: int, row: int, left: int) -> str:
-    fit, needed = pages * cache.page_size, row * cache.page_size
+def _too_small(cache: CacheConfig, page_size: int, *, pages: int, row: int, left: int) -> str:
+    fit, needed = pages * page_size, row * page_size
     if cache.kv_tokens is not None and cache.kv_tokens < needed:
         return f"--kv-tokens {cache.kv_tokens} holds {fit} tokens, but one sequence may have {needed}; raise it or lower --max-model-len"
     return (
         f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {fit} tokens fit, but one sequence may have {needed};"
-        f" use --max-model-len {max(cache.page_size, fit)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
+        f" use --max-model-len {max(page_size, fit)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
     )
