@@ -98,6 +98,13 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     Raises:
         ConfigError: settings that cannot work together or on this machine. CheckpointError, TokenizerError: a model that cannot be read.
     """
+    try:
+        return _build(config, progress)
+    except NotImplementedError as error:  # kernels asked for by name that refuse
+        raise ConfigError(f"--implementation {config.execution.implementation}: {error}") from error
+
+
+def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
     model = _describe(config)

@@ -29,6 +29,12 @@ def early(monkeypatch):
     return lambda config: build(config, lambda *report: None)
 
 
+def test_kernels_that_refuse_are_named(early, folder):
+    wanted = settings(folder)
+    with pytest.raises(ConfigError, match="--implementation gpu: paged_attention cannot run .*: its kernels .*; 'auto' picks"):
+        early(replace(wanted, execution=replace(wanted.execution, implementation="gpu")))
+
+
 def test_what_is_running(plain, folder):
     info = plain.info
     assert (info.model, info.architecture, info.dtype, info.device, info.mesh) == (
