@@ -31,7 +31,7 @@ def early(monkeypatch):
 
 def test_kernels_that_refuse_are_named(early, folder):
     wanted = settings(folder)
-    with pytest.raises(ConfigError, match="--implementation gpu: paged_attention cannot run .*: its kernels .*; 'auto' picks"):
+    with pytest.raises(ConfigError, match=r"--implementation gpu: paged_attention cannot run .*: its kernels .*; 'auto' picks"):
         early(replace(wanted, execution=replace(wanted.execution, implementation="gpu")))
 
 
