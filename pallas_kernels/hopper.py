@@ -53,7 +53,7 @@ def interpreting() -> bool:
 
 
 def refusal(target: Target, key: Key) -> str | None:
-    """Why attention kernels cannot run on a target, or for the dtype and head_dim of a key that knows them; None when they can."""
+    """Why no kernel of this kind can run on a target, or for the dtype and head_dim of a key that knows them; None when they can."""
     dtype, head_dim = key.get("dtype"), key.get("head_dim")
     if jax.__version_info__ < (0, 11):
         return f"its kernels need jax 0.11 or newer, this is {jax.__version__}"

@@ -27,7 +27,7 @@ import jax
 from pallas_kernels import dispatch, timing
 
 Sizes = dict[str, int]
-Key = dict[str, int | str]
+Key = dispatch.Key
 Measure = Callable[[Any, str, Sizes], float]
 
 _forced: ContextVar[Sizes | None] = ContextVar("pallas_kernels_forced_sizes", default=None)

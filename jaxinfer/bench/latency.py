@@ -133,9 +133,10 @@ def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) ->
     """Time from handing prompts in to the last of their first tokens; no run finds what another computed."""
     runs = []
     for _ in range(args.repeat + 1):
-        for request in _requests(engine, load, 1):
-            engine.add(request)
+        requests = _requests(engine, load, 1)
         start = time.perf_counter()
+        for request in requests:
+            engine.add(request)
         while engine.has_work:
             engine.step()
         runs.append(time.perf_counter() - start)

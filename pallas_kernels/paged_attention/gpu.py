@@ -6,21 +6,21 @@ from the metadata alone: all layers of a program ask for the same ones and XLA c
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch, hopper, tuning
-from pallas_kernels.attention import AttentionSpec, accumulation_dtype, rope_table, rotate
+from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
+from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 Pool = xla.Pool
-Key = dict[str, int | str]
 MAX_GROUP = 16
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
@@ -38,14 +38,14 @@ class Sizes(NamedTuple):
     prefill_stages: int
 
 
-def heuristic(platform: str, key: Key) -> dict[str, int]:
+def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
     head_dim = int(key["head_dim"])
     stages = {64: 6, 96: 4}.get(head_dim, 3)
     return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2)._asdict()
 
 
-def candidates(platform: str, key: Key) -> list[dict[str, int]]:
+def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring: those that fit in shared memory."""
     base, head_dim = Sizes(**heuristic(platform, key)), int(key["head_dim"])
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
@@ -59,10 +59,10 @@ def candidates(platform: str, key: Key) -> list[dict[str, int]]:
 def fits(sizes: Sizes, head_dim: int) -> bool:
     """Whether the kernels' shared memory is there."""
     decode = gpu_decode.shared_bytes(head_dim, sizes.decode_stages)
-    return max(decode, gpu_prefill.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages)) <= hopper.SHARED_BYTES
+    return max(decode, hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages)) <= hopper.SHARED_BYTES
 
 
-def refusal(target: dispatch.Target, key: Key) -> str | None:
+def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
     page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
     reason = hopper.refusal(target, key)
@@ -88,21 +88,9 @@ def paged_attention(  # noqa: PLR0913
     sinks: Float[Array, "heads"] | None,
 ) -> PagedResult:
     """See api.paged_attention."""
-    tokens, heads, head_dim = q.shape
-    kv_heads, decode = k.shape[1], metadata.decode_rows
-    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, heads)))
-    if rope is not None:
-        table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
-        q, k = rotate(q, table), rotate(k, table)
-    kv = xla.write(kv, k, v, positions, metadata)
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    parts = []
-    if decode:
-        parts.append(_decode(grouped[:decode], positions[:decode], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
-    if tokens > decode:
-        parts.append(_prefill(grouped[decode:], positions[decode:], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
-    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    return PagedResult(out.reshape(tokens, heads, head_dim), kv)
+    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, q.shape[1])))
+    parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
+    return xla.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
@@ -173,9 +161,10 @@ def _decode(
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0))).reshape(-1, head_dim)
     parts, sums = gpu_decode.decode(q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, plan=plan)
     if plan.max_chunks > 1 or sinks is not None:
-        parts = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
-    out = parts.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
-    return out if plan.max_chunks > 1 else jnp.where((items.counts > 0)[:, None, None, None], out, 0)
+        merged = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
+        return merged.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
+    alone = parts.reshape(rows, kv_heads, padded, head_dim)[:, :, :group]
+    return jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
 
 
 def _prefill(
@@ -191,32 +180,33 @@ def _prefill(
     """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
     _, kv_heads, group, head_dim = q.shape
     tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
-    plan = gpu_prefill.Plan(
+    own = gpu_prefill.Queries(group)
+    blocks = xla.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
+    places, first = blocks.row.shape[0], blocks.position[:, 0]
+    tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
+    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
+    lines = xla.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
+    lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, hopper_tiles.CONSUMERS, -1, head_dim)
+    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
+    inputs = hopper_tiles.Inputs(
+        q=lines.reshape(kv_heads, -1, head_dim),
+        kv=(kv.reshape(-1, head_dim), tables.reshape(-1)),
+        tiles=fields.reshape(-1),
+        total=blocks.total[None],
+        sinks=None if sinks is None else _sinks_of_lines(sinks, kv_heads),
+    )
+    plan = hopper_tiles.Plan(
         spec=spec,
-        pages=pages,
-        group=group,
+        queries=own,
+        source=gpu_prefill.Keys(pages),
+        heads=kv_heads,
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
     )
-    blocks = xla.cut(metadata, positions, gpu_prefill.CONSUMERS * plan.tokens, 1)
-    places, first = blocks.row.shape[0], blocks.position[:, 0]
-    tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
-    lines = xla.take(q, blocks.token).reshape(places, gpu_prefill.CONSUMERS, plan.tokens, kv_heads, group, head_dim)
-    lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, gpu_prefill.CONSUMERS, -1, head_dim)
-    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
-    out = gpu_prefill.prefill(
-        lines.reshape(kv_heads, -1, head_dim),
-        kv.reshape(-1, head_dim),
-        tables.reshape(-1),
-        fields.reshape(-1),
-        blocks.total[None],
-        None if sinks is None else _sinks_of_lines(sinks, kv_heads),
-        plan=plan,
-    )
-    own = jnp.int32(plan.tokens)
-    line = lax.div(blocks.place, own) * hopper.TILE + lax.rem(blocks.place, own) * group
+    out = hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
+    per = jnp.int32(own.tokens)
+    line = lax.div(blocks.place, per) * hopper.TILE + lax.rem(blocks.place, per) * group
     line = line[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
     out = xla.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
     return jnp.where((positions >= 0)[:, None, None, None], out, 0)

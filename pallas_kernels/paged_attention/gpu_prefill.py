@@ -1,4 +1,4 @@
-"""Ragged tiles of queries over their rows' pages, for Hopper: the kernel of `hopper_tiles`, told where paged attention keeps things.
+"""What `hopper_tiles` has to know for ragged tiles of queries over their rows' pages: where paged attention keeps things.
 
 Queries come as lines [kv_heads, lines, head_dim], places of LINES each: each kv head's group of queries is packed into the tile, token
 after token. Keys and values lie in the pool's pages, which the rows' tables name.
@@ -10,32 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper_tiles
-from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_places import Tile
-from pallas_kernels.hopper_tiles import CONSUMERS as CONSUMERS
-from pallas_kernels.hopper_tiles import LINES as LINES
-from pallas_kernels.hopper_tiles import shared_bytes as shared_bytes
+from pallas_kernels.hopper_tiles import LINES
 from pallas_kernels.paged_attention.gpu_pages import Pages
-
-
-class Plan(NamedTuple):
-    """Static shape of a prefill: `group` query heads per kv head, blocks of `keys` keys, `stages` of them at once in shared memory."""
-
-    spec: AttentionSpec
-    pages: Pages
-    group: int
-    keys: int
-    stages: int
-    blocks: int  # of threads
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a warpgroup."""
-        return TILE // self.group
 
 
 class Queries(NamedTuple):
@@ -86,33 +65,3 @@ class Keys(NamedTuple):
     def copy(self, arrays: tuple[Any, ...], place: Any, which: int, into: Any, barrier: Any) -> None:
         """Start copying a block's keys (which=0) or values (1) into shared memory."""
         self.pages.copy(arrays[0], place, which, into, barrier)
-
-
-def prefill(
-    q: Float[Array, "kv_heads lines head_dim"],
-    kv: Float[Array, "pool_rows head_dim"],
-    tables: Int32[Array, "rows_width"],
-    tiles: Int32[Array, "tiles_5"],
-    count: Int32[Array, "1"],
-    sinks: Float[Array, "kv_heads tile"] | None,
-    *,
-    plan: Plan,
-) -> Float[Array, "kv_heads lines head_dim"]:
-    """Attention of the first `count` tiles (hopper_tiles.TILE_FIELDS each), at their places in q; the other places hold anything.
-
-    sinks: the score of each line of a warpgroup's queries.
-    """
-    inputs = hopper_tiles.Inputs(q=q, kv=(kv, tables), tiles=tiles, total=count, sinks=sinks)
-    return hopper_tiles.attend(
-        inputs,
-        head_dim=q.shape[2],
-        plan=hopper_tiles.Plan(
-            spec=plan.spec,
-            queries=Queries(plan.group),
-            source=Keys(plan.pages),
-            heads=plan.pages.kv_heads,
-            keys=plan.keys,
-            stages=plan.stages,
-            blocks=plan.blocks,
-        ),
-    )

@@ -8,6 +8,7 @@ see is masked before and after the matmuls, so a row's result depends on the row
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -34,6 +35,7 @@ from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedRes
 
 State = TypeVar("State")
 Pool = Float[Array, "pages kv_heads 2 page head_dim"]
+Part = Callable[[Array, Array, Array, PagedMetadata], Array]  # grouped q and positions of its tokens, the pool, the metadata
 MAX_CHUNKS = 32  # a row's partial results are kept for at most so many chunks; longer tables get longer chunks
 
 
@@ -90,21 +92,37 @@ def paged_attention(  # noqa: PLR0913
     sinks: Float[Array, "heads"] | None,
 ) -> PagedResult:
     """See api.paged_attention."""
+    kv_heads, heads = k.shape[1], q.shape[1]
+    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target(), tuning_key(kv, heads)))
+    sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads)
+    parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
+    return in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
+
+
+def in_parts(  # noqa: PLR0913
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    spec: AttentionSpec,
+    rope: Float[Array, "half_rotary"] | None,
+    parts: tuple[Part, Part],
+) -> PagedResult:
+    """What implementations with this pool share: rotate, write the new keys and values, then attend with the tokens of the decode rows
+    by the first part and with the others by the second; a part without tokens is left out."""
     tokens, heads, head_dim = q.shape
     kv_heads, decode = k.shape[1], metadata.decode_rows
-    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target(), tuning_key(kv, heads)))
     if rope is not None:
         table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
         q, k = rotate(q, table), rotate(k, table)
     kv = write(kv, k, v, positions, metadata)
     grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads)
-    parts = []
-    if decode:
-        parts.append(_decode(grouped[:decode], positions[:decode], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
-    if tokens > decode:
-        parts.append(_prefill(grouped[decode:], positions[decode:], kv, metadata, spec=spec, sinks=sinks, sizes=sizes))
-    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    cuts = ((0, decode), (decode, tokens))
+    found = [part(grouped[a:b], positions[a:b], kv, metadata) for part, (a, b) in zip(parts, cuts, strict=True) if b > a]
+    out = found[0] if len(found) == 1 else jnp.concatenate(found)
     return PagedResult(out.reshape(tokens, heads, head_dim), kv)
 
 
