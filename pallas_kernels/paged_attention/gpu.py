@@ -88,9 +88,9 @@ def paged_attention(  # noqa: PLR0913
     sinks: Float[Array, "heads"] | None,
 ) -> PagedResult:
     """See api.paged_attention."""
-    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, q.shape[1])))
+    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q.shape[1])))
     parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
-    return xla.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
+    return packing.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
@@ -116,17 +116,17 @@ def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, lon
     least, longest = (1 if wanted >= 16 else 2), max(longest // keys, -(-most // MAX_CHUNKS))
     max_chunks = min(max(wanted, -(-most // longest)), -(-most // least))
     first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(stop - window, 0), jnp.int32(keys))
-    blocks = xla.ceil_div(stop, keys) - first
-    chunks = jnp.maximum(wanted, xla.ceil_div(blocks, longest))
+    blocks = packing.ceil_div(stop, keys) - first
+    chunks = jnp.maximum(wanted, packing.ceil_div(blocks, longest))
     size = jnp.maximum(lax.div(blocks + chunks - 1, chunks), least)
     counts = lax.div(blocks + size - 1, size)
     ends = jnp.cumsum(counts)
     item = jnp.arange(rows * max_chunks, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
-    number = item - xla.take(ends - counts, row)
-    begin = number * xla.take(size, row)
-    length = jnp.minimum(xla.take(blocks, row) - begin, xla.take(size, row))
-    fields = jnp.stack([row, number, xla.take(first, row) + begin, length, xla.take(stop, row)], axis=1)
+    number = item - packing.take(ends - counts, row)
+    begin = number * packing.take(size, row)
+    length = jnp.minimum(packing.take(blocks, row) - begin, packing.take(size, row))
+    fields = jnp.stack([row, number, packing.take(first, row) + begin, length, packing.take(stop, row)], axis=1)
     return Items(fields, ends[-1:], counts)
 
 
@@ -181,11 +181,11 @@ def _prefill(
     _, kv_heads, group, head_dim = q.shape
     tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
     own = gpu_prefill.Queries(group)
-    blocks = xla.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
+    blocks = packing.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
     places, first = blocks.row.shape[0], blocks.position[:, 0]
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
-    lines = xla.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
+    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, packing.take(metadata.kv_lengths, blocks.row)], axis=1)
+    lines = packing.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
     lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, hopper_tiles.CONSUMERS, -1, head_dim)
     lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
     inputs = hopper_tiles.Inputs(
@@ -208,7 +208,7 @@ def _prefill(
     per = jnp.int32(own.tokens)
     line = lax.div(blocks.place, per) * hopper.TILE + lax.rem(blocks.place, per) * group
     line = line[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
-    out = xla.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
+    out = packing.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
     return jnp.where((positions >= 0)[:, None, None, None], out, 0)
 
 
