@@ -15,13 +15,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
 from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, xla
+from pallas_kernels.paged_attention import gpu_decode, gpu_plan, gpu_prefill, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
-Pool = xla.Pool
 MAX_GROUP = 16
+MAX_TOKENS = 8  # of a decode row
+MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
 kv_layout = xla.kv_layout
@@ -47,23 +49,24 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring: those that fit in shared memory."""
-    base, head_dim = Sizes(**heuristic(platform, key)), int(key["head_dim"])
+    base, head_dim, codes = Sizes(**heuristic(platform, key)), int(key["head_dim"]), "kv_dtype" in key
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
     grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
-    return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim)]
+    return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
 
-def fits(sizes: Sizes, head_dim: int) -> bool:
-    """Whether the kernels' shared memory is there."""
-    decode = gpu_decode.shared_bytes(head_dim, sizes.decode_stages)
-    return max(decode, hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages)) <= hopper.SHARED_BYTES
+def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
+    """Whether the kernels' shared memory is there; codes: for a quantised pool."""
+    decode = gpu_plan.shared_bytes(head_dim, sizes.decode_stages, codes=codes)
+    prefill = hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages, codes=codes)
+    return max(decode, prefill) <= hopper.SHARED_BYTES
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
-    """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
+    """Why these kernels cannot run on a target, or for what is known of a key (see `packing.tuning_key`); None when they can."""
     page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
     reason = hopper.refusal(target, key)
     if reason is not None:
@@ -72,6 +75,12 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return f"its kernels need pages of 8, 16, 32, 64, 128, ... tokens, not of {page_size}"
     if group > MAX_GROUP:
         return f"its kernels have room for {MAX_GROUP} query heads per kv head, not for {group}"
+    if int(key.get("decode_tokens", 1)) > MAX_TOKENS:
+        return f"its kernels take up to {MAX_TOKENS} tokens of a decode row, not {key['decode_tokens']}; make longer rows prefill rows"
+    if "kv_dtype" in key and int(key.get("head_dim", 64)) > MAX_CODES_DIM:
+        return f"its kernels read {key['kv_dtype']} keys and values of head_dim up to {MAX_CODES_DIM} (registers), not {key['head_dim']}"
+    if "kv_dtype" in key and key.get("dtype", "bfloat16") != "bfloat16":
+        return f"its kernels read {key['kv_dtype']} keys and values for bfloat16 activations only, not for {key['dtype']}"
     return None
 
 
@@ -88,34 +97,36 @@ def paged_attention(  # noqa: PLR0913
     sinks: Float[Array, "heads"] | None,
 ) -> PagedResult:
     """See api.paged_attention."""
-    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q.shape[1])))
+    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q)))
     parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
     return packing.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
     """Page tables wide enough for whole blocks of keys (the guard page fills them up), and what there is to know of them."""
-    _, kv_heads, _, page_size, _ = kv.shape
+    _, kv_heads, _, page_size, _ = values_of(kv).shape
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % max(keys // page_size, 1))))
     return tables, Pages(kv_heads, page_size, tables.shape[1])
 
 
 class Items(NamedTuple):
-    """Work of a decode: for each item the integers gpu_decode.ITEM names, how many are real, and how many each row has."""
+    """Work of a decode: for each item the integers gpu_plan.ITEM names, how many are real, and how many each row has."""
 
-    fields: Int32[Array, "items 5"]
+    fields: Int32[Array, "items 6"]
     total: Int32[Array, "1"]
     counts: Int32[Array, "rows"]
 
 
-def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, longest: int, capacity: int) -> Items:
-    """Rows of `stop` keys, at most `capacity`, cut into `wanted` chunks each, into fewer where they would be too short to pay, and into
-    more where they would be longer than `longest` keys."""
-    keys, rows = gpu_decode.KEYS, stop.shape[0]
-    most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-window // keys) + 1)
+def cut_rows(
+    stop: Int32[Array, "rows"], sees: Int32[Array, "rows"], *, window: int | None, wanted: int, longest: int, capacity: int, tokens: int = 1
+) -> Items:
+    """Rows of `stop` keys, at most `capacity`, of which their first token sees those before `sees`, cut into `wanted` chunks each, into
+    fewer where they would be too short to pay, and into more where they would be longer than `longest` keys. tokens: of a row at most."""
+    keys, rows = gpu_plan.KEYS, stop.shape[0]
+    most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-(window + tokens - 1) // keys) + 1)
     least, longest = (1 if wanted >= 16 else 2), max(longest // keys, -(-most // MAX_CHUNKS))
     max_chunks = min(max(wanted, -(-most // longest)), -(-most // least))
-    first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(stop - window, 0), jnp.int32(keys))
+    first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(sees - window, 0), jnp.int32(keys))
     blocks = packing.ceil_div(stop, keys) - first
     chunks = jnp.maximum(wanted, packing.ceil_div(blocks, longest))
     size = jnp.maximum(lax.div(blocks + chunks - 1, chunks), least)
@@ -126,30 +137,35 @@ def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, lon
     number = item - packing.take(ends - counts, row)
     begin = number * packing.take(size, row)
     length = jnp.minimum(packing.take(blocks, row) - begin, packing.take(size, row))
-    fields = jnp.stack([row, number, packing.take(first, row) + begin, length, packing.take(stop, row)], axis=1)
+    ends_of = (packing.take(stop, row), packing.take(sees, row))
+    fields = jnp.stack([row, number, packing.take(first, row) + begin, length, *ends_of], axis=1)
     return Items(fields, ends[-1:], counts)
 
 
 def _decode(
-    q: Float[Array, "rows kv_heads group head_dim"],
-    positions: Int32[Array, "rows"],
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    positions: Int32[Array, "tokens"],
     kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
-) -> Float[Array, "rows kv_heads group head_dim"]:
-    """One query per row."""
-    rows, kv_heads, group, head_dim = q.shape
-    tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
-    stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
-    streams = gpu_decode.streams(head_dim)
-    wanted = min(max(streams * hopper.cores() // (rows * kv_heads), 1), MAX_CHUNKS)  # all at work at once
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """A few queries per row: each kv head's are lines of one tile, or of two where the group is large."""
+    shape, rows, tokens = q.shape, metadata.decode_rows, metadata.decode_tokens
+    _, kv_heads, group, head_dim = shape
+    tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_plan.KEYS)
+    stops, stop = packing.keys_seen(positions, metadata)
+    tiles = -(-tokens // (hopper.TILE // group))
+    tokens_of_tile = -(-tokens // tiles)
+    lines, heads, streams = tokens_of_tile * group, kv_heads * tiles, gpu_plan.streams(head_dim)
+    wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
-    items = cut_rows(stop, window=spec.window, wanted=wanted, longest=longest, capacity=pages.width * pages.page_size)
-    padded = group + -group % 8
-    plan = gpu_decode.Plan(
+    capacity = pages.width * pages.page_size
+    items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=tokens)
+    padded = lines + -lines % 8
+    plan = gpu_plan.Plan(
         spec=spec,
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
@@ -157,14 +173,26 @@ def _decode(
         stages=sizes.decode_stages,
         streams=streams,
         blocks=hopper.cores(),
+        group=group,
+        tokens=tokens_of_tile,
+        tiles=tiles,
+        codes=kv.values.dtype if isinstance(kv, QuantizedKV) else None,
     )
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0))).reshape(-1, head_dim)
-    parts, sums = gpu_decode.decode(q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, plan=plan)
+    q = packing.by_row(q, rows)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * lines - q.shape[2]), (0, 0))).reshape(rows, heads, lines, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - lines), (0, 0))).reshape(-1, head_dim)
+    given = q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total
+    scales = kv.scales.reshape(-1) if isinstance(kv, QuantizedKV) else None
+    parts, sums = gpu_decode.decode(*given, scales, plan=plan)
     if plan.max_chunks > 1 or sinks is not None:
-        merged = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
-        return merged.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
-    alone = parts.reshape(rows, kv_heads, padded, head_dim)[:, :, :group]
-    return jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
+        own = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, group), (1, tiles * tokens_of_tile)).reshape(-1)
+        merged = combine(parts, sums, items.counts, own, kv_heads=heads, group=lines)
+        out = merged.reshape(rows, heads, -1, head_dim)[:, :, :lines]
+    else:
+        alone = parts.reshape(rows, heads, padded, head_dim)[:, :, :lines]
+        out = jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
+    out = packing.by_token(out.reshape(rows, kv_heads, tiles * lines, head_dim)[:, :, : tokens * group], shape)
+    return out if tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)
 
 
 def _prefill(
@@ -180,17 +208,19 @@ def _prefill(
     """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
     _, kv_heads, group, head_dim = q.shape
     tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
+    codes = kv.values.dtype if isinstance(kv, QuantizedKV) else None
     own = gpu_prefill.Queries(group)
     blocks = packing.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
     places, first = blocks.row.shape[0], blocks.position[:, 0]
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, packing.take(metadata.kv_lengths, blocks.row)], axis=1)
+    stop = packing.take(metadata.kv_lengths, blocks.row)
+    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, stop], axis=1)
     lines = packing.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
     lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, hopper_tiles.CONSUMERS, -1, head_dim)
     lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
     inputs = hopper_tiles.Inputs(
         q=lines.reshape(kv_heads, -1, head_dim),
-        kv=(kv.reshape(-1, head_dim), tables.reshape(-1)),
+        kv=(values_of(kv).reshape(-1, head_dim), tables.reshape(-1), *([] if codes is None else [kv.scales.reshape(-1)])),
         tiles=fields.reshape(-1),
         total=blocks.total[None],
         sinks=None if sinks is None else _sinks_of_lines(sinks, kv_heads),
@@ -203,6 +233,8 @@ def _prefill(
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
+        codes=codes,
+        raw_stages=0 if codes is None else hopper_tiles.raw_stages(head_dim, sizes.prefill_keys, sizes.prefill_stages),
     )
     out = hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
     per = jnp.int32(own.tokens)
