@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from pallas_kernels.dispatch import Key, Target
 
 LANES = 128
 DTYPES = ("bfloat16", "float32")
-UNIT = 512  # bytes: copies are counted in so many, rounded up to 1/128 of it
+WORD = 4  # bytes: what copies are counted in
 
 _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_tensorcore_interpreted", default=False)
 _counted: ContextVar[list[int] | None] = ContextVar("pallas_kernels_tensorcore_counted", default=None)
@@ -107,7 +108,7 @@ class Copies:
         """Begin; source and destination have the same shape."""
         if self._counter is not None:
             size = int(np.prod(source.shape)) * jnp.dtype(source.dtype).itemsize
-            self._counter[0] += size // 4
+            self._counter[0] += size // WORD
         pltpu.make_async_copy(source, destination, semaphore).start()
 
     def wait(self, source: Any, destination: Any, semaphore: Any) -> None:
@@ -135,7 +136,7 @@ def run(call: Call, body: Callable[..., None], scalars: Sequence[Any], arrays: S
     places = np.cumsum((0, *sizes))
 
     def entry(*refs: Any) -> None:
-        own = [refs[a:b] for a, b in zip(places, places[1:], strict=False)]
+        own = [refs[a:b] for a, b in pairwise(places)]
         counter = own[4][0] if own[4] else None
         if counter is not None:
             counter[0] = 0
@@ -159,6 +160,6 @@ def run(call: Call, body: Callable[..., None], scalars: Sequence[Any], arrays: S
         name=call.name,
     )(*scalars, *arrays, *constants)
     if counts is not None:
-        jax.debug.callback(lambda words: counts.append(4 * int(words[0])), outputs[-1])
+        jax.debug.callback(lambda words: counts.append(WORD * int(words[0])), outputs[-1])
         outputs = outputs[:-1]
     return list(outputs)

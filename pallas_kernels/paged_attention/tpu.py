@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.packing import take
 from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, code_dtype, quantize, side_by_side, values_of
 from pallas_kernels.tensorcore import LANES, ceil_to, sublanes
+from pallas_kernels.tensorcore_softmax import blocks, both_lanes, lines_of_sinks, query_lanes, unblocks
 
 OP = "paged_attention"
 MAX_TOKENS = 8  # of a decode row
@@ -40,11 +41,11 @@ class Sizes(NamedTuple):
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     """Sizes for a key that was never measured: blocks of keys that hide a copy's latency, and VMEM of every generation enough for them."""
-    lanes = ceil_to(2 * int(key["head_dim"]), LANES)
+    lanes = both_lanes(int(key["head_dim"]))
     itemsize = 1 if "kv_dtype" in key else jnp.dtype(str(key["dtype"])).itemsize
     token = int(key["kv_heads"]) * lanes * itemsize
     keys = max(min((4 << 20) // token, 2048) // 256 * 256, 256)
-    small = int(key["kv_heads"]) * ceil_to(int(key["head_dim"]), LANES) > 2048
+    small = int(key["kv_heads"]) * query_lanes(int(key["head_dim"])) > 2048
     return Sizes(keys, 256, max(min(keys, 1024), 256), 256, 512 if small else 1024)._asdict()
 
 
@@ -133,7 +134,7 @@ def _part(  # noqa: PLR0913
     tokens_of_row: int,
 ) -> tuple[Float[Array, "tokens heads head_dim"], Pool]:
     """Decode rows of `tokens_of_row` tokens, or prompts (0)."""
-    (tokens, heads, head_dim), kv_heads, page_size = q.shape, k.shape[1], values_of(kv).shape[2]
+    (tokens, _, head_dim), kv_heads, page_size = q.shape, k.shape[1], values_of(kv).shape[2]
     plan = _plan(q, kv, tables.shape, spec=spec, sizes=sizes, tokens_of_row=tokens_of_row)
     items = tpu_plan.items(rows, tokens=tokens, block=plan.tokens, page_size=page_size, window=spec.window, cores=plan.cores)
     new = None
@@ -142,15 +143,10 @@ def _part(  # noqa: PLR0913
     else:
         work = tpu_write.pieces(rows, tables, tokens=tokens, page_size=page_size)
         kv = tpu_write.write(tpu_write.laid(k, v, kv, work.tokens), kv, work)
-    lines = None
-    if sinks is not None:
-        group = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, -1).T, (plan.tokens, 1))
-        lines = jnp.pad(group, ((0, plan.lines - group.shape[0]), (0, -kv_heads % LANES)))
-    queries = _blocks(q, plan, kv_heads, ceil_to(head_dim, LANES) if head_dim % LANES == 0 else values_of(kv).shape[3])
+    lines = None if sinks is None else lines_of_sinks(sinks, tokens=plan.tokens, kv_heads=kv_heads, lines=plan.lines)
+    queries = blocks(q, tokens=plan.tokens, kv_heads=kv_heads, lines=plan.lines)
     out, kv = tpu_attend.attend(tpu_attend.Arrays(queries, new), kv, items, tables, lines, plan)
-    out = out if head_dim % LANES == 0 else out[..., head_dim : 2 * head_dim]
-    out = out[:, :, : plan.tokens * plan.group].reshape(-1, kv_heads, plan.tokens, plan.group, head_dim).swapaxes(1, 2)
-    return out.reshape(-1, heads, head_dim)[:tokens], kv
+    return unblocks(out, tokens=plan.tokens, head_dim=head_dim, group=plan.group)[:tokens], kv
 
 
 def _plan(
@@ -173,15 +169,6 @@ def _plan(
     chip = tensorcore.generation(dispatch.target().device) or tensorcore.GENERATIONS[0][1]
     new = tokens_of_row
     return tpu_attend.Plan(spec, head_dim, block, group, lines, pages, step, at_once, rows[1], new, chip.cores, chip.vmem * 3 // 4)
-
-
-def _blocks(
-    q: Float[Array, "tokens heads head_dim"], plan: tpu_attend.Plan, kv_heads: int, lanes: int
-) -> Float[Array, "blocks kv_heads lines lanes"]:
-    """Queries by block and kv head: the matrix's rows are token after token, each with its group's heads."""
-    q = jnp.pad(q, ((0, -q.shape[0] % plan.tokens), (0, 0), (0, lanes - q.shape[2])))
-    cut = q.reshape(-1, plan.tokens, kv_heads, plan.group, lanes).swapaxes(1, 2).reshape(-1, kv_heads, plan.tokens * plan.group, lanes)
-    return jnp.pad(cut, ((0, 0), (0, 0), (0, plan.lines - cut.shape[2]), (0, 0)))
 
 
 def _new(

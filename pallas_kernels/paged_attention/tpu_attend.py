@@ -18,12 +18,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import tensorcore
-from pallas_kernels.attention import LOWEST, AttentionSpec, precision
+from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 from pallas_kernels.paged_attention.tpu_plan import FIELDS, Items
 from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to, sublanes
-
-ALL = 1 << 30
+from pallas_kernels.tensorcore_softmax import Softmax, Step, absorb, finish, query_lanes, start, visible
 
 
 class Plan(NamedTuple):
@@ -75,9 +74,7 @@ class Scratch(NamedTuple):
     keys: Any
     scales: Any
     tiles: Any
-    top: Any
-    total: Any
-    weighted: Any
+    softmax: Softmax
     counts: Any
     q_done: Any
     keys_done: Any
@@ -85,22 +82,24 @@ class Scratch(NamedTuple):
     out_done: Any
 
 
-def vmem_bytes(plan: Plan, kv_heads: int, page_size: int, lanes: int, itemsize: int, *, scales: bool = False) -> int:
-    """VMEM that the kernel needs: buffers, the softmax, and a step's scores three times."""
-    keys, wide = plan.pages * page_size, ceil_to(plan.head_dim, LANES) if plan.head_dim % LANES else plan.head_dim
-    buffers = 2 * kv_heads * keys * lanes * itemsize + (2 * plan.pages * ceil_to(kv_heads, 8) * ceil_to(2 * page_size, LANES) * 4) * scales
-    queries = kv_heads * ceil_to(plan.lines, 16) * (8 * max(wide, LANES) + 4 * (max(wide, LANES) + 2 * LANES))
-    scores = 12 * plan.heads * ceil_to(plan.lines, 8) * plan.step * page_size
-    return buffers + queries + scores + 4 * plan.heads * plan.step * page_size * lanes
+def vmem_bytes(plan: Plan, q: Any, kv: Pool) -> int:
+    """VMEM that the kernel needs: two buffers of everything, the softmax, and a step's scores and operands."""
+    values = values_of(kv)
+    _, kv_heads, page_size, lanes = values.shape
+    wide, step = query_lanes(plan.head_dim), plan.step * page_size
+    keys = 2 * kv_heads * plan.pages * page_size * lanes * values.dtype.itemsize
+    scales = 2 * plan.pages * ceil_to(kv_heads, 8) * ceil_to(2 * page_size, LANES) * 4 if isinstance(kv, QuantizedKV) else 0
+    queries = kv_heads * ceil_to(plan.lines, 8) * (4 * q.dtype.itemsize * wide + 4 * (wide + 2 * LANES))
+    return keys + scales + queries + plan.heads * step * (16 * ceil_to(plan.lines, 8) + 8 * lanes)
 
 
-def attend(  # noqa: PLR0913
+def attend(
     arrays: Arrays, kv: Pool, items: Items, tables: Int32[Array, "rows width"], sinks: Float[Array, "lines lanes"] | None, plan: Plan
 ) -> tuple[Float[Array, "blocks kv_heads lines out_lanes"], Pool]:
     """Attention of the blocks' queries (whatever for those of no item) and the pool with the new keys and values."""
     given, tree = jax.tree.flatten((arrays, kv))
     pools, pool_tree = jax.tree.flatten(kv)
-    out = jax.ShapeDtypeStruct((*arrays.q.shape[:3], _out_lanes(plan, arrays.q.shape[3])), arrays.q.dtype)
+    out = jax.ShapeDtypeStruct(arrays.q.shape, arrays.q.dtype)
     scratch, made = jax.tree.flatten(_scratch(plan, arrays, kv))
 
     def body(copies: Copies, scalars: Any, hbm: Any, constants: Any, outputs: Any, own: Any) -> None:
@@ -126,15 +125,11 @@ def attend(  # noqa: PLR0913
     return found[0], jax.tree.unflatten(pool_tree, found[1:])
 
 
-def _out_lanes(plan: Plan, lanes: int) -> int:
-    return lanes if plan.head_dim % LANES else plan.head_dim
-
-
 def _scratch(plan: Plan, arrays: Arrays, kv: Pool) -> Scratch:
     values = values_of(kv)
     _, kv_heads, page_size, lanes = values.shape
     vmem, queries = pltpu.VMEM, (2, *arrays.q.shape[1:])
-    out = (kv_heads, plan.lines, _out_lanes(plan, arrays.q.shape[3]))
+    out = (kv_heads, plan.lines, query_lanes(plan.head_dim))
     quantised = isinstance(kv, QuantizedKV)
     return Scratch(
         q=vmem(queries, arrays.q.dtype),
@@ -143,9 +138,7 @@ def _scratch(plan: Plan, arrays: Arrays, kv: Pool) -> Scratch:
         keys=vmem((2, kv_heads, plan.pages * page_size, lanes), values.dtype),
         scales=vmem((2, plan.pages, kv_heads, 2 * page_size), jnp.float32) if quantised else None,
         tiles=vmem((2, 2, kv_heads, sublanes(values.dtype), lanes), values.dtype) if plan.new else None,
-        top=vmem((kv_heads, plan.lines, LANES), jnp.float32),
-        total=vmem((kv_heads, plan.lines, LANES), jnp.float32),
-        weighted=vmem(out, jnp.float32),
+        softmax=Softmax.scratch(*out),
         counts=pltpu.SMEM((3,), jnp.int32),
         q_done=pltpu.SemaphoreType.DMA((2,)),
         keys_done=pltpu.SemaphoreType.DMA((2,)),
@@ -160,7 +153,8 @@ def _cost(plan: Plan, arrays: Arrays, kv: Pool, rows: int) -> pl.CostEstimate:
     keys = rows * plan.width * page_size // 2
     blocks, _, lines, _ = arrays.q.shape
     pairs = max(blocks // max(rows, 1), 1) * keys * kv_heads * lines
-    moved = keys * kv_heads * lanes * values_of(kv).dtype.itemsize * max(blocks // max(rows, 1), 1) + 2 * arrays.q.size * arrays.q.dtype.itemsize
+    moved = max(blocks // max(rows, 1), 1) * keys * kv_heads * lanes * values_of(kv).dtype.itemsize
+    moved += 2 * arrays.q.size * arrays.q.dtype.itemsize
     return pl.CostEstimate(flops=4 * pairs * plan.head_dim, transcendentals=pairs, bytes_accessed=moved)
 
 
@@ -170,7 +164,7 @@ def _field(kernel: Kernel, item: Any, name: str) -> Any:
 
 def _core(kernel: Kernel, bounds: Any) -> None:
     """All items of one core."""
-    core, plan = pl.program_id(0), kernel.plan
+    core = pl.program_id(0)
     begin, end = bounds[core], bounds[core + 1]
     for count in range(3):
         kernel.scratch.counts[count] = 0
@@ -191,13 +185,17 @@ def _attend_item(kernel: Kernel, item: Any, end: Any, slot: Any) -> Any:
     plan = kernel.plan
     blocks = lax.div(_field(kernel, item, "pages") + (plan.pages - 1), jnp.int32(plan.pages))
     half = lax.rem(_field(kernel, item, "ordinal"), jnp.int32(2))
+    kv_heads, out = values_of(kernel.pool).shape[1], kernel.scratch.out
+
+    def settle(head: Any, place: Any) -> None:
+        out[place, head] = finish(kernel.scratch.softmax, head, out.dtype)
 
     @pl.when(_field(kernel, item, "fresh") == 1)
     def _begin() -> None:
         _copy_queries(kernel, item, start=False)
         following = _field(kernel, item, "next")
         pl.when(following < end)(lambda: _copy_queries(kernel, following, start=True))
-        _start_softmax(kernel)
+        lax.fori_loop(0, kv_heads, lambda head, _: start(kernel.scratch.softmax, head, kernel.sinks, column=head), None)
 
     def step(block: Any, slot: Any) -> Any:
         more = block + 1 < blocks
@@ -219,7 +217,7 @@ def _attend_item(kernel: Kernel, item: Any, end: Any, slot: Any) -> Any:
         done = kernel.scratch.counts[2]
         place = lax.rem(done, jnp.int32(2))
         pl.when(done >= 2)(lambda: _copy_out(kernel, 0, place, start=False))
-        _finish_softmax(kernel, place)
+        lax.fori_loop(0, kv_heads, lambda head, _: settle(head, place), None)
         _copy_out(kernel, _field(kernel, item, "block"), place, start=True)
         kernel.scratch.counts[2] = done + 1
 
@@ -275,33 +273,6 @@ def _await_tiles(kernel: Kernel, slot: Any) -> None:
         kernel.scratch.counts[slot] = 0
 
 
-def _start_softmax(kernel: Kernel) -> None:
-    scratch, kv_heads = kernel.scratch, kernel.scratch.top.shape[0]
-
-    def one(head: Any, _: None) -> None:
-        if kernel.sinks is None:
-            scratch.top[head] = jnp.full(scratch.top.shape[1:], LOWEST, jnp.float32)
-            scratch.total[head] = jnp.zeros(scratch.total.shape[1:], jnp.float32)
-        else:
-            lane = lax.broadcasted_iota(jnp.int32, kernel.sinks.shape, 1)
-            own = jnp.sum(jnp.where(lane == head, kernel.sinks[...], 0.0), axis=1, keepdims=True)
-            scratch.top[head] = jnp.broadcast_to(own, scratch.top.shape[1:])
-            scratch.total[head] = jnp.ones(scratch.total.shape[1:], jnp.float32)
-        scratch.weighted[head] = jnp.zeros(scratch.weighted.shape[1:], jnp.float32)
-
-    lax.fori_loop(0, kv_heads, one, None)
-
-
-def _finish_softmax(kernel: Kernel, place: Any) -> None:
-    scratch, kv_heads = kernel.scratch, kernel.scratch.top.shape[0]
-
-    def one(head: Any, _: None) -> None:
-        total = scratch.total[head][:, :1]
-        scratch.out[place, head] = (scratch.weighted[head] / jnp.where(total > 0, total, 1.0)).astype(scratch.out.dtype)
-
-    lax.fori_loop(0, kv_heads, one, None)
-
-
 def _attend_block(kernel: Kernel, item: Any, block: Any, slot: Any, half: Any) -> None:
     """The keys in a buffer, `step` pages at a time: as many as somebody sees, and what nobody owns made zero before."""
     plan, page_size = kernel.plan, values_of(kernel.pool).shape[2]
@@ -320,16 +291,18 @@ def _attend_block(kernel: Kernel, item: Any, block: Any, slot: Any, half: Any) -
         free = whole & (begin + size - 1 <= lowest)
         if plan.spec.window is not None:
             free &= begin > lowest + (plan.tokens - 1 - plan.spec.window)
-        heads = values_of(kernel.pool).shape[1] // plan.heads
+
+        def multiply(*, masked: bool) -> None:
+            parts = values_of(kernel.pool).shape[1] // plan.heads
+            lax.fori_loop(
+                0, parts, lambda part, _: _multiply(kernel, item, (number, begin), part, (slot, half), masked=masked), None
+            )
+
         if plan.new:
-            lax.fori_loop(0, heads, lambda part, _: _multiply(kernel, item, (number, begin), part, (slot, half), masked=True), None)
-            return
-        pl.when(free)(
-            lambda: lax.fori_loop(0, heads, lambda part, _: _multiply(kernel, item, (number, begin), part, (slot, half), masked=False), None)
-        )
-        pl.when(~free)(
-            lambda: lax.fori_loop(0, heads, lambda part, _: _multiply(kernel, item, (number, begin), part, (slot, half), masked=True), None)
-        )
+            multiply(masked=True)
+        else:
+            pl.when(free)(lambda: multiply(masked=False))
+            pl.when(~free)(lambda: multiply(masked=True))
 
     lax.fori_loop(0, steps, step, None)
 
@@ -395,45 +368,20 @@ def _clear(kernel: Kernel, slot: Any, known: Any, stop: Any) -> None:
 
 def _multiply(kernel: Kernel, item: Any, step: Any, part: Any, buffers: Any, *, masked: bool) -> None:
     """One step's keys enter the online softmax of `heads` kv heads: those of part `part`."""
-    plan, scratch, values = kernel.plan, kernel.scratch, values_of(kernel.pool)
-    (number, begin), (slot, half), spec, dim = step, buffers, plan.spec, plan.head_dim
-    size, joined, wide = plan.step * values.shape[2], plan.head_dim % LANES != 0, jnp.float32
+    plan, scratch, (number, begin), (slot, half) = kernel.plan, kernel.scratch, step, buffers
+    size = plan.step * values_of(kernel.pool).shape[2]
     heads = pl.ds(part * plan.heads, plan.heads)
-    q = scratch.q[half, heads]
-    both = scratch.keys[slot, heads, pl.ds(pl.multiple_of(number * size, size), size), :]
-    keys = (both if joined else both[:, :, :dim]).astype(q.dtype)
-    exact = precision(q.dtype)
-    scores = lax.dot_general(q, keys, (((2,), (2,)), ((0,), (0,))), precision=exact, preferred_element_type=wide)
-    scales = None if scratch.scales is None else _scales(kernel, number, heads, slot)
-    if scales is not None:
-        scores = scores * scales[0]
-    scores = scores * spec.scale
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     key = lax.broadcasted_iota(jnp.int32, (1, 1, size), 2) + begin
+    scales = None
+    if scratch.scales is not None:
+        of_keys, of_values = _scales(kernel, number, heads, slot)
+        scales = of_keys, jnp.where(key < _field(kernel, item, "stop"), of_values, 0.0)
+    both = scratch.keys[slot, heads, pl.ds(pl.multiple_of(number * size, size), size), :]
+    seen, window = None, plan.spec.window
     if masked:
-        line = lax.broadcasted_iota(jnp.int32, (1, plan.lines, 1), 1)
-        inside = (line >= _field(kernel, item, "begin") * plan.group) & (line < _field(kernel, item, "end") * plan.group)
-        line = jnp.where(inside, line, -ALL)
-        edge = (key - _field(kernel, item, "position")) * plan.group
-        seen = line >= edge
-        if spec.window is not None:
-            seen &= line < edge + spec.window * plan.group
-        scores = jnp.where(seen, scores, LOWEST)
-    top = scratch.top[heads][:, :, :1]
-    highest = jnp.maximum(top, jnp.max(scores, axis=2, keepdims=True))
-    weights = jnp.exp(scores - highest)
-    if masked:
-        weights = jnp.where(seen, weights, 0.0)
-    decay = jnp.exp(top - highest)
-    total = scratch.total[heads][:, :, :1] * decay + jnp.sum(weights, axis=2, keepdims=True)
-    if scales is not None:
-        weights = weights * jnp.where(key < _field(kernel, item, "stop"), scales[1], 0.0)
-    own = (both if joined else both[:, :, dim:]).astype(q.dtype)
-    weighted = lax.dot_general(weights.astype(q.dtype), own, (((2,), (1,)), ((0,), (0,))), precision=exact, preferred_element_type=wide)
-    scratch.weighted[heads] = scratch.weighted[heads] * decay + weighted
-    scratch.top[heads] = jnp.broadcast_to(highest, (plan.heads, plan.lines, LANES))
-    scratch.total[heads] = jnp.broadcast_to(total, (plan.heads, plan.lines, LANES))
+        between = _field(kernel, item, "begin"), _field(kernel, item, "end")
+        seen = visible(plan.lines, key, position=_field(kernel, item, "position"), group=plan.group, window=window, between=between)
+    absorb(scratch.softmax, heads, Step(scratch.q[half, heads], both, scales), seen, spec=plan.spec, head_dim=plan.head_dim)
 
 
 def _scales(kernel: Kernel, number: Any, heads: Any, slot: Any) -> tuple[Any, Any]:
