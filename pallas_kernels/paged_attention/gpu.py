@@ -138,7 +138,7 @@ def _table(
     return rope_table(positions, rope, spec.rope_scale)
 
 
-def _place(  # noqa: PLR0913
+def _place(
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
