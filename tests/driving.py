@@ -89,7 +89,13 @@ class Driver:
 
     @classmethod
     def golden(
-        cls, name: str, mesh: Mesh | None = None, *, dtype: str = "float32", quantization: Quantization | None = None, codes: str | None = None
+        cls,
+        name: str,
+        mesh: Mesh | None = None,
+        *,
+        dtype: str = "float32",
+        quantization: Quantization | None = None,
+        codes: str | None = None,
     ) -> "Driver":
         """A golden model, read by the loader."""
         graph, mesh = golden_graph(name, dtype, quantization), make_mesh({}) if mesh is None else mesh
