@@ -7,6 +7,7 @@ Prompts are rows; with a data axis, row i belongs to replica i % replicas, and e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
