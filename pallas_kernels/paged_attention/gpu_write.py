@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper
+from pallas_kernels.paged_attention.pool import Pool
 
 THREADS = 128
 ALIGNMENT = 128  # bytes: of a copy's shared memory
@@ -28,7 +29,7 @@ class Placed(NamedTuple):
     """The queries as lines, and the pool with the new keys and values."""
 
     q: Float[Array, "kv_heads lines head_dim"]
-    kv: Float[Array, "pages kv_heads 2 page head_dim"]
+    kv: Pool
 
 
 class Heads(NamedTuple):
