@@ -7,6 +7,7 @@ Prompts are rows; with a data axis, row i belongs to replica i % replicas, and e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,13 @@ class Driver:
 
     @classmethod
     def golden(
-        cls, name: str, mesh: Mesh | None = None, *, dtype: str = "float32", quantization: Quantization | None = None, codes: str | None = None
+        cls,
+        name: str,
+        mesh: Mesh | None = None,
+        *,
+        dtype: str = "float32",
+        quantization: Quantization | None = None,
+        codes: str | None = None,
     ) -> "Driver":
         """A golden model, read by the loader."""
         graph, mesh = golden_graph(name, dtype, quantization), make_mesh({}) if mesh is None else mesh
