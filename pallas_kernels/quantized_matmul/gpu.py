@@ -152,7 +152,8 @@ def _inputs(x: Float[Array, "tokens in"], kind: Format) -> tuple[Float[Array, "p
     if kind.weight == "fp8":
         wide = padded.astype(jnp.float32)
         top = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-        power = jnp.exp2(jnp.floor(jnp.log2(jnp.clip(top, 1e-30, 1e30))))
+        exponent = lax.bitcast_convert_type(jnp.clip(top, 1e-30, 1e30), jnp.int32) & 0x7F800000
+        power = lax.bitcast_convert_type(exponent, jnp.float32)
         padded, factors = (wide / power).astype(jnp.float16), power if factors is None else factors * power
     return padded, factors
 
