@@ -13,6 +13,7 @@ does.
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,17 @@ def kernels_of(case: Any) -> int:
     return (1 + merged) * (case.decode_rows > 0) + (case.prefill_rows > 0)
 
 
+def compile_quantized(compiled: Callable[[Any, Any], int]) -> None:
+    """The quantised matmuls with the first sizes, one shape of each format with every candidate."""
+    for case in quantized():
+        every = quantized_gpu.candidates("gpu", case.tuning_key())
+        for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[:1]:
+            with tuning.forced(sizes):
+                if compiled(case, jax.eval_shape(lambda case=case: case.make(0))) != 1:
+                    raise SystemExit(f"{case}: there should be one kernel of ours")
+            print(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs} {tuple(sizes.values())}", flush=True)
+
+
 def main() -> None:
     """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
@@ -151,13 +163,7 @@ def main() -> None:
         if compiled(case, {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}) != 1:
             raise SystemExit(f"matmul {case}: there should be one kernel of ours")
         print(f"matmul {case.tokens} x {case.features} x {case.outputs}", flush=True)
-    for case in quantized():
-        every = quantized_gpu.candidates("gpu", case.tuning_key())
-        for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[:1]:
-            with tuning.forced(sizes):
-                if compiled(case, jax.eval_shape(lambda case=case: case.make(0))) != 1:
-                    raise SystemExit(f"{case}: there should be one kernel of ours")
-            print(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs} {tuple(sizes.values())}", flush=True)
+    compile_quantized(compiled)
     print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
 
 

@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Static shape of the kernel: tiles of `consumers` x 64 outputs, blocks of `block` inputs; group: inputs of a scale, 0 if a row has one."""
+    """Static shape: tiles of `consumers` x 64 outputs, blocks of `block` inputs; group: inputs with a scale (0: a row has one)."""
 
     deal: Deal
     consumers: int
@@ -168,7 +168,12 @@ def _shift(
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
 def _parts(
-    x: Float[Array, "tokens in"], weight: Shaped[Array, "out stored"], scales: Float[Array, "out ins"] | None, *, plan: Plan, interpreted: bool
+    x: Float[Array, "tokens in"],
+    weight: Shaped[Array, "out stored"],
+    scales: Float[Array, "out ins"] | None,
+    *,
+    plan: Plan,
+    interpreted: bool,
 ) -> Float[Array, "parts tokens out"]:
     """The sums in float32; a part that nobody has holds anything. Compiled as a function, so that a model's layers lower it once.
 
@@ -208,7 +213,8 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
     @pl.when(warpgroup < plan.consumers)
     def _consumer() -> None:
         plgpu.set_max_registers({1: 240, 2: 208, 4: 112}[plan.consumers], action="increase")
-        lax.fori_loop(deal.tile(begin), deal.tile(end - 1) + 1, lambda tile, _: _consume(plan, scales, out, scratch, tile, begin, end), None)
+        first, last = deal.tile(begin), deal.tile(end - 1)
+        lax.fori_loop(first, last + 1, lambda tile, _: _consume(plan, scales, out, scratch, tile, begin, end), None)
 
     @pl.when(warpgroup == plan.consumers)
     def _producer() -> None:

@@ -21,7 +21,8 @@ def test_sizes_fit_the_shape_and_the_memory(monkeypatch, shape, weight, tokens):
     found = gpu.candidates("gpu", case.tuning_key())
     assert gpu.heuristic("gpu", case.tuning_key()) in found
     for sizes in found:
-        plan = gpu.plan_of(gpu.Sizes(**sizes), tokens + -tokens % 8, case.outputs, case.features, gpu.Format(weight, 1, case.group, "float"))
+        kind = gpu.Format(weight, 1, case.group, "float")
+        plan = gpu.plan_of(gpu.Sizes(**sizes), tokens + -tokens % 8, case.outputs, case.features, kind)
         assert plan.deal.tiles * plan.consumers * 64 == case.outputs and plan.deal.length * plan.block == case.features
         assert plan.stages >= 2 and plan.block % plan.step == 0
         stage = plan.block * (plan.consumers * 64 * gpu.BITS[weight] // 8 + 2 * plan.tokens)
