@@ -77,10 +77,10 @@ class Scratch(NamedTuple):
 class Arrays(NamedTuple):
     """In HBM; ids in all lanes of a line for queries, and along the lanes for keys."""
 
-    q: Float[Array, "entries blocks kv_heads lines lanes"]
-    both: Float[Array, "entries kv_heads keys lanes"]
-    ids: Int32[Array, "entries blocks lines lanes"] | None
-    key_ids: Int32[Array, "entries key_blocks 1 keys"] | None
+    q: Any  # [entries, blocks, kv_heads, lines, lanes]
+    both: Any  # [entries, kv_heads, keys, lanes]
+    ids: Any  # [entries, blocks, lines, lanes], or None
+    key_ids: Any  # [entries, key_blocks, 1, keys], or None
 
 
 class Kernel(NamedTuple):
@@ -198,7 +198,8 @@ def _attend(
 
     def body(copies: Copies, scalars: Any, hbm: Any, constants: Any, outputs: Any, own: Any) -> None:
         inside = jax.tree.unflatten(tree, hbm)
-        _core(Kernel(plan, copies, *scalars, inside, constants[0] if constants else None, outputs[0], jax.tree.unflatten(made, own)))
+        sinks = constants[0] if constants else None
+        _core(Kernel(plan, copies, scalars[0], scalars[1], inside, sinks, outputs[0], jax.tree.unflatten(made, own)))
 
     pairs = plan.entries * plan.kv_heads * plan.blocks * plan.lines * arrays.both.shape[2] // (2 if plan.causal else 1)
     moved = 2 * arrays.q.size * arrays.q.dtype.itemsize + plan.blocks * arrays.both.size * arrays.both.dtype.itemsize

@@ -129,7 +129,7 @@ class Case:
     def canonical(self, kv: Pool, implementation: str) -> np.ndarray:
         """The numbers in an implementation's pool, in float64, by head: pages, kv_heads, kv, page, head_dim."""
         layout = self.layout(implementation)
-        if not isinstance(kv, QuantizedKV):
+        if not (isinstance(kv, QuantizedKV) and isinstance(layout, QuantizedKV)):
             return values_of(layout).by_head(np.asarray(kv, np.float64))
         scales = layout.scales.by_head(np.asarray(kv.scales, np.float64))
         with np.errstate(invalid="ignore"):  # codes of no row may be NaN
@@ -183,12 +183,12 @@ class Case:
         used[tables] = slots < kv_lengths[:, None, None]
         used[0] = False
         used = used[:, None, None]
-        if self.kv_dtype is None:
+        if not isinstance(layout, QuantizedKV):
             pool = np.where(used[..., None], _normal(rng, *shape), np.float32(np.nan))
             return jnp.asarray(layout.laid(pool).astype(jnp.dtype(self.dtype)))
-        largest, garbage = LARGEST[self.kv_dtype], 127 if self.kv_dtype == "int8" else np.nan
+        largest, garbage = LARGEST[str(self.kv_dtype)], 127 if self.kv_dtype == "int8" else np.nan
         codes = np.clip(np.round(_normal(rng, *shape) * largest / 3), -largest, largest)
-        codes = np.where(used[..., None], codes, np.float32(garbage)).astype(jnp.dtype(self.kv_dtype))
+        codes = np.where(used[..., None], codes, np.float32(garbage)).astype(layout.values.dtype)
         scales = np.where(used, np.exp(_normal(rng, *shape[:-1]) / 2) * 3 / largest, np.float32(np.nan)).astype(np.float32)
         return QuantizedKV(jnp.asarray(layout.values.laid(codes)), jnp.asarray(layout.scales.laid(scales)))
 

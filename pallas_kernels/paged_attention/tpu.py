@@ -7,7 +7,7 @@ not yet measured on a chip. Knows no model and no mesh.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from pallas_kernels.tensorcore_softmax import blocks, both_lanes, lines_of_sinks
 
 OP = "paged_attention"
 MAX_TOKENS = 8  # of a decode row
+QUERY_BYTES = 24 << 20  # VMEM for a block of queries of a prompt, its results and its softmax
 TABLE_WORDS = 160 << 10  # page ids that one kernel gets: scalar memory is small
 
 kv_layout = side_by_side
@@ -45,8 +46,9 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     itemsize = 1 if "kv_dtype" in key else jnp.dtype(str(key["dtype"])).itemsize
     token = int(key["kv_heads"]) * lanes * itemsize
     keys = max(min((4 << 20) // token, 2048) // 256 * 256, 256)
-    small = int(key["kv_heads"]) * query_lanes(int(key["head_dim"])) > 2048
-    return Sizes(keys, 256, max(min(keys, 1024), 256), 256, 512 if small else 1024)._asdict()
+    of_line = int(key["kv_heads"]) * (12 * query_lanes(int(key["head_dim"])) + 8 * LANES)  # queries and results twice, the softmax
+    lines = min(1 << ((QUERY_BYTES // of_line).bit_length() - 1), 1024)
+    return Sizes(keys, 256, max(min(keys, 1024), 256), 256, lines)._asdict()
 
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
@@ -93,10 +95,10 @@ def paged_attention(  # noqa: PLR0913
     sizes = Sizes(**tuning.sizes(OP, "tpu", dispatch.target(), shape))
     own, found = partial(_part, spec=spec, sinks=sinks, sizes=sizes), []
     rows = _rows(metadata, positions)
-    if size:
-        some = slice(0, decode)
-        each = jax.tree.map(lambda x: x[some], rows)
-        out, kv = own(q[:size], k[:size], v[:size], kv, each, metadata.page_tables[some], tokens_of_row=metadata.decode_tokens)
+    for some in _deal(decode, metadata.page_tables.shape[1]):
+        each, mine = jax.tree.map(lambda x, some=some: x[some], rows), _tokens(some, metadata.decode_tokens)
+        each = each._replace(starts=each.starts - mine.start)
+        out, kv = own(q[mine], k[mine], v[mine], kv, each, metadata.page_tables[some], tokens_of_row=metadata.decode_tokens)
         found.append(out)
     if tokens > size:
         each = jax.tree.map(lambda x: x[decode:], rows)
@@ -105,6 +107,16 @@ def paged_attention(  # noqa: PLR0913
         found.append(out)
     out = (found[0] if len(found) == 1 else jnp.concatenate(found)).reshape(tokens, heads, head_dim)
     return PagedResult(jnp.where((positions >= 0)[:, None, None], out, 0), kv)
+
+
+def _deal(rows: int, width: int) -> list[slice]:
+    """Decode rows in so many parts that the page tables of each fit in scalar memory."""
+    most = max(TABLE_WORDS // width, 1)
+    return [slice(begin, min(begin + most, rows)) for begin in range(0, rows, most)]
+
+
+def _tokens(rows: slice, tokens_of_row: int) -> slice:
+    return slice(rows.start * tokens_of_row, rows.stop * tokens_of_row)
 
 
 def _shape(kv: Pool, q: Float[Array, "tokens heads head_dim"], k: Float[Array, "tokens kv_heads head_dim"]) -> dispatch.Key:
@@ -135,7 +147,7 @@ def _part(  # noqa: PLR0913
 ) -> tuple[Float[Array, "tokens heads head_dim"], Pool]:
     """Decode rows of `tokens_of_row` tokens, or prompts (0)."""
     (tokens, _, head_dim), kv_heads, page_size = q.shape, k.shape[1], values_of(kv).shape[2]
-    plan = _plan(q, kv, tables.shape, spec=spec, sizes=sizes, tokens_of_row=tokens_of_row)
+    plan = plan_of(q, kv, tables.shape, spec=spec, sizes=sizes, tokens_of_row=tokens_of_row)
     items = tpu_plan.items(rows, tokens=tokens, block=plan.tokens, page_size=page_size, window=spec.window, cores=plan.cores)
     new = None
     if tokens_of_row:
@@ -149,10 +161,8 @@ def _part(  # noqa: PLR0913
     return unblocks(out, tokens=plan.tokens, head_dim=head_dim, group=plan.group)[:tokens], kv
 
 
-def _plan(
-    q: Float[Array, "tokens heads head_dim"], kv: Pool, rows: tuple[int, int], *, spec: AttentionSpec, sizes: Sizes, tokens_of_row: int
-) -> tpu_attend.Plan:
-    """How a part is cut; rows: how many, and pages of each."""
+def plan_of(q: Any, kv: Any, rows: tuple[int, ...], *, spec: AttentionSpec, sizes: Sizes, tokens_of_row: int) -> tpu_attend.Plan:
+    """How a part is cut; q and kv: arrays or what describes them; rows: how many, and pages of each."""
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = values_of(kv).shape
     group, count = heads // kv_heads, rows[0]
@@ -165,7 +175,7 @@ def _plan(
     lines = ceil_to(block * group, 8)
     step = max(step // page_size, 1)
     pages = ceil_to(min(max(keys // page_size, 1), rows[1]), step)
-    at_once = kv_heads if lines <= 64 else 1
+    at_once = next(count for count in (8, 4, 2, 1) if kv_heads % count == 0) if lines <= 64 else 1
     chip = tensorcore.generation(dispatch.target().device) or tensorcore.GENERATIONS[0][1]
     new = tokens_of_row
     return tpu_attend.Plan(spec, head_dim, block, group, lines, pages, step, at_once, rows[1], new, chip.cores, chip.vmem * 3 // 4)

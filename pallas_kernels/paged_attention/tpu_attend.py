@@ -46,8 +46,8 @@ class Plan(NamedTuple):
 class Arrays(NamedTuple):
     """In HBM: queries, and new keys and values with their scales (float32) for decode rows."""
 
-    q: Float[Array, "blocks kv_heads lines lanes"]
-    new: Float[Array, "rows new kv_heads new_lanes"] | None
+    q: Any  # [blocks, kv_heads, lines, lanes]
+    new: Any  # [rows, new, kv_heads, new_lanes], or None
 
 
 class Kernel(NamedTuple):
@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
     arrays: Arrays
     sinks: Any
     out: Any
-    pool: Pool
+    pool: Any
     scratch: "Scratch"
 
 
@@ -82,7 +82,7 @@ class Scratch(NamedTuple):
     out_done: Any
 
 
-def vmem_bytes(plan: Plan, q: Any, kv: Pool) -> int:
+def vmem_bytes(plan: Plan, q: Any, kv: Any) -> int:
     """VMEM that the kernel needs: two buffers of everything, the softmax, and a step's scores and operands."""
     values = values_of(kv)
     _, kv_heads, page_size, lanes = values.shape

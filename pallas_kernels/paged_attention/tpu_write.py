@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels import tensorcore
 from pallas_kernels.paged_attention.packing import ceil_div, take
-from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, quantize, values_of
 from pallas_kernels.paged_attention.tpu_plan import Rows
 from pallas_kernels.tensorcore import Call, Copies
 
@@ -86,7 +86,7 @@ def write(new: Pool, kv: Pool, work: Pieces) -> Pool:
     return jax.tree.unflatten(tree, tensorcore.run(call, body, (work.total, work.fields), (*given, *pools)))
 
 
-def _body(copies: Copies, scalars: Any, new: Pool, pool: Pool, scratch: Scratch) -> None:
+def _body(copies: Copies, scalars: Any, new: Any, pool: Any, scratch: Scratch) -> None:
     total, fields = scalars[0][0], scalars[1]
     page_size = values_of(pool).shape[2]
     parts = list(zip(*(jax.tree.leaves(each) for each in (new, pool, scratch.new, scratch.old)), strict=True))
@@ -146,8 +146,6 @@ def laid(
     k: Float[Array, "tokens kv_heads head_dim"], v: Float[Array, "tokens kv_heads head_dim"], kv: Pool, tokens: Int32[Array, "pieces page"]
 ) -> Pool:
     """Keys and values of the pieces' tokens, as pages of the pool have them."""
-    from pallas_kernels.paged_attention.pool import quantize
-
     lanes = values_of(kv).shape[3]
     new: Any = jnp.stack([k, v], axis=2)
     if isinstance(kv, QuantizedKV):
