@@ -239,7 +239,7 @@ CASES = (
     Case("int8", 3, 2, 40, pages_per_row=9, group=4, kv_dtype="int8", soft_cap=8.0, extras=BOTH),
     Case("int8_bfloat16", 3, 2, 40, page_size=64, pages_per_row=3, kv_heads=1, dtype="bfloat16", kv_dtype="int8", decode_tokens=2),
     Case("fp8", 3, 2, 40, page_size=32, pages_per_row=4, group=2, kv_dtype="float8_e4m3fn", window=50),
-    Case("fp8_bfloat16", 3, 1, 30, page_size=16, group=8, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=SINKS),
+    Case("fp8_bfloat16", 3, 1, 30, page_size=32, group=8, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=SINKS),
 )
 
 TUNING = (
