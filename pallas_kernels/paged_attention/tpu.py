@@ -17,13 +17,13 @@ from pallas_kernels import dispatch, tensorcore, tuning
 from pallas_kernels.attention import AttentionSpec, accumulation_dtype, rope_table, rotate
 from pallas_kernels.paged_attention import tpu_attend, tpu_plan, tpu_write
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
-from pallas_kernels.paged_attention.packing import take
-from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, code_dtype, quantize, side_by_side, values_of
+from pallas_kernels.paged_attention.packing import take, tuning_key
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, quantize, side_by_side, values_of
 from pallas_kernels.tensorcore import LANES, ceil_to, sublanes
 from pallas_kernels.tensorcore_softmax import blocks, both_lanes, lines_of_sinks, query_lanes, unblocks
 
 OP = "paged_attention"
-MAX_TOKENS = 8  # of a decode row
+MAX_TOKENS = 8  # of a row that is written from inside the kernel that attends
 QUERY_BYTES = 24 << 20  # VMEM for a block of queries of a prompt, its results and its softmax
 TABLE_WORDS = 160 << 10  # page ids that one kernel gets: scalar memory is small
 
@@ -68,8 +68,6 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     page_size, dtype = int(key.get("page_size", 64)), str(key.get("kv_dtype", key.get("dtype", "bfloat16")))
     if page_size % sublanes(dtype) or page_size & (page_size - 1):
         return f"its kernels need pages of a power of two of tokens, at least {sublanes(dtype)} for {dtype}, not of {page_size}"
-    if int(key.get("decode_tokens", 1)) > MAX_TOKENS:
-        return f"its kernels take up to {MAX_TOKENS} tokens of a decode row, not {key['decode_tokens']}; make longer rows prefill rows"
     return None
 
 
@@ -87,12 +85,12 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     tokens, heads, head_dim = q.shape
-    decode, size = metadata.decode_rows, metadata.decode_size
+    few = metadata.decode_tokens <= MAX_TOKENS  # rows of more tokens go the way of prompts
+    decode, size = (metadata.decode_rows, metadata.decode_size) if few else (0, 0)
     if rope is not None:
         table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
         q, k = rotate(q, table), rotate(k, table)
-    shape = _shape(kv, q, k)
-    sizes = Sizes(**tuning.sizes(OP, "tpu", dispatch.target(), shape))
+    sizes = Sizes(**tuning.sizes(OP, "tpu", dispatch.target(), tuning_key(kv, q)))
     own, found = partial(_part, spec=spec, sinks=sinks, sizes=sizes), []
     rows = _rows(metadata, positions)
     for some in _deal(decode, metadata.page_tables.shape[1]):
@@ -117,13 +115,6 @@ def _deal(rows: int, width: int) -> list[slice]:
 
 def _tokens(rows: slice, tokens_of_row: int) -> slice:
     return slice(rows.start * tokens_of_row, rows.stop * tokens_of_row)
-
-
-def _shape(kv: Pool, q: Float[Array, "tokens heads head_dim"], k: Float[Array, "tokens kv_heads head_dim"]) -> dispatch.Key:
-    """The key of block sizes."""
-    sizes = {"page_size": values_of(kv).shape[2], "kv_heads": k.shape[1], "heads": q.shape[1], "head_dim": q.shape[2]}
-    codes = code_dtype(kv)
-    return sizes | {"dtype": q.dtype.name} | ({} if codes is None else {"kv_dtype": codes})
 
 
 def _rows(metadata: PagedMetadata, positions: Int32[Array, "tokens"]) -> tpu_plan.Rows:
