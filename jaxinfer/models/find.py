@@ -49,6 +49,11 @@ def is_shape(name: str) -> bool:
     return name in _all_shapes()
 
 
+def shapes_without_model() -> tuple[str, ...]:
+    """Names of well-known models whose architecture is not implemented."""
+    return tuple(name for name in _all_shapes() if name not in known_shapes())
+
+
 def find_shape(name: str) -> Mapping[str, Any]:
     """The config of a well-known model.
 

@@ -66,7 +66,7 @@ def changes(now: Estimate, kernels: Kernels) -> Iterator[Change]:
         if made is not None:
             yield Change(each.words, each.flags, made, each.remark, each.less)
     for piece in now.choice.piece.larger()[:3]:
-        meshes = [_weighed(Choice(piece, mesh, now.choice.wish), kernels, now.programs) for mesh in piece.meshes()]
+        meshes = [_weighed(Choice(piece, mesh, now.choice.wish, now.choice.devices[:1]), kernels, now.programs) for mesh in piece.meshes()]
         best = max((made for made in meshes if made is not None), key=lambda made: made.score, default=None)
         if best is not None:
             yield Change(f"slice {piece.name}", f"--slice {piece.name}", best)

@@ -101,7 +101,7 @@ def _correction(each: Estimate, own: Compiled) -> float:
     bucket = max((key for key in own.collectives if not key.prefill_tokens), key=lambda key: key.rows, default=None)
     if bucket is None or each.choice.mesh.tensor == 1:
         return 1.0
-    implied = collectives.implied(each.predictor.graph, each.predictor.placement, bucket.tokens, bucket.rows)
+    implied = collectives.implied(each.predictor.graph, each.predictor.sharded, bucket.tokens, bucket.rows)
     return max(1.0, collectives.total_bytes(own.collectives[bucket]) / collectives.total_bytes(implied))
 
 

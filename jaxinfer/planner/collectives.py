@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from jaxinfer.models.graph import Graph, arrays_of
 from jaxinfer.models.layers import Placement
@@ -48,23 +49,33 @@ def in_text(text: str) -> tuple[Collective, ...]:
     return tuple(Collective(kind, size, count) for (kind, size), count in sorted(found.items()))
 
 
-def implied(graph: Graph, placement: Placement, tokens: int, rows: int) -> tuple[Collective, ...]:
-    """What the sharding of the weights implies for a forward pass of so many tokens and rows (of one data replica)."""
-    shards = placement.mesh.shape["tensor"]
-    if shards == 1:
-        return ()
-    summed, gathered = 0, False
+class Sharded(NamedTuple):
+    """How often a forward pass sums its activations over shards and gathers its logits."""
+
+    sums: int
+    gathers: int
+
+
+def sharded(graph: Graph, placement: Placement) -> Sharded:
+    """What the sharding of the weights implies."""
+    summed, gathered = 0, 0
+    if placement.mesh.shape["tensor"] == 1:
+        return Sharded(0, 0)
     for name, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
         array = arrays_of(spec)[0]
-        parts = partition(array.shape, array.axes, placement.mesh, placement.rules)
-        if contracting:
-            summed += "tensor" in tuple(parts)[-contracting:]
-        elif name == "embedding.weight":
-            summed += parts[0] == "tensor"
-        gathered |= name in ("lm_head.weight", "embedding.weight") and parts[0] == "tensor"
+        parts = tuple(partition(array.shape, array.axes, placement.mesh, placement.rules))
+        table = name == "embedding.weight" and parts[0] == "tensor"
+        summed += table or (contracting > 0 and "tensor" in parts[-contracting:])
+        gathered |= table or (name == "lm_head.weight" and parts[0] == "tensor")
+    return Sharded(summed, int(gathered))
+
+
+def implied(graph: Graph, made: Sharded, tokens: int, rows: int) -> tuple[Collective, ...]:
+    """The collectives of a forward pass of so many tokens and rows (of one data replica)."""
     config = graph.config
-    sums = Collective("all-reduce", tokens * config.hidden_size * graph.dtype.itemsize, summed)
-    return (sums, Collective("all-gather", rows * config.vocab_size * 4, 1)) if gathered else (sums,)
+    sums = Collective("all-reduce", tokens * config.hidden_size * graph.dtype.itemsize, made.sums)
+    gathers = Collective("all-gather", rows * config.vocab_size * 4, made.gathers)
+    return tuple(each for each in (sums, gathers) if each.count)
 
 
 def total_bytes(collectives: Iterable[Collective]) -> int:

@@ -1,6 +1,6 @@
 """One choice of slice, mesh and settings, weighed: does it fit, how much does it hold, how fast would it be, what would a token cost.
 
-Needs no device: meshes may be abstract. What programs need is given once a compiler has said it, and guessed before. This file compares
+Needs one described device. What programs need is given once a compiler has said it, and guessed before. This file compares
 numbers; it does not compile and does not know which choices there are.
 """
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh
+import numpy as np
+from jax.sharding import Mesh
 
 from jaxinfer.config import EngineConfig, MeshShape
 from jaxinfer.models.layers import Placement
@@ -20,7 +21,7 @@ from jaxinfer.planner.predict import Kernels, Phase, Predictor
 from jaxinfer.planner.sizing import Machine, Sizing, described, page_size, widths, with_margin
 from jaxinfer.planner.slices import Slice
 from jaxinfer.planner.topology import chip_of, usable_memory
-from jaxinfer.sharding import DEFAULT_RULES, MESH_AXES
+from jaxinfer.sharding import DEFAULT_RULES, MESH_AXES, make_mesh
 from pallas_kernels import dispatch
 
 
@@ -49,13 +50,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """A slice, a mesh of it, and the wish with its settings. devices: described ones, None where nothing will be compiled. memory: bytes
-    that a device gives to arrays, None for what the runtime takes by default."""
+    """A slice, a mesh of it, and the wish with its settings. devices: described ones, or only one of them
+    where nothing will be compiled. memory: bytes that a device gives to arrays, None for what the runtime takes by default."""
 
     piece: Slice
     mesh: MeshShape
     wish: Wish
-    devices: tuple[Any, ...] | None = None
+    devices: tuple[Any, ...]
     memory: int | None = None
 
     @property
@@ -64,25 +65,23 @@ class Choice:
         return self.memory or usable_memory(self.piece)
 
     @property
-    def arranged(self) -> Mesh | AbstractMesh:
-        """The mesh of described devices, else an abstract one."""
-        if self.devices is None:
-            return AbstractMesh(tuple(self.mesh), MESH_AXES)
-        from jaxinfer.sharding import make_mesh
-
-        return make_mesh(self.mesh._asdict(), list(self.devices))
+    def arranged(self) -> Mesh:
+        """The mesh; where the devices are too few, of the first one over and over: shards have their sizes, nothing can be compiled."""
+        if len(self.devices) >= self.mesh.size:
+            return make_mesh(self.mesh._asdict(), self.devices)
+        grid = np.empty(tuple(self.mesh), dtype=object)
+        grid[:] = self.devices[0]
+        return Mesh(grid, MESH_AXES)
 
     def sizing(self) -> Sizing:
         """The engine's own way to a pool and its programs, for this choice."""
         config, platform = self.wish.on(self.mesh), self.piece.platform
-        placement: Any = Placement(self.arranged, DEFAULT_RULES, config.execution.implementation)  # pyright: ignore[reportArgumentType]
+        placement = Placement(self.arranged, DEFAULT_RULES, config.execution.implementation)
         return Sizing(config, described(self.wish.values, config, platform), placement, Machine(platform, self.usable_memory))
 
     def target(self) -> Any:
         """Inside, kernels are chosen for the described devices (a context manager)."""
-        mesh = self.arranged
-        real = isinstance(mesh, Mesh) and self.piece.platform != "cpu"
-        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if real else nullcontext()
+        return nullcontext() if self.piece.platform == "cpu" else jax.sharding.use_abstract_mesh(self.arranged.abstract_mesh)
 
 
 @dataclass(frozen=True)

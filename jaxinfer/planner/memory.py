@@ -7,6 +7,7 @@ full length could ever use. Nothing is allocated here.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -84,16 +85,16 @@ class Account:
 
 
 def account(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int) -> Account:
-    """Add up what is known from shapes; `pool` says the page size and the replicas. Needs no device: the mesh may be an abstract one."""
+    """Add up what is known from shapes; `pool` says the page size and the replicas. Allocates nothing."""
     mesh, rules = placement.mesh, placement.rules
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
     one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
     row = -(-demand.tokens // pool.page_size)
     return Account(
         limit=int(device_memory * cache.memory_fraction),
-        weights=sum(device_bytes(spec, mesh, rules) for spec in graph.arrays),
+        weights=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(graph.arrays).items()),
         slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
-        page=sum(device_bytes(spec, mesh, rules) for spec in one_page),
+        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(one_page).items()),
         row=row,
         wanted=row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size,
         guess=device_memory // 32 + 4 * 4 * vocab * sequences,

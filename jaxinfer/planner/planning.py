@@ -95,10 +95,11 @@ def _child(request: str, result: Path, platform: str, progress: Progress | None)
     """Run child.py; its exit code and what it wrote to stderr."""
     command = [sys.executable, "-m", "jaxinfer.planner.child", str(result)]
     environment = devices.environment_for_described(platform, Path(__file__).parents[2])
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
-        process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, errors="replace"
-        )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "errors": "replace"}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(command, stderr=errors, env=environment, **pipes) as process,  # noqa: S603
+    ):
         try:
             _talk(process, request, progress)
             code = process.wait()

@@ -7,7 +7,9 @@ communication times. These are predictions: LOG.md says how they compared with w
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -68,8 +70,8 @@ class Predictor:
         operations = 2.0 * (self.layer_weights + self.head_weights) * rows
         attention_operations = sum(4.0 * self._heads(it) * it.head_dim * rows * context for it in self.graph.config.attention_shapes)
         row = self._row("attention_decode", self.kernels.attention)
-        layers = self.graph.config.layers
-        attention = layers * (row.number("base_us") + row.number("row_us") * rows) * 1e-6 + kv / (self.chip.bandwidth * row.number("share"))
+        of_rows = self.graph.config.layers * row.number("row_us") * rows * 1e-6
+        attention = self._launches() + of_rows + kv / (self.chip.bandwidth * row.number("share"))
         return self._phase(
             weights + kv, operations + attention_operations, self._matmul(weights, operations, rows), attention,
             self._small(rows), self._communication(rows, rows),
@@ -80,22 +82,28 @@ class Predictor:
         parts = [self._chunk(start, min(self.step_tokens, tokens - start)) for start in range(0, tokens, self.step_tokens)]
         return Phase(*(sum(values) for values in zip(*parts, strict=True)))
 
-    @property
+    @cached_property
     def weight_bytes(self) -> float:
         """Bytes of weights that a step reads on one device: all but an embedding table of its own."""
-        sizes = {
-            name: sum(device_bytes(array, self.placement.mesh, self.placement.rules) for array in arrays_of(spec))
-            for name, spec in zip(self.graph.names, self.graph.specs, strict=True)
-        }
-        return sum(sizes.values()) - (sizes["embedding.weight"] if "lm_head.weight" in sizes else 0)
+        arrays = Counter(self.graph.arrays)
+        names = dict(zip(self.graph.names, self.graph.specs, strict=True))
+        if "lm_head.weight" in names:
+            arrays.subtract(arrays_of(names["embedding.weight"]))
+        return sum(device_bytes(array, self.placement.mesh, self.placement.rules) * count for array, count in arrays.items())
 
-    @property
+    @cached_property
     def layer_weights(self) -> int:
         """Numbers of one device that every token is multiplied with, the head's left out."""
         found = zip(self.graph.names, self.graph.specs, self.graph.contracting, strict=True)
-        return sum(self._shard(arrays_of(spec)[0]) for name, spec, contracting in found if contracting and name != "lm_head.weight")
+        arrays = Counter(arrays_of(spec)[0] for name, spec, contracting in found if contracting and name != "lm_head.weight")
+        return sum(self._shard(array) * count for array, count in arrays.items())
 
-    @property
+    @cached_property
+    def sharded(self) -> collectives.Sharded:
+        """How often shards talk in a forward pass."""
+        return collectives.sharded(self.graph, self.placement)
+
+    @cached_property
     def head_weights(self) -> int:
         """The head's: multiplied with the rows that sample only."""
         names = dict(zip(self.graph.names, self.graph.specs, strict=True))
@@ -115,10 +123,9 @@ class Predictor:
         pairs = tokens * start + tokens * tokens / 2
         attended = sum(4.0 * self._heads(it) * it.head_dim * pairs for it in self.graph.config.attention_shapes)
         share = self._row("attention_prefill", self.kernels.attention).number("share")
-        attention = max(attended / (self.chip.bf16_rate * share), read / self.chip.bandwidth)
-        return self._phase(
-            weights + read, operations + attended, self._matmul(weights, operations, tokens), attention, 0.0, self._communication(tokens, 1)
-        )
+        attention = max(attended / (self.chip.bf16_rate * share), read / self.chip.bandwidth) + self._launches()
+        matmul, links = self._matmul(weights, operations, tokens), self._communication(tokens, 1)
+        return self._phase(weights + read, operations + attended, matmul, attention, self._small(1), links)
 
     def _phase(self, moved: float, operations: float, matmul: float, attention: float, small: float, communication: float) -> Phase:
         memory, compute = moved / self.chip.bandwidth, operations / self.chip.bf16_rate
@@ -134,12 +141,16 @@ class Predictor:
         grown = (row.at(rows) - fixed) * self.graph.config.hidden_size / row.number("hidden")
         return self.graph.config.layers * (fixed + grown) * 1e-6
 
+    def _launches(self) -> float:
+        """What a step's attention takes however little there is to do."""
+        return self.graph.config.layers * self._row("attention_decode", self.kernels.attention).number("base_us") * 1e-6
+
     def _communication(self, tokens: float, rows: float) -> float:
         shards = self.placement.mesh.shape["tensor"]
         if shards == 1:
             return 0.0
         row = self._row("link")
-        made = collectives.implied(self.graph, self.placement, round(tokens), round(rows))
+        made = collectives.implied(self.graph, self.sharded, round(tokens), round(rows))
         bandwidth, hop = self.chip.interconnect * row.number("share"), row.number("hop_us") * 1e-6
         return self.correction * sum(each.seconds(shards, bandwidth, hop) for each in made)
 

@@ -27,14 +27,14 @@ def show(plan: Plan, console: Console) -> None:
 
 def compare(plans: Sequence[Plan], console: Console) -> None:
     """Print plans for several slices side by side, the best for their goal first."""
-    table = _table("slice", "mesh", "fits", "concurrency", "step ms", "TTFT ms", "tokens/s", "per M tokens")
+    table = _table("slice", "data x tensor", "fits", "concurrency", "step ms", "TTFT ms", "tokens/s", "per M tokens")
     for plan in sorted(plans, key=_rank):
         if plan.failure is not None:
             table.add_row(plan.target["slice"], "-", "failed")
             continue
         speed = plan.speed
         table.add_row(
-            plan.target["slice"], plan.settings["mesh"], "yes" if plan.fits else "NO", str(plan.capacity["concurrency"]),
+            plan.target["slice"], _shape(plan.settings["mesh"]), "yes" if plan.fits else "NO", str(plan.capacity["concurrency"]),
             *(_milliseconds(speed[name]) for name in ("itl", "ttft")), f"{speed['tokens_per_second']:,.0f}",
             _money(speed["cost_per_million"]),
         )  # fmt: skip
@@ -119,17 +119,23 @@ def _speed(plan: Plan) -> Text:
 
 
 def _meshes(plan: Plan) -> Table:
-    table = _table("mesh", "fits", "weights GiB", "KV tokens", "sequences", "ITL ms", "of it links", "TTFT ms", "tokens/s", title="Meshes")
+    table = _table(
+        "data x tensor", "fits", "weights GiB", "KV tokens", "sequences", "ITL ms", "links", "TTFT ms", "tokens/s", title="Meshes"
+    )
     for row in plan.meshes:
-        fits = "yes" if row["fits"] else f"lacks {row['lacking'] / GIB:.1f} GiB"
+        fits = "yes" if row["fits"] else f"-{row['lacking'] / GIB:.1f} GiB"
         table.add_row(
-            row["mesh"] + ("" if row["compiled"] else " *"), fits, f"{row['weights'] / GIB:.2f}", f"{row['kv_tokens']:,}",
+            _shape(row["mesh"]) + ("" if row["compiled"] else " *"), fits, f"{row['weights'] / GIB:.2f}", f"{row['kv_tokens']:,}",
             str(row["concurrency"]), *(_milliseconds(row[name]) for name in ("itl", "communication", "ttft")),
             f"{row['tokens_per_second']:,.0f}",
         )  # fmt: skip
     if any(not row["compiled"] for row in plan.meshes):
         table.caption = "* not compiled; what its programs need is taken from the compiled one"
     return table
+
+
+def _shape(mesh: str) -> str:
+    return " x ".join(part.partition("=")[2] for part in mesh.split(","))
 
 
 def _programs(plan: Plan) -> list[RenderableType]:

@@ -108,10 +108,11 @@ class ProgramConfig:
 
     @property
     def largest(self) -> tuple[Any, ...]:
-        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, the widest sampler."""
+        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, sampler and scorer."""
         most = max(self.buckets, key=lambda bucket: bucket.tokens)
         widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.rows))
-        return (*dict.fromkeys((most, widest)), self.samplers[-1])
+        scorer = max(self.scorers, key=lambda key: key.bucket.tokens, default=None)
+        return (*dict.fromkeys((most, widest)), self.samplers[-1], *(() if scorer is None else (scorer,)))
 
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""

@@ -1,13 +1,13 @@
 """Communication: read off a compiled text, implied by the sharding, and its time over a ring."""
 
-import jax
 import pytest
 
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.collectives import Collective, implied, in_text, total_bytes
+from jaxinfer.planner.collectives import Collective, implied, in_text, sharded, total_bytes
 from jaxinfer.sharding import make_mesh
+from tests.jaxinfer.conftest import CONFIG
 
 GRAPH = Graph.of(llama, llama.TINY, "float32")
 TEXT = """
@@ -30,25 +30,28 @@ def test_collectives_of_a_text():
     assert in_text("%x = f32[4] add(%a, %b)") == ()
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-def test_what_the_sharding_implies_is_in_the_compiled_forward_pass(tensor, meshed):
-    """`meshed` has two replicas of two shards; its widest decode."""
-    program = meshed.program
-    graph, placement = program.config.graph, program.config.placement
-    if tensor == 2:
-        bucket = max((key for key in program.config.buckets if not key.prefill_tokens), key=lambda key: key.rows)
-        expected = implied(graph, placement, bucket.tokens, bucket.rows)
-        found = in_text(program.text(bucket))
-        assert sum(each.count for each in expected if each.kind == "all-reduce") == 2 * graph.config.layers + 1
-        assert total_bytes(found) == total_bytes(expected)
-    made = implied(GRAPH, Placement(make_mesh({"tensor": tensor})), 16, 8)
-    sums = [] if tensor == 1 else [Collective("all-reduce", 16 * 64 * 4, 2 * 2 + 1), Collective("all-gather", 8 * 128 * 4, 1)]
-    assert list(made) == sums
+def made(tensor, tokens=16, rows=8):
+    return implied(GRAPH, sharded(GRAPH, Placement(make_mesh({"tensor": tensor}))), tokens, rows)
+
+
+def test_what_the_sharding_implies():
+    assert made(1) == ()
+    assert list(made(2)) == [Collective("all-reduce", 16 * 64 * 4, 2 * 2 + 1), Collective("all-gather", 8 * 128 * 4, 1)]
 
 
 def test_heads_that_do_not_divide_are_not_summed():
-    made = implied(GRAPH, Placement(jax.sharding.AbstractMesh((1, 8), ("data", "tensor"))), 16, 8)
-    assert made[0] == Collective("all-reduce", 16 * 64 * 4, 2 + 1)  # two kv heads over eight shards: attention is whole everywhere
+    assert made(8)[0] == Collective("all-reduce", 16 * 64 * 4, 2 + 1)  # two kv heads over eight shards: attention is whole everywhere
+
+
+def test_the_compiled_forward_pass_holds_just_that(meshed_plan):
+    """Two replicas of two shards; the widest decode and the widest mixed step, and what was implied for them."""
+    graph = Graph.of(llama, llama.Config.from_hf(CONFIG), "float32")
+    expected = sharded(graph, Placement(make_mesh({"data": 2, "tensor": 2})))
+    rows = {row["name"]: row["collectives"] for row in meshed_plan.programs["compiled"]}
+    for name, tokens, count in (("decode2", 2, 2), ("decode2-prefill32x2", 34, 4)):
+        found = [Collective(**each) for each in rows[name]]
+        assert total_bytes(found) == total_bytes(implied(graph, expected, tokens, count))
+        assert sum(each.count for each in found if each.kind == "all-reduce") == expected.sums == 2 * 2 + 1
 
 
 def test_time_over_a_ring():

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import pytest
 
 import jaxinfer
@@ -21,11 +20,14 @@ SHAPE = llama.Config.from_hf(find.find_shape("llama-3.1-8b"))
 
 def predictor(tensor=1, chip="NVIDIA H200", weights="bfloat16", attention="gpu"):
     graph = Graph.of(llama, SHAPE, "bfloat16", Quantization(weights) if weights == "int8" else None)
-    mesh = make_mesh({}) if tensor == 1 else jax.sharding.AbstractMesh((1, tensor), ("data", "tensor"))
     return Predictor(
-        graph=graph, placement=Placement(mesh), chip=find_chip(chip), kernels=Kernels(attention, "xla", weights), kv_token=131072 / tensor,
+        graph=graph,
+        placement=Placement(make_mesh({"tensor": tensor})),
+        chip=find_chip(chip),
+        kernels=Kernels(attention, "xla", weights),
+        kv_token=131072 / tensor,
         step_tokens=2048,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_other_spellings():
 
 @pytest.mark.parametrize(("name", "words"), [
     ("v5p-3", r"no such size \(v5p counts cores, 2 a chip\); there are v5p-8, v5p-16"), ("v6e-3", "there are v6e-1, v6e-4"),
-    ("v6e4x", "did you mean 'v6e'"), ("", "write for example v5e-8"), ("a100x8", "did you mean"), ("h100x16", "h100x8"),
+    ("v6e4x", "did you mean 'v6e-4'"), ("", "write for example v5e-8"), ("a100x8", "did you mean"), ("h100x16", "h100x8"),
 ])  # fmt: skip
 def test_what_does_not_exist_is_refused_with_what_does(name, words):
     with pytest.raises(ConfigError, match=words):
