@@ -85,8 +85,7 @@ def test_options_that_cannot_work(config_json, options, words):
 
 
 def test_what_the_child_refuses_is_an_error(config_json, child):
-    child(
-        "import json, sys; json.dump(dict(model='m', target={}, settings={}, fits=False, failure='no', refused=True), open(sys.argv[1], 'w'))"
-    )
-    with pytest.raises(ConfigError, match="no"):
+    refusal = json.dumps(Plan("m", {}, {}, fits=False, failure="it cannot be", refused=True).fields())
+    child(f"import sys; open(sys.argv[1], 'w').write({refusal!r})")
+    with pytest.raises(ConfigError, match="it cannot be"):
         jaxinfer.plan(str(config_json), "cpu-2")
