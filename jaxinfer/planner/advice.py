@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from jaxinfer.config import CacheConfig, ConfigError
-from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate
+from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, stored_as
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.quant.find import schemes
 
 HIGH_FRACTION = 0.95
 RUNTIME_SHARE, HIGH_SHARE = 0.75, 0.92  # of a GPU's memory: what jax takes by default, and what it may well take
 WORTH = 0.03
-AUDIT = "audit its price with python -m jaxinfer audit quant --model MODEL"
+AUDIT = "audit its price with python -m jaxinfer audit quant --model MODEL --data FILE --schemes"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Proposal:
 def changes(now: Estimate, kernels: Kernels) -> Iterator[Change]:
     """Every single change that could be made and weighed: settings, then larger slices with their best mesh."""
     for each in (*_lossless(now.choice), *_lesser(now.choice)):
-        weights = each.choice.wish.config.model.quantize or kernels.weights
+        weights = stored_as(each.choice.wish.config.model.quantize) or kernels.weights
         made = _weighed(each.choice, replace(kernels, weights=weights), now.programs)
         if made is not None:
             yield Change(each.words, each.flags, made, each.remark, each.less)
@@ -91,10 +91,10 @@ def _lossless(choice: Choice) -> Iterator[_Proposal]:
     wish, config = choice.wish, choice.wish.config
     for scheme in schemes() if config.model.quantize is None else ():
         other = _with(wish, model=replace(config.model, quantize=scheme))
-        yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} --schemes {scheme}")
+        yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} {scheme}")
     if "kv_dtype" in {item.name for item in fields(CacheConfig)} and getattr(config.cache, "kv_dtype", "auto") == "auto":
         other = _with(wish, cache=replace(config.cache, **{"kv_dtype": "int8"}))
-        yield _Proposal("int8 keys and values", "--kv int8", replace(choice, wish=other), AUDIT)
+        yield _Proposal("int8 keys and values", "--kv int8", replace(choice, wish=other), f"{AUDIT} kv-int8")
     if config.cache.memory_fraction < HIGH_FRACTION:
         words = f"{HIGH_FRACTION * 100:.0f} % of the memory instead of {config.cache.memory_fraction * 100:.0f} %"
         other = _with(wish, cache=replace(config.cache, memory_fraction=HIGH_FRACTION))

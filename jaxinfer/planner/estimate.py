@@ -177,4 +177,9 @@ def kernels_for(sizing: Sizing) -> Kernels:
     quantize = sizing.config.model.quantize
     op = "quantized_matmul" if quantize else "dense_matmul"
     attention, matmul = dispatch.choose("paged_attention", wanted, target, key), dispatch.choose(op, wanted, target, {})
-    return Kernels(attention, matmul, quantize or graph.dtype.name)
+    return Kernels(attention, matmul, stored_as(quantize) or graph.dtype.name)
+
+
+def stored_as(quantize: str | None) -> str | None:
+    """The scheme of most weights, of what `--quantize` says (SCHEME, or SCHEME,PATTERN=SCHEME...)."""
+    return quantize and next((part for part in quantize.split(",") if "=" not in part), "mixed")
