@@ -54,6 +54,7 @@ class EngineInfo:
     device_count: int
     mesh: str
     max_model_len: int
+    kv_dtype: str
     kv_tokens: int
     max_concurrency: int
     programs: int
@@ -130,7 +131,9 @@ def _scheduler(config: EngineConfig, model: _Model, memory: MemoryPlan) -> Sched
 
 
 def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
-    return PrefixIndex(_page_size(config), (model.name, str(model.dtype))) if config.cache.prefix_caching == "on" else None
+    if config.cache.prefix_caching == "off":
+        return None
+    return PrefixIndex(_page_size(config), (model.name, str(model.dtype), config.cache.kv_dtype))
 
 
 def _page_size(config: EngineConfig) -> int:
@@ -217,7 +220,7 @@ def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: M
     return EngineInfo(
         model=model.name, architecture=model.architecture, parameters=model.parameters, dtype=str(model.dtype),
         device=devices.label(program.placement.mesh.devices.flat[0]), device_count=mesh.size, mesh=f"data={mesh.data},tensor={mesh.tensor}",
-        max_model_len=model.max_tokens, kv_tokens=tokens,
+        max_model_len=model.max_tokens, kv_dtype=memory.pool.codes or str(model.dtype), kv_tokens=tokens,
         max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.keys),
         weight_bytes=memory.weights, program_bytes=memory.programs, kv_bytes=memory.pages,
     )  # fmt: skip

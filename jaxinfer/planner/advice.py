@@ -7,9 +7,9 @@ memory of the plan; none of them is compiled. This file does not know how anythi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from jaxinfer.config import CacheConfig, ConfigError
+from jaxinfer.config import ConfigError
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, stored_as
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.quant.find import schemes
@@ -92,8 +92,8 @@ def _lossless(choice: Choice) -> Iterator[_Proposal]:
     for scheme in schemes() if config.model.quantize is None else ():
         other = _with(wish, model=replace(config.model, quantize=scheme))
         yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} {scheme}")
-    if "kv_dtype" in {item.name for item in fields(CacheConfig)} and getattr(config.cache, "kv_dtype", "auto") == "auto":
-        other = _with(wish, cache=replace(config.cache, **{"kv_dtype": "int8"}))
+    if config.cache.kv_dtype == "auto":
+        other = _with(wish, cache=replace(config.cache, kv_dtype="int8"))
         yield _Proposal("int8 keys and values", "--kv int8", replace(choice, wish=other), f"{AUDIT} kv-int8")
     if config.cache.memory_fraction < HIGH_FRACTION:
         words = f"{HIGH_FRACTION * 100:.0f} % of the memory instead of {config.cache.memory_fraction * 100:.0f} %"

@@ -88,13 +88,13 @@ def account(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *
     """Add up what is known from shapes; `pool` says the page size and the replicas. Allocates nothing."""
     mesh, rules = placement.mesh, placement.rules
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
-    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
+    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
     row = -(-demand.tokens // pool.page_size)
     return Account(
         limit=int(device_memory * cache.memory_fraction),
         weights=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(graph.arrays).items()),
         slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
-        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(one_page).items()),
+        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(jax.tree.leaves(one_page)).items()),
         row=row,
         wanted=row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size,
         guess=device_memory // 32 + 4 * 4 * vocab * sequences,
@@ -148,5 +148,5 @@ def _too_small(cache: CacheConfig, page_size: int, *, pages: int, row: int, left
         return f"--kv-tokens {cache.kv_tokens} holds {fit} tokens, but one sequence may have {needed}; raise it or lower --max-model-len"
     return (
         f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {fit} tokens fit, but one sequence may have {needed};"
-        f" use --max-model-len {max(page_size, fit)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
+        f" use --max-model-len {max(page_size, fit)}, a larger mesh, a higher --memory-fraction, --quantize int8 or --kv-dtype int8"
     )

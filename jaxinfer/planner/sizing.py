@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxinfer.cache.kv import PoolShape
+from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization
@@ -87,7 +87,7 @@ def described(values: Mapping[str, Any], config: EngineConfig, platform: str) ->
     """
     module = find.find(values.get("model_type"))
     model_config = module.Config.from_hf(values)
-    quantization = Quantization(config.model.quantize) if config.model.quantize else None
+    quantization = Quantization.parse(config.model.quantize) if config.model.quantize else None
     graph = Graph.of(module, model_config, dtype(config.model.dtype, platform), quantization)
     longest, wanted = model_config.max_positions, config.model.max_model_len
     if wanted is not None and wanted > longest:
@@ -112,7 +112,8 @@ class Sizing:
     @property
     def empty_pool(self) -> PoolShape:
         """Page size and replicas of the pool that is to be sized."""
-        return PoolShape(pages=2, page_size=page_size(self.config, self.machine.platform), replicas=self.placement.mesh.shape["data"])
+        size, codes = page_size(self.config, self.machine.platform), CODES[self.config.cache.kv_dtype]
+        return PoolShape(pages=2, page_size=size, replicas=self.placement.mesh.shape["data"], codes=codes)
 
     def account(self) -> Account:
         """What memory is asked for."""
