@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from jaxinfer.config import MeshShape, engine_settings
-from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, name_of
+from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, name_of
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned
 
@@ -44,6 +44,12 @@ def test_a_guess_is_called_one():
     plan = planned()
     assert plan.notes[0] == GUESS_NOTE and plan.memory["programs_from"] == "guess" and plan.programs["compiled"] == []
     assert [row["mesh"] for row in plan.meshes].count(plan.settings["mesh"]) == 1 and len(plan.meshes) == 3
+
+
+def test_quantised_keys_and_values_take_less_and_are_marked(meshed_plan):
+    plan = planned(mesh=[2, 2], config={"kv_dtype": "int8"})
+    assert plan.notes[1] == KV_NOTE
+    assert plan.memory["kv_token"] == 2 * 2 * (8 + 4) < meshed_plan.memory["kv_token"]
 
 
 def test_meshes_are_written_as_their_flag():
