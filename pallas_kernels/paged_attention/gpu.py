@@ -194,7 +194,7 @@ def _place(
     if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
         q, k = rotate(q, table), rotate(k, table)
         table = _table(positions, None, AttentionSpec(1.0), head_dim)
-    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
+    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim, page_size)
     qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
     row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
     page = packing.take(metadata.page_tables, row, number)
