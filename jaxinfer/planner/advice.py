@@ -34,9 +34,10 @@ class Change:
         """What changes, in a few words."""
         if not self.made.fits:
             return "does not fit"
-        parts = [f"fits {self.made.concurrency / before.concurrency:.1f}x the concurrency" if before.concurrency else ""]
+        more = self.made.largest / before.largest if before.largest else 0.0
+        parts = [f"fits {more:.1f}x the concurrency" if abs(more - 1) > WORTH and more else ""]
         if not before.fits:
-            parts = [f"fits, {self.made.concurrency} sequences of full length at once"]
+            parts = [f"fits, room for {self.made.largest} sequences of full length"]
         for name, new, old in (
             ("ITL", self.made.decode.seconds, before.decode.seconds),
             ("TTFT", self.made.ttft, before.ttft),
@@ -76,7 +77,7 @@ def next_steps(now: Estimate, found: list[Change], count: int = 3) -> list[Chang
     """The changes on the same slice that serve the goal best and give up nothing, those that are worth it."""
     least = _goal(now) + WORTH * abs(_goal(now))
     same = [change for change in found if change.made.choice.piece == now.choice.piece and change.made.fits and not change.less]
-    helping = [change for change in same if _goal(change.made) >= least or change.made.concurrency > now.concurrency * (1 + WORTH)]
+    helping = [change for change in same if _goal(change.made) >= least or change.made.largest > now.largest * (1 + WORTH)]
     return sorted(helping, key=lambda change: _goal(change.made), reverse=True)[:count]
 
 

@@ -86,8 +86,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a choice comes to. programs: bytes per device, from a compiler or guessed; reserved:
-    what the pool leaves for them. Rates count all devices."""
+    """What a choice comes to. programs: bytes per device, from a compiler or guessed; reserved: what the pool leaves for them.
+
+    concurrency: sequences of full length in the pool that the engine would make; largest: in all the memory. Rates count all devices.
+    """
 
     choice: Choice
     account: Account
@@ -96,6 +98,7 @@ class Estimate:
     lacking: int
     kv_tokens: int
     concurrency: int
+    largest: int
     running: int
     decode: Phase
     prefill: Phase
@@ -161,7 +164,8 @@ def estimate(choice: Choice, kernels: Kernels, programs: int | None = None, corr
     decode = predictor.decode(max(1, running / replicas), max(1, wish.context - wish.output / 2))
     return Estimate(
         choice=choice, account=account, programs=reserved if programs is None else programs, reserved=reserved,
-        lacking=account.lacking(reserved, sequences), kv_tokens=kv_tokens, concurrency=pages // account.row * replicas, running=running,
+        lacking=account.lacking(reserved, sequences), kv_tokens=kv_tokens, concurrency=pages // account.row * replicas,
+        largest=account.room(reserved, replicas) * replicas, running=running,
         decode=decode, prefill=predictor.prefill(max(1, wish.context - wish.output)), predictor=predictor, page_size=size,
     )  # fmt: skip
 

@@ -113,7 +113,7 @@ def _memory(best: Estimate, own: Compiled | None) -> dict[str, Any]:
 
 
 def _capacity(best: Estimate) -> dict[str, Any]:
-    return {"kv_tokens": best.kv_tokens, "concurrency": best.concurrency, "running": best.running}
+    return {"kv_tokens": best.kv_tokens, "concurrency": best.concurrency, "largest_concurrency": best.largest, "running": best.running}
 
 
 def _speed(best: Estimate) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _programs(own: Compiled | None) -> dict[str, Any]:
 def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]:
     return {
         "change": change.words, "flags": change.flags, "effect": change.effect(best), "remark": change.remark.replace("MODEL", model),
-        "fits": change.made.fits, "concurrency": change.made.concurrency, "itl": change.made.decode.seconds,
+        "fits": change.made.fits, "concurrency": change.made.largest, "itl": change.made.decode.seconds,
     }  # fmt: skip
 
 

@@ -95,6 +95,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, f"{size / GIB:.2f}", remark)
     table.add_section()
     table.add_row("holds", "", f"{capacity['kv_tokens']:,} tokens, {capacity['concurrency']} sequences of full length (whole slice)")
+    table.add_row("room for", "", f"{capacity['largest_concurrency']} sequences of full length, were they wanted")
     return table
 
 

@@ -59,7 +59,7 @@ def test_what_is_cached_in_other_numbers_is_something_else(folder):
     changed = [replace(wanted, cache=replace(wanted.cache, kv_dtype=name)) for name in ("auto", "int8", "fp8")]
     assert len({setup._prefix_index(config, model)._model for config in changed}) == 3
     placement = setup.Placement(setup._mesh(wanted))
-    codes = [setup._program(config, model, placement)[1].config.kv_specs[0] for config in changed]
+    codes = [setup._sizing(config, model, placement).planned()[1].config.kv_specs[0] for config in changed]
     assert [jax.tree.leaves(spec)[0].dtype.name for spec in codes] == ["float32", "int8", "float8_e4m3fn"]
 
 

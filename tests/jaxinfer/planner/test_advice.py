@@ -19,7 +19,7 @@ def test_what_would_make_it_fit(too_large):
     fitting = remedies(now, found)
     assert "int8 weights" in [change.words for change in fitting] and fitting[-1].words == "slice v5e-4"
     assert all(change.made.fits for change in fitting)
-    assert "fits, " in fitting[0].effect(now) and "sequences of full length" in fitting[0].effect(now)
+    assert "fits, room for " in fitting[0].effect(now) and "sequences of full length" in fitting[0].effect(now)
 
 
 def test_changes_that_do_not_help_say_so(too_large):
