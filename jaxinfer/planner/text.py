@@ -22,7 +22,8 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(plan.failure), soft_wrap=True)
         return
     console.print(Group(*_parts(plan)))
-    console.print(Text("\n" + plan.command, style="bold"), soft_wrap=True)
+    if plan.fits:
+        console.print(Text("\n" + plan.command, style="bold"), soft_wrap=True)
 
 
 def compare(plans: Sequence[Plan], console: Console) -> None:
