@@ -25,8 +25,8 @@ from pallas_kernels import dispatch, hopper, tuning
 from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
 from pallas_kernels.quantized_matmul import xla
-from pallas_kernels.quantized_matmul.gpu_convert import converted, permute
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
+from pallas_kernels.quantized_matmul.gpu_convert import converted, permute
 
 BY_NAME = "it has been timed alone but not in whole steps; ask for it by name"
 MOST = 64  # tokens
