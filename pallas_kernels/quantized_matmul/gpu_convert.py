@@ -62,15 +62,15 @@ def _halves(_: Any, values: Any) -> Any:
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir.dialects import arith, llvm
 
     word, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.BF16Type.get())
-    code = "{ .reg .b32 t; lop3.b32 t, $1, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, t, $2; }"
+    code = "{ .reg .b32 s<2>; lop3.b32 s0, $1, 0x000F000F, 0x43004300, 0xEA; mov.b32 s1, 0x43084308; sub.bf16x2 $0, s0, s1; }"
     pairs = np.empty(mgpu.WGMMA_LAYOUT.registers_shape(values.shape), dtype=object)
     for place, register in np.ndenumerate(values.registers):
         bits = utils.bitcast(register, word)
         for tile in range(4):
             low = arith.shrui(bits, utils.c(4 * tile, word)) if tile else bits
-            found = utils.inline_ptx(code, low, utils.c(0x43084308, word), result_types=word)
+            found = llvm.inline_asm(word, [low], code, "=r,r")
             pairs[(place[0], 4 * place[1] + tile, *place[2:])] = utils.bitcast(found, pair)
     return mgpu.FragmentedArray(_registers=pairs, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
