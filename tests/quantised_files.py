@@ -123,3 +123,26 @@ def options(folder, config):
     from jaxinfer.checkpoint.formats.quantised import Options
 
     return Options(json.loads(json.dumps(config)), folder / "config.json")
+
+
+def quantised_model(source, target, config, matrices):
+    """A golden folder with each of its layers' matrices replaced: matrices(name, shape) gives the tensors and what they mean.
+
+    Returns what they mean, by the name of the unquantised tensor.
+    """
+    from tests.weight_files import read_all
+
+    tensors = {key: values for file in sorted(source.glob("*.safetensors")) for key, values in read_all(file).items()}
+    meanings = {}
+    for name in [it for it in tensors if it.endswith("_proj.weight")]:
+        made, meanings[name] = matrices(name.removesuffix(".weight"), tensors.pop(name).shape)
+        tensors |= made
+    target.mkdir()
+    write(target / "model.safetensors", tensors)
+    (target / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | {"quantization_config": config}))
+    plain = target.with_name(target.name + "-plain")
+    plain.mkdir()
+    kept = {name: values for name, values in tensors.items() if name.rpartition(".")[0] + ".weight" not in meanings}
+    write(plain / "model.safetensors", kept | meanings)
+    (plain / "config.json").write_text((source / "config.json").read_text())
+    return plain

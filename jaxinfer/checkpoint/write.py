@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,8 +82,8 @@ def _groups(tensors: Sequence[Planned], limit: int) -> list[list[Planned]]:
 
 
 def _write_file(path: Path, tensors: Iterable[Planned], note: Callable[[int], None]) -> dict[str, str]:
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    group = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at, group = 0, list(tensors)
     for tensor in group:
         offsets = [at, at + tensor.nbytes]
         header[tensor.name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
