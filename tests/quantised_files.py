@@ -87,7 +87,7 @@ def packed(name, matrix, *, bits=4, zeros=True):
 def weights_config(**weights):
     """A quantization_config of compressed-tensors with one group for all linear modules; `activations`, `format` and `top` aside."""
     inputs, form, top = weights.pop("activations", None), weights.pop("format"), weights.pop("top", {})
-    usual = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False, "observer": "minmax"}
+    usual = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
     group = {"targets": ["Linear"], "weights": usual | weights, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed", "config_groups": {"group_0": group},

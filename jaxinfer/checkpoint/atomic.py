@@ -1,7 +1,7 @@
 """A folder that is there whole or not at all: filled beside its place, then moved into it in one step.
 
-The sibling `.NAME.partial-XXXX` is locked by the process that fills it; what a killed process left is removed by the next one that writes to
-the same place. Replacing a folder swaps the two names at once (Linux's renameat2 with RENAME_EXCHANGE), so at any moment the name leads to
+The sibling `.NAME.partial-XXXX` is locked by the process that fills it; what a killed process left is removed by the next one that
+writes to the same place. Replacing a folder swaps the two names at once (Linux's renameat2 with RENAME_EXCHANGE), so at any moment the name leads to
 the old tree or to the new one.
 """
 
@@ -109,4 +109,4 @@ def _exchange(one: Path, other: Path) -> None:
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None or rename(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) != 0:
         why = "this system has no renameat2" if rename is None else os.strerror(ctypes.get_errno())
-        raise CheckpointError(f"--out {other}: folders cannot be swapped in one step here ({why}); name a new folder, then move it yourself")
+        raise CheckpointError(f"--out {other}: folders cannot be swapped in one step here ({why}); name a new folder")

@@ -87,7 +87,8 @@ def _safetensors(
         hashes = write_files(folder, planned, progress=progress)
     carry(source, folder, dict(values) | {FIELD: quantization_config(layouts, kept)})
     manifest.write(folder, hashes)
-    return Converted(len(layouts), len(planned) - sum(len(layout.suffixes) for layout in layouts.values()), before, sum(it.nbytes for it in planned))
+    carried = len(planned) - sum(len(layout.suffixes) for layout in layouts.values())
+    return Converted(len(layouts), carried, before, sum(tensor.nbytes for tensor in planned))
 
 
 def plan(

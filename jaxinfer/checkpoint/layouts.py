@@ -57,7 +57,8 @@ class Layout(NamedTuple):
         """What config.json says of such weights."""
         return {
             "num_bits": self.bits, "type": self.kind, "symmetric": True, "strategy": "group" if self.group else "channel",
-            "group_size": self.group, "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax", "observer_kwargs": {},
+            "group_size": self.group, "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax",
+            "observer_kwargs": {},
         }  # fmt: skip
 
     def inputs(self) -> dict[str, Any] | None:
@@ -65,8 +66,8 @@ class Layout(NamedTuple):
         if not self.activations:
             return None
         return {
-            "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "block_structure": None, "dynamic": True,
-            "actorder": None, "observer": None, "observer_kwargs": {},
+            "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "block_structure": None,
+            "dynamic": True, "actorder": None, "observer": None, "observer_kwargs": {},
         }  # fmt: skip
 
 

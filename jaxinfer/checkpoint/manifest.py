@@ -134,7 +134,8 @@ def _check(path: Path, file: _File) -> None:
     found = _hash(path)
     if found != file.sha256:
         tensor, expected, found = _culprit(path, file) or (None, file.sha256, found)
-        raise broken(path, f"SHA-256 {expected[:16]}..., as {NAME} says", f"{found[:16]}...: damaged or changed", tensor=tensor, remedy=REMEDY)
+        expected = f"SHA-256 {expected[:16]}..., as {NAME} says"
+        raise broken(path, expected, f"{found[:16]}...: damaged or changed", tensor=tensor, remedy=REMEDY)
 
 
 def _culprit(path: Path, file: _File) -> tuple[str, str, str] | None:

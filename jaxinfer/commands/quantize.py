@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     parser.add_argument("--model", required=True, help="folder, Hugging Face repository or 'demo'; unquantised")
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face repository")
-    parser.add_argument("--scheme", required=True, metavar="RULES", help="as for --quantize: int8, or int8,lm_head=keep, or layers.*.mlp.*=int4")
+    rules = "as for --quantize: int8, or int8,lm_head=keep, or layers.*.mlp.*=int4"
+    parser.add_argument("--scheme", required=True, metavar="RULES", help=rules)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder")
     layout = "safetensors in the layout of compressed-tensors, which other tools read, or an Orbax checkpoint of our own arrays"
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help=f"{layout} [{FORMATS[0]}]")

@@ -1,10 +1,11 @@
 """The compressed-tensors format of llm-compressor and vLLM: int8, int4 and fp8 weights, as "int-quantized", "float-quantized" and
 "pack-quantized" store them.
 
-Plain ("int-quantized", "float-quantized", "naive-quantized"): X.weight int8 or e4m3 [out, in]. Packed ("pack-quantized"): X.weight_packed
-int32 [out, ceil(in * bits / 32)], numbers with 2^(bits-1) added, low bits first, and X.weight_shape [out, in]. X.weight_scale is [1], [out, 1],
-[out, groups] or [row blocks, column blocks]; X.weight_zero_point, where weights are not symmetric, int32 [ceil(out * bits / 32), groups], packed
-along the outputs, or int8 [out, groups]. weight = (q - zero) * scale. X.weight_g_idx int32 [in] says each column's group (actorder "group").
+Plain ("int-quantized", "float-quantized", "naive-quantized"): X.weight int8 or e4m3 [out, in]. Packed ("pack-quantized"):
+X.weight_packed int32 [out, ceil(in * bits / 32)], numbers with 2^(bits-1) added, low bits first, and X.weight_shape [out, in].
+X.weight_scale is [1], [out, 1], [out, groups] or [row blocks, column blocks]; X.weight_zero_point, where weights are not symmetric, int32
+[ceil(out * bits / 32), groups], packed along the outputs, or int8 [out, groups]. weight = (q - zero) * scale. X.weight_g_idx int32 [in] says
+each column's group (actorder "group").
 
 fp8 activations stay unquantised here, whatever the config says of them; int8 ones are quantised token by token ("w8a8") or not at all.
 """
@@ -162,13 +163,7 @@ def _group(options: Options, usual: object) -> _Group:
         raise broken(options.file, f"{options.where} with weights and targets", options.values)
     weights.finish(KNOWN_OF_WEIGHTS)
     bits, kind = weights.one_of("num_bits", (8, 4), default=8), weights.one_of("type", ("int", "float"), default="int")
-    layout = options.values.get("format") or usual
-    packed = layout == PACKED
-    if not packed and (not isinstance(layout, str) or layout not in PLAIN or PLAIN[layout] not in ("", kind)):
-        expected = f"format {PACKED!r} or {kind + '-quantized'!r} for weights of type {kind!r}"
-        raise broken(options.file, expected, layout, remedy="use a checkpoint saved in one of these formats")
-    if (kind, packed) == ("float", True) or (bits == 4 and not packed):
-        raise broken(options.file, f"{options.where}.weights that are int4 or int8 packed, or int8 or fp8 plain", f"{kind} of {bits} bits as {layout}")
+    packed = _packed(options, options.values.get("format") or usual, kind, bits)
     zeros = not weights.one_of("symmetric", (True,) if bits == 8 else (True, False), default=True, remedy="use a symmetric checkpoint")
     group, block = _sharing(weights)
     weights.one_of("dynamic", (False,), default=False)
@@ -177,6 +172,18 @@ def _group(options: Options, usual: object) -> _Group:
     names = ModuleNames(tuple(it for it in targets if it != "Linear"))
     encoding = Encoding(scheme, group, zeros)
     return _Group(weights, names, "Linear" in targets, encoding, bits, packed, block, order in ("group", "dynamic") and group is not None)
+
+
+def _packed(options: Options, layout: object, kind: str, bits: int) -> bool:
+    """Whether numbers are packed into words, if the layout is one of those that there are for them."""
+    if layout != PACKED and (not isinstance(layout, str) or layout not in PLAIN or PLAIN[layout] not in ("", kind)):
+        expected = f"format {PACKED!r} or {kind + '-quantized'!r} for weights of type {kind!r}"
+        raise broken(options.file, expected, layout, remedy="use a checkpoint saved in one of these formats")
+    packed = layout == PACKED
+    if (kind, packed) == ("float", True) or (bits == 4 and not packed):
+        expected = f"{options.where}.weights that are int4 or int8 packed, or int8 or fp8 plain"
+        raise broken(options.file, expected, f"{kind} of {bits} bits as {layout}")
+    return packed
 
 
 def _sharing(weights: Options) -> tuple[int | None, Block | None]:
@@ -190,7 +197,8 @@ def _sharing(weights: Options) -> tuple[int | None, Block | None]:
     if strategy != "block":
         return None, None
     written = weights.values.get("block_structure")
-    sizes = [int(it) for it in written.split("x")] if isinstance(written, str) and all(it.isdigit() for it in written.split("x")) else written
+    parts = written.split("x") if isinstance(written, str) else []
+    sizes = [int(it) for it in parts] if parts and all(it.isdigit() for it in parts) else written
     block = block_of(Options({"block_structure": sizes}, weights.file, weights.where), "block_structure")
     if block is None:
         raise broken(weights.file, f"{weights.where}.block_structure = [rows, columns]", None)

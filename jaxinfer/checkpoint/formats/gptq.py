@@ -1,8 +1,8 @@
 """GPTQ int4 (Frantar et al., arXiv 2210.17323), as AutoGPTQ and GPTQModel write it.
 
-qweight int32 [in / 8, out]: eight inputs to a word, low bits first; qzeros int32 [groups, out / 8]: eight outputs to a word; scales float16
-[groups, out]; g_idx int32 [in]: the group of each input. weight = (q - z) * s with q and z in 0..15, here both less 8. Checkpoints of format
-"gptq" hold z - 1 in place of z (so z reaches 16), those of format "gptq_v2" hold z.
+qweight int32 [in / 8, out]: eight inputs to a word, low bits first; qzeros int32 [groups, out / 8]: eight outputs to a word; scales
+float16 [groups, out]; g_idx int32 [in]: the group of each input. weight = (q - z) * s with q and z in 0..15, here both less 8. Checkpoints
+of format "gptq" hold z - 1 in place of z (so z reaches 16), those of format "gptq_v2" hold z.
 """
 
 from __future__ import annotations

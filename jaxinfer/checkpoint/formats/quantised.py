@@ -1,8 +1,8 @@
 """What the formats of quantised checkpoints have in common: how a format answers, and strict reading of its options.
 
-A format is a file of this folder with `QUANT_METHOD`, the word by which config.json calls it, and `read(options) -> Format`. A Format says of
-each linear module whether it is quantised and how (`Encoding`), which tensors must be there for it (`needs`), and gives the matrix that they
-mean (`Stored`): whole numbers or fp8 values, scales and zeros as [out, in], [out, groups] and [out, groups], with
+A format is a file of this folder with `QUANT_METHOD`, the word by which config.json calls it, and `read(options) -> Format`. A Format says
+of each linear module whether it is quantised and how (`Encoding`), which tensors must be there for it (`needs`), and gives the matrix that
+they mean (`Stored`): whole numbers or fp8 values, scales and zeros as [out, in], [out, groups] and [out, groups], with
 
     weight = (values - zeros) * scales,  column i belonging to group i // encoding.group
 

@@ -115,7 +115,7 @@ UP, KEY = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.k_proj"
 BROKEN = {
     "missing scale": ("w8a8", lambda t, c: t.pop(f"{UP}.weight_scale"), f"tensor '{UP}.weight_scale': expected shape [96, 1] or [96]"),
     "missing words": ("awq", lambda t, c: t.pop(f"{KEY}.qzeros"), f"tensor '{KEY}.qzeros': expected shape [2, 4] as config.json asks for"),
-    "no scheme": ("w8a8", lambda t, c: c.clear(), f"tensor 'model.layers.0.self_attn.q_proj.weight': expected a floating dtype, found int8"),
+    "no scheme": ("w8a8", lambda t, c: c.clear(), "proj.weight': expected a floating dtype, found int8; config.json has no"),
     "another group": ("awq", lambda t, c: c.update(group_size=64), "qzeros': expected shape [1, 8] as config.json asks for, found [2, 8]"),
     "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "inputs in groups of 48 (quantization_config.group_size)"),
     "misshapen": ("fp8 blocks", lambda t, c: t.update({f"{UP}.weight_scale_inv": np.ones((3, 1), np.float32)}), "expected shape [3, 2]"),

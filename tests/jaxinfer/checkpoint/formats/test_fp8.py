@@ -51,7 +51,7 @@ def test_bad_numbers_are_found(tmp_path):
         meant(stored, SHAPE, 48)
     for wrong in (0.0, -1.0, np.nan, np.inf):
         stored = form.stored("q", SHAPE, opened(tmp_path, {"q.weight": values(), "q.weight_scale": np.full(1, wrong, np.float32)}))
-        with pytest.raises(CheckpointError, match=rf"tensor 'q.weight_scale': expected scales that are finite and above 0, found {wrong:g}"):
+        with pytest.raises(CheckpointError, match=rf"tensor 'q.weight_scale': expected scales .* above 0, found {wrong:g}"):
             meant(stored, SHAPE, 48)
 
 

@@ -9,7 +9,7 @@ from jaxinfer.checkpoint.formats.quantised import Encoding
 from tests.quantised_files import Matrix, meant, opened, options
 from tests.quantised_files import gptq as written
 
-CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False, "damp_percent": 0.1, "true_sequential": True}
+CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": False, "true_sequential": True}
 SHAPE = (24, 64)
 
 
@@ -28,7 +28,8 @@ def test_values_are_those_of_the_definition(version, order, tmp_path):
 def test_which_modules_are_quantised(tmp_path):
     form = gptq.read(options(tmp_path, CONFIG))
     assert form.encoding("model.layers.3.mlp.up_proj") == Encoding("int4", 16, zeros=True) and form.encoding("lm_head") is None
-    some = gptq.read(options(tmp_path, CONFIG | {"lm_head": True, "sym": True, "modules_in_block_to_quantize": [["mlp.up_proj"], ["q_proj"]]}))
+    blocks = {"modules_in_block_to_quantize": [["mlp.up_proj"], ["q_proj"]]}
+    some = gptq.read(options(tmp_path, CONFIG | {"lm_head": True, "sym": True} | blocks))
     assert some.encoding("lm_head") == Encoding("int4", 16) == some.encoding("model.layers.3.mlp.up_proj")
     assert some.encoding("model.layers.3.mlp.down_proj") is None
 
