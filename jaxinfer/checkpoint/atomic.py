@@ -1,8 +1,8 @@
 """A folder that is there whole or not at all: filled beside its place, then moved into it in one step.
 
 The sibling `.NAME.partial-XXXX` is locked by the process that fills it; what a killed process left is removed by the next one that
-writes to the same place. Replacing a folder swaps the two names at once (Linux's renameat2 with RENAME_EXCHANGE), so at any moment the name leads to
-the old tree or to the new one.
+writes to the same place. Replacing a folder swaps the two names at once (Linux's renameat2 with RENAME_EXCHANGE), so at any moment the
+name leads to the old tree or to the new one.
 """
 
 from __future__ import annotations

@@ -11,29 +11,32 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxinfer.checkpoint import manifest, read
+from jaxinfer.checkpoint import manifest, orbax, read
 from jaxinfer.checkpoint.atomic import check_target, new_folder
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.checkpoint.formats.find import FIELD
 from jaxinfer.checkpoint.formats.folder import WeightFiles
+from jaxinfer.checkpoint.formats.safetensors import LazyTensor
+from jaxinfer.checkpoint.formats.views import Scaled
 from jaxinfer.checkpoint.layouts import Layout, layout_of, quantization_config
 from jaxinfer.checkpoint.stored import module_of
 from jaxinfer.checkpoint.write import Planned, Progress, write_files
 from jaxinfer.models import find
-from jaxinfer.models.graph import Graph, Quantization
-from jaxinfer.models.weights import Source, transform_of
+from jaxinfer.models.graph import Graph, Quantization, Weight
+from jaxinfer.models.weights import transform_of
 from jaxinfer.quant.find import find_scheme
 from jaxinfer.quant.qarray import QSpec
+from jaxinfer.sharding import make_mesh
 
-FORMATS = ("safetensors", "orbax")
 BLOCK = 1 << 24  # bytes of a matrix that are quantised together
 CARRIED = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*", "README.md")
 
@@ -55,8 +58,8 @@ def convert(
 ) -> Converted:  # fmt: skip
     """Quantise the model in a folder into another folder, which is there whole in the end or not at all.
 
-    factors: by the names of the graph's weights, a power of two for each input that its columns are divided by, and (a vector) what
-    a norm in front of them is multiplied by; see calibrate.py. progress is called with (bytes done, bytes in all).
+    factors: for some of the graph's weights, a power of two for each input: matrices are divided by them before they are quantised, norms
+    multiplied by them; see calibrate.py. progress is called with (bytes done, bytes in all).
 
     Raises:
         CheckpointError: the source is damaged or quantised already, or the target may not be written to.
@@ -69,31 +72,63 @@ def convert(
     if values.get(FIELD):
         raise CheckpointError(f"{source / 'config.json'}: the weights are quantised already ({FIELD}); quantise the original model")
     module = find.find(values.get("model_type"))
-    graph = Graph.of(module, module.Config.from_hf(values), np.float32, quantization)
-    with new_folder(target, overwrite=overwrite) as folder:
-        if kind == "orbax":
-            raise NotImplementedError
-        return _safetensors(source, folder, graph, values, factors or {}, progress)
+    config = module.Config.from_hf(values)
+    with WeightFiles(source) as files:
+        graph = Graph.of(module, config, _dtype(files.tensors), quantization)
+        read.verify(source, graph)
+        manifest.verify(source, weights=True)
+        tensors = balanced(graph, files.tensors, factors or {})
+        with new_folder(target, overwrite=overwrite) as folder:
+            if kind == "orbax":
+                made, hashes = _orbax(folder, graph, tensors, progress), {}
+                described = orbax.quantization_config(quantization)
+            else:
+                made, hashes, described = _safetensors(folder, graph, tensors, progress)
+            carry(source, folder, dict(values) | {FIELD: described})
+            manifest.write(folder, hashes)
+    before = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in files.tensors.values())
+    return made._replace(bytes_before=before)
+
+
+def balanced(graph: Graph, tensors: Mapping[str, LazyTensor], factors: Mapping[str, np.ndarray]) -> dict[str, LazyTensor]:
+    """The tensors with factors applied as they are read."""
+    found = dict(tensors)
+    for name, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
+        if name in factors:
+            transform, layer = transform_of(name, graph.module.WEIGHTS)
+            for tensor in transform.needs(graph.config, spec.shape, layer):
+                found[tensor] = Scaled.of(tensors[tensor], factors[name], divided=contracting > 0)
+    return found
 
 
 def _safetensors(
-    source: Path, folder: Path, graph: Graph, values: Mapping[str, Any], factors: Mapping[str, np.ndarray], progress: Progress | None
-) -> Converted:
-    read.verify(source, graph)
-    manifest.verify(source, weights=True)
-    with WeightFiles(source) as files:
-        planned, layouts, kept = plan(graph, files.tensors, factors)
-        before = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in files.tensors.values())
-        hashes = write_files(folder, planned, progress=progress)
-    carry(source, folder, dict(values) | {FIELD: quantization_config(layouts, kept)})
-    manifest.write(folder, hashes)
+    folder: Path, graph: Graph, tensors: Mapping[str, LazyTensor], progress: Progress | None
+) -> tuple[Converted, dict[str, dict[str, str]], dict[str, Any]]:
+    planned, layouts, kept = plan(graph, tensors)
+    hashes = write_files(folder, planned, progress=progress)
     carried = len(planned) - sum(len(layout.suffixes) for layout in layouts.values())
-    return Converted(len(layouts), carried, before, sum(tensor.nbytes for tensor in planned))
+    made = Converted(len(layouts), carried, 0, sum(tensor.nbytes for tensor in planned))
+    return made, hashes, quantization_config(layouts, kept)
 
 
-def plan(
-    graph: Graph, tensors: Mapping[str, Source], factors: Mapping[str, np.ndarray]
-) -> tuple[list[Planned], dict[str, Layout], list[str]]:
+def _orbax(folder: Path, graph: Graph, tensors: Mapping[str, LazyTensor], progress: Progress | None) -> Converted:
+    mesh = make_mesh({}, jax.local_devices(backend="cpu")[:1])
+    done = 0
+
+    def weights() -> Iterator[Weight]:
+        nonlocal done
+        for spec, weight in zip(graph.specs, read.weights_of(graph, tensors, mesh), strict=True):
+            yield weight
+            done += spec.nbytes
+            if progress is not None:
+                progress(done, graph.nbytes)
+
+    size = orbax.save(folder, graph, weights())
+    quantised = sum(isinstance(spec, QSpec) for spec in graph.specs)
+    return Converted(quantised, len(graph.specs) - quantised, 0, size)
+
+
+def plan(graph: Graph, tensors: Mapping[str, LazyTensor]) -> tuple[list[Planned], dict[str, Layout], list[str]]:
     """What will be written, the layout of each quantised module, and the modules of matrices that stay as they are."""
     planned: list[Planned] = []
     layouts: dict[str, Layout] = {}
@@ -104,10 +139,10 @@ def plan(
             if isinstance(spec, QSpec):
                 layout = layout_of(spec, contracting)
                 layouts[module_of(tensor)] = layout
-                planned += _Matrix(module_of(tensor), tensors[tensor], spec, layout, factors.get(name)).planned()
+                planned += _Matrix(module_of(tensor), tensors[tensor], spec.scheme, layout).planned()
             else:
                 kept += [module_of(tensor)] if contracting else []
-                planned.append(_as_it_is(tensor, tensors[tensor], factors.get(name)))
+                planned.append(_as_it_is(tensor, tensors[tensor]))
     return planned, layouts, kept
 
 
@@ -125,59 +160,46 @@ class _Matrix:
     """One module of the checkpoint on its way: values are made first, their scales kept until it is their turn."""
 
     module: str
-    source: Source
-    spec: QSpec
+    source: LazyTensor
+    scheme: str
     layout: Layout
-    factors: np.ndarray | None
     scales: list[np.ndarray] = field(default_factory=list)
 
     def planned(self) -> list[Planned]:
         """The module's tensors in the order in which they must be made."""
-        made = {"values": self._values, "scales": lambda: iter(self.scales), "shape": lambda: iter([np.array(self.shape, np.int64)])}
-        arrays = self.layout.arrays(self.shape)
-        return [Planned(f"{self.module}.{suffix}", dtype, shape, made[kind]) for suffix, kind, dtype, shape in arrays]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in] as in the file."""
-        return self.source.shape[0], math.prod(self.source.shape[1:])
+        shape = np.array(self.source.shape, np.int64)
+        made = {"values": self._values, "scales": lambda: iter(self.scales), "shape": lambda: iter([shape])}
+        arrays = self.layout.arrays((self.source.shape[0], self.source.shape[1]))
+        return [Planned(f"{self.module}.{suffix}", dtype, size, made[kind]) for suffix, kind, dtype, size in arrays]
 
     def _values(self) -> Iterator[np.ndarray]:
-        scheme, (out, inputs) = find_scheme(self.spec.scheme), self.shape
-        blocks, rows = (1, self.layout.group or inputs), max(BLOCK // (4 * inputs), 1)
+        scheme, blocks = find_scheme(self.scheme), (1, self.layout.group or self.source.shape[1])
         self.scales.clear()
-        for low in range(0, out, rows):
-            piece = self.source.read((slice(low, min(low + rows, out)), slice(0, inputs)))
-            if self.factors is not None:
-                piece = piece.astype(np.float32) / self.factors[None]
+        for piece in _rows(self.source):
             try:
                 scales = scheme.scales(piece, blocks)
             except ValueError as error:
-                raise CheckpointError(f"tensor {self.module + '.weight'!r}: {error}") from None
+                raise CheckpointError(f"{self.source.file.path}: tensor {self.source.name!r}: {error}") from None
             self.scales.append(scales)
             yield self.layout.stored(scheme.values(piece, scales))
 
 
-def _as_it_is(name: str, tensor: Source, factors: np.ndarray | None) -> Planned:
-    """A tensor carried over, a norm's multiplied by powers of two."""
-
-    def pieces() -> Iterator[np.ndarray]:
-        yield from _rows(tensor, factors)
-
-    return Planned(name, tensor.dtype, tensor.shape, pieces)
+def _as_it_is(name: str, tensor: LazyTensor) -> Planned:
+    return Planned(name, tensor.dtype, tensor.shape, lambda: _rows(tensor))
 
 
-def _rows(tensor: Source, factors: np.ndarray | None) -> Iterator[Shaped[np.ndarray, "..."]]:
-    first, *rest = tensor.shape or (1,)
-    rest_of_index = [slice(0, size) for size in rest]
-    rows = max(BLOCK // max(math.prod(rest) * tensor.dtype.itemsize, 1), 1)
-    for low in range(0, first, rows):
-        piece = tensor.read((slice(low, min(low + rows, first)), *rest_of_index) if tensor.shape else ())
-        if factors is not None:
-            piece = (piece.astype(np.float32) * factors[low : low + len(piece)]).astype(tensor.dtype)
-        yield piece
+def _rows(tensor: LazyTensor) -> Iterator[Shaped[np.ndarray, "..."]]:
+    """A tensor in pieces of whole rows."""
+    if not tensor.shape:
+        yield tensor.read(())
+        return
+    rest = [slice(0, size) for size in tensor.shape[1:]]
+    rows = max(BLOCK // max(math.prod(tensor.shape[1:]) * 4, 1), 1)
+    for low in range(0, tensor.shape[0], rows):
+        yield tensor.read((slice(low, min(low + rows, tensor.shape[0])), *rest))
 
 
-def names(quantization: Quantization) -> Sequence[str]:
-    """The schemes that a quantisation uses."""
-    return sorted({quantization.scheme, *(scheme for _, scheme in quantization.rules)} - {"keep"})
+def _dtype(tensors: Mapping[str, LazyTensor]) -> np.dtype:
+    """The dtype of an unquantised checkpoint's tensors, float32 where they differ."""
+    found = {tensor.dtype for tensor in tensors.values()}
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Shaped
 
-from jaxinfer.checkpoint import manifest, stored
+from jaxinfer.checkpoint import manifest, orbax, stored
 from jaxinfer.checkpoint.assemble import Kept, assemble
 from jaxinfer.checkpoint.errors import CheckpointError, broken
 from jaxinfer.checkpoint.formats.find import FIELD, format_of
@@ -66,6 +66,9 @@ def as_stored(folder: Path, graph: Graph) -> Graph:
     Raises:
         CheckpointError: a format, or an option of it, that is not implemented; a model that does not fit it.
     """
+    config = read_json(folder / "config.json")
+    if orbax.written_here(config):
+        return Graph.of(graph.module, graph.config, graph.dtype, orbax.quantization(config, folder / "config.json"))
     form = _format(folder)
     if form is None:
         return graph
@@ -79,6 +82,8 @@ def verify(folder: Path, graph: Graph) -> None:
     Raises:
         CheckpointError: as `load`.
     """
+    if orbax.written_here(read_json(folder / "config.json")):
+        return orbax.verify(folder, graph)
     with WeightFiles(folder) as files:
         _plan(files.listing, graph, files.tensors, _format(folder))
 
@@ -91,6 +96,8 @@ def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *
     Raises:
         CheckpointError: a missing, extra, misshapen or damaged tensor or file; one message names file, tensor, expected and found.
     """
+    if orbax.written_here(read_json(folder / "config.json")):
+        return orbax.load(folder, graph, mesh, rules, progress=progress)
     manifest.verify(folder, weights=True)
     with WeightFiles(folder) as files:
         loaders = _plan(files.listing, graph, files.tensors, _format(folder))
@@ -108,6 +115,17 @@ def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
         return weights
+
+
+def weights_of(graph: Graph, tensors: Mapping[str, LazyTensor], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Weight]:
+    """The weights of an unquantised checkpoint's tensors, quantised as the graph says, one after another in its order.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    listing = next(iter(tensors.values())).file.path
+    for loader in _plan(listing, graph, tensors, None):
+        yield loader.load(mesh, rules)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 Plain ("int-quantized", "float-quantized", "naive-quantized"): X.weight int8 or e4m3 [out, in]. Packed ("pack-quantized"):
 X.weight_packed int32 [out, ceil(in * bits / 32)], numbers with 2^(bits-1) added, low bits first, and X.weight_shape [out, in].
 X.weight_scale is [1], [out, 1], [out, groups] or [row blocks, column blocks]; X.weight_zero_point, where weights are not symmetric, int32
-[ceil(out * bits / 32), groups], packed along the outputs, or int8 [out, groups]. weight = (q - zero) * scale. X.weight_g_idx int32 [in] says
-each column's group (actorder "group").
+[ceil(out * bits / 32), groups], packed along the outputs, or int8 [out, groups]. weight = (q - zero) * scale. X.weight_g_idx int32 [in]
+says each column's group (actorder "group").
 
 fp8 activations stay unquantised here, whatever the config says of them; int8 ones are quantised token by token ("w8a8") or not at all.
 """

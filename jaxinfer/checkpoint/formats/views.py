@@ -240,3 +240,25 @@ class Within:
         if wrong.any():
             raise broken(self.origin.file.path, expected, f"{float(found[wrong].flat[0]):g}", tensor=self.origin.name)
         return np.ascontiguousarray(found.astype(self.dtype, copy=False))
+
+
+@dataclass(frozen=True)
+class Scaled(LazyTensor):
+    """A tensor whose last dimension is multiplied by factors (or divided), in float32 where it is divided. Exact for powers of two."""
+
+    factors: tuple[float, ...] = ()
+    divided: bool = False
+
+    @classmethod
+    def of(cls, tensor: LazyTensor, factors: np.ndarray, *, divided: bool) -> Scaled:
+        """A tensor of a file with factors for its last dimension."""
+        numbers = tuple(float(it) for it in factors)
+        dtype = np.dtype(np.float32) if divided else tensor.dtype
+        return cls(tensor.file, tensor.name, dtype, tensor.shape, tensor.start, numbers, divided)
+
+    def read(self, index: Slices) -> Shaped[np.ndarray, "..."]:
+        """One slice per dimension of the view."""
+        source = self.file.tensors()[self.name]
+        factors = np.asarray(self.factors[index[-1]], np.float32)
+        wide = source.read(index).astype(np.float32)
+        return (wide / factors if self.divided else wide * factors).astype(self.dtype)
