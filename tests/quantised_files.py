@@ -146,3 +146,23 @@ def quantised_model(source, target, config, matrices):
     write(plain / "model.safetensors", kept | meanings)
     (plain / "config.json").write_text((source / "config.json").read_text())
     return plain
+
+
+def tiny_model(folder):
+    """The tests' tiny model with weights in bfloat16, a tokenizer and settings: a whole folder to convert and to break."""
+    from jaxinfer.models import find
+    from jaxinfer.models.graph import Graph
+    from jaxinfer.models.weights import transform_of
+    from tests.jaxinfer.conftest import CONFIG, write_folder
+
+    folder.mkdir()
+    write_folder(folder, intermediate_size=64)
+    module = find.find("llama")
+    graph = Graph.of(module, module.Config.from_hf(CONFIG | {"intermediate_size": 64}), np.float32)
+    draw, tensors = np.random.default_rng(0), {}
+    for name, spec in zip(graph.names, graph.specs, strict=True):
+        transform, layer = transform_of(name, module.WEIGHTS)
+        for tensor, shape in transform.needs(graph.config, spec.shape, layer).items():
+            tensors[tensor] = draw.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape).astype(ml_dtypes.bfloat16)
+    write(folder / "model.safetensors", tensors)
+    return folder

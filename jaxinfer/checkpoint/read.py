@@ -83,7 +83,7 @@ def verify(folder: Path, graph: Graph) -> None:
         CheckpointError: as `load`.
     """
     if orbax.written_here(read_json(folder / "config.json")):
-        return orbax.verify(folder, graph)
+        return orbax.verify(folder)
     with WeightFiles(folder) as files:
         _plan(files.listing, graph, files.tensors, _format(folder))
 

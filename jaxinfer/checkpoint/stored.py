@@ -22,6 +22,7 @@ from jaxtyping import Shaped
 
 from jaxinfer.checkpoint.assemble import Kept, assemble
 from jaxinfer.checkpoint.errors import CheckpointError, broken
+from jaxinfer.checkpoint.formats.find import FIELD
 from jaxinfer.checkpoint.formats.quantised import Encoding, Format, Need, Stored
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.formats.views import Spread
@@ -178,7 +179,9 @@ def _narrow(encoding: Encoding, needs: Iterable[str], tensors: Mapping[str, Lazy
 
 def _spec(spec: ArraySpec, contracting: int, encoding: Encoding, narrow: bool, folder: Path) -> Spec:
     out = len(spec.shape) - contracting
-    into = spec.shape[out:]
+    into, file = spec.shape[out:], folder / "config.json"
+    if encoding.scheme == "int4" and encoding.group is not None and math.prod(into) % encoding.group:
+        raise broken(file, f"a group size of {FIELD} that divides {math.prod(into)} inputs", encoding.group)
     groups = into if encoding.group is None else _box(into, encoding.group)
     try:
         return described(
@@ -187,7 +190,7 @@ def _spec(spec: ArraySpec, contracting: int, encoding: Encoding, narrow: bool, f
             activations="int8" if encoding.scheme == "w8a8" else "float",
         )  # fmt: skip
     except ValueError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: quantization_config does not fit the model: {error}") from None
+        raise CheckpointError(f"{file}: {FIELD} does not fit the model: {error}") from None
 
 
 def _box(into: tuple[int, ...], group: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate is not None and "w8a8" not in (quantization.scheme, *(scheme for _, scheme in quantization.rules)):
         raise ConfigError(f"--calibrate is of use with w8a8 alone, --scheme is {args.scheme}; leave --calibrate out")
 
-    from jaxinfer.checkpoint import convert, hub
+    from jaxinfer.checkpoint import calibrate, convert, hub
 
     begun = time.perf_counter()
     source = hub.resolve(args.model, args.revision)

@@ -84,7 +84,8 @@ def test_every_bit_of_the_manifest_that_means_something_is_guarded(folder):
 
 
 def test_names_outside_of_the_folder_and_other_versions(folder):
-    for body in ({"version": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}, {"version": 2, "files": {}}, {"version": 1, "files": {"x": 3}}):
+    outside, files = {"../x": {"bytes": 1, "sha256": ""}}, {"x": 3}
+    for body in ({"version": 1, "files": outside}, {"version": 2, "files": {}}, {"version": 1, "files": files}):
         (folder / manifest.NAME).write_text(json.dumps(body | {"sha256": manifest._own(body)}))
         with pytest.raises(CheckpointError, match=r"names of files in the folder|version 1 and files|bytes and sha256 of each file"):
             manifest.verify(folder, weights=True)

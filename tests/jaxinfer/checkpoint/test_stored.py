@@ -117,7 +117,7 @@ BROKEN = {
     "missing words": ("awq", lambda t, c: t.pop(f"{KEY}.qzeros"), f"tensor '{KEY}.qzeros': expected shape [2, 4] as config.json asks for"),
     "no scheme": ("w8a8", lambda t, c: c.clear(), "proj.weight': expected a floating dtype, found int8; config.json has no"),
     "another group": ("awq", lambda t, c: c.update(group_size=64), "qzeros': expected shape [1, 8] as config.json asks for, found [2, 8]"),
-    "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "inputs in groups of 48 (quantization_config.group_size)"),
+    "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "a group size of quantization_config that divides 64 inputs"),
     "misshapen": ("fp8 blocks", lambda t, c: t.update({f"{UP}.weight_scale_inv": np.ones((3, 1), np.float32)}), "expected shape [3, 2]"),
     "dtype": ("gptq", lambda t, c: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].astype(np.int64)}), "expected dtype int32, found int64"),
     "floats": ("w8a8", lambda t, c: t.update({f"{UP}.weight": np.ones((96, 64), np.float32)}), "expected dtype int8, found float32"),
