@@ -2,8 +2,8 @@
 
 The unquantised model reads every text once; inside its program the largest magnitude of each input of each matrix is kept. Where a few
 inputs are much larger than the others, 8 bits for a token serve only them: so a norm's output is divided there and the columns of the
-matrices behind it are multiplied. The model file says which matrices read a norm (`NORMS`). Factors are powers of two, which change no bit of the
-unquantised model's products, so the checkpoint stays one that any tool reads. Matrices with no norm in front of them are left alone.
+matrices behind it are multiplied. The model file says which matrices read a norm (`NORMS`). Factors are powers of two, which change no
+bit of the unquantised model's products, so the checkpoint stays one that any tool reads. Matrices with no norm in front are left alone.
 """
 
 from __future__ import annotations

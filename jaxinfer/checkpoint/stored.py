@@ -84,15 +84,16 @@ def check_need(listing: Path, name: str, need: Need, tensors: Mapping[str, LazyT
         CheckpointError: it is not.
     """
     shapes = "shape " + " or ".join(str(list(shape)) for shape in need.shapes) + " as config.json asks for"
+    floating, untold = need.dtypes == FLOATS, "config.json has no quantization_config that says how to read the weights"
     if name not in tensors:
-        raise broken(listing, shapes, "no such tensor", tensor=name)
+        packed = floating and any(f"{module_of(name)}.{it}" in tensors for it in ("qweight", "weight_packed"))
+        raise broken(listing, shapes, "no such tensor", tensor=name, remedy=untold if packed else "")
     tensor = tensors[name]
     if tensor.shape not in need.shapes:
         raise broken(tensor.file.path, shapes, f"{list(tensor.shape)}", tensor=name)
     if tensor.dtype.name not in need.dtypes:
-        floating = need.dtypes == FLOATS
-        remedy = "config.json has no quantization_config that says how to read it" if floating and tensor.dtype == np.int8 else ""
         expected = "a floating dtype" if floating else "dtype " + " or ".join(need.dtypes)
+        remedy = untold if floating and tensor.dtype == np.int8 else ""
         raise broken(tensor.file.path, expected, tensor.dtype.name, tensor=name, remedy=remedy)
 
 

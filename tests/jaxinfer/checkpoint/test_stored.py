@@ -116,6 +116,7 @@ BROKEN = {
     "missing scale": ("w8a8", lambda t, c: t.pop(f"{UP}.weight_scale"), f"tensor '{UP}.weight_scale': expected shape [96, 1] or [96]"),
     "missing words": ("awq", lambda t, c: t.pop(f"{KEY}.qzeros"), f"tensor '{KEY}.qzeros': expected shape [2, 4] as config.json asks for"),
     "no scheme": ("w8a8", lambda t, c: c.clear(), "proj.weight': expected a floating dtype, found int8; config.json has no"),
+    "no word": ("gptq", lambda t, c: c.clear(), "found no such tensor; config.json has no quantization_config that says how to read"),
     "another group": ("awq", lambda t, c: c.update(group_size=64), "qzeros': expected shape [1, 8] as config.json asks for, found [2, 8]"),
     "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "a group size of quantization_config that divides 64 inputs"),
     "misshapen": ("fp8 blocks", lambda t, c: t.update({f"{UP}.weight_scale_inv": np.ones((3, 1), np.float32)}), "expected shape [3, 2]"),
