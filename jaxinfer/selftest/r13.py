@@ -74,15 +74,17 @@ def check(model: str, first: int, cases: int, seed: int) -> Iterator[Result]:
     from jaxinfer.checkpoint import hub
 
     with tempfile.TemporaryDirectory() as folder:
-        bases = build(hub.resolve(model), Path(folder))
-        whole = {kind: state(base) for kind, base in bases.items()}
+        source, whole = hub.resolve(model), dict[str, str]()
         order = ordered(seed)
         for number in range(first, cases):
             draw = random.Random(f"{seed} {number}")
             case = order[number % len(order)]
             kind = draw.choice(case.kinds)
-            broken = Path(folder) / "broken"
-            shutil.copytree(bases[kind], broken)
+            base, broken = Path(folder) / kind, Path(folder) / "broken"
+            if kind not in whole:
+                build(source, base)
+                whole[kind] = state(base)
+            shutil.copytree(base, broken)
             changed = case.damage(broken, draw)
             yield judge(case, kind, broken, changed, whole[kind])
             if number % BY_COMMAND == BY_COMMAND - 1 and cases >= CASES["long"]:
@@ -95,28 +97,32 @@ def ordered(seed: int) -> list[damage.Case]:
     return random.Random(seed).sample(damage.CASES, len(damage.CASES))
 
 
-def build(source: Path, folder: Path) -> dict[str, Path]:
-    """One whole folder of every kind, by its name in damage.py."""
-    from jaxinfer.checkpoint import write
+def build(source: Path, base: Path) -> None:
+    """A whole folder of the kind (a word of damage.py) that its name is."""
     from jaxinfer.checkpoint.convert import convert
     from jaxinfer.models.graph import Quantization
 
-    bases = {name: folder / name for name in (*foreign.CONFIGS, "sharded", "orbax", *SCHEMES, *(f"{name}+" for name in SCHEMES))}
-    for kind in foreign.CONFIGS:
-        foreign.write(source, bases[kind], kind)
-    for name, scheme in SCHEMES.items():
-        convert(source, bases[f"{name}+"], Quantization.parse(scheme))
-        shutil.copytree(bases[f"{name}+"], bases[name], ignore=shutil.ignore_patterns(damage.MANIFEST))
-    convert(source, bases["orbax"], Quantization.parse("int8"), kind="orbax")
-    shutil.copytree(source, bases["sharded"])
-    if not (source / "model.safetensors.index.json").exists():
-        split(bases["sharded"], write)
-    return bases
+    scheme = SCHEMES.get(base.name.removesuffix("+"))
+    if base.name in foreign.CONFIGS:
+        foreign.write(source, base, base.name)
+    elif scheme is not None:
+        convert(source, base, Quantization.parse(scheme))
+        if not base.name.endswith("+"):
+            (base / damage.MANIFEST).unlink()
+    elif base.name == "orbax":
+        convert(source, base, Quantization.parse("int8"), kind="orbax")
+    else:
+        shutil.copytree(source, base)
+        split(base)
 
 
-def split(folder: Path, write: Any) -> None:
-    """Cut a folder's one file of weights in several, with an index."""
+def split(folder: Path) -> None:
+    """Cut a folder's one file of weights in several, with an index, if it has but one."""
+    from jaxinfer.checkpoint import write
     from jaxinfer.checkpoint.formats.folder import WeightFiles
+
+    if (folder / "model.safetensors.index.json").exists():
+        return
 
     with WeightFiles(folder) as files:
         arrays = {name: it.read(tuple(slice(0, size) for size in it.shape)) for name, it in files.tensors.items()}

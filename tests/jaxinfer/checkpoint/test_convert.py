@@ -25,8 +25,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(("rules", "kind"), [*((rules, "safetensors") for rules in RULES), *((rules, "orbax") for rules in RULES[2:5:2])])
 def test_the_same_as_quantised_at_load(rules, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 3000)  # several pieces of a matrix
     seen, quantization = [], Quantization.parse(rules)
@@ -35,11 +34,11 @@ def test_the_same_as_quantised_at_load(rules, kind, tmp_path, monkeypatch):
     assert read.of_model(read.read_config(tmp_path / "out")) == read.read_config(GOLDEN / "linear")
     graph, expected_graph = read.as_stored(tmp_path / "out", golden_graph("linear")), golden_graph("linear", "float32", quantization)
     assert graph.specs == expected_graph.specs
-    for mesh in (make_mesh({}), make_mesh({"tensor": 4})):
-        found = graph.leaves(read.load(tmp_path / "out", graph, mesh))
-        expected = graph.leaves(read.load(GOLDEN / "linear", expected_graph, mesh))
-        for one, other in zip(found, expected, strict=True):
-            assert one.dtype == other.dtype and one.sharding == other.sharding and np.array_equal(one, other)
+    mesh = make_mesh({"tensor": 4})
+    found = graph.leaves(read.load(tmp_path / "out", graph, mesh))
+    expected = graph.leaves(read.load(GOLDEN / "linear", expected_graph, mesh))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.sharding == other.sharding and np.array_equal(one, other)
 
 
 def test_other_files_are_carried_over(tmp_path):
