@@ -34,10 +34,13 @@ STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups 
 
 
 class Sizes(NamedTuple):
-    """Warpgroups that multiply, 64 outputs each, and inputs of a block."""
+    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA."""
 
     consumers: int
     block: int
+
+
+XLA = Sizes(0, 0)
 
 
 class Plan(NamedTuple):
@@ -81,17 +84,19 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
     """Sizes that were never measured."""
-    return _fitting(key)[0]._asdict()
+    return (*_fitting(key), XLA)[0]._asdict()
 
 
 def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]:
     """Sizes worth measuring."""
-    return [sizes._asdict() for sizes in _fitting(key)]
+    return [sizes._asdict() for sizes in (*_fitting(key), XLA)]
 
 
 def _fitting(key: dict[str, int | str]) -> list[Sizes]:
-    """Sizes that divide the shape and leave room for three stages, best guess first."""
+    """Sizes that divide the shape and leave room for three stages, best guess first; none for many tokens."""
     tokens, found = _padded(int(key["tokens"])), []
+    if tokens > MOST:
+        return found
     for consumers in (2, 4, 1):
         for block in (256, 512, 128):
             stage = block * (consumers * TILE * BITS[str(key["weight"])] // 8 + 2 * tokens)
@@ -116,10 +121,11 @@ def quantized_matmul(
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """See api.quantized_matmul."""
-    if x.shape[0] > MOST:
-        return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     kind, outputs = Format.of(weight, scales, activations), weight.shape[0]
     sizes = Sizes(**tuning.sizes("quantized_matmul", "gpu", dispatch.target(), kind.key(x, weight)))
+    if sizes == XLA:
+        with tuning.forced(xla.heuristic("gpu", kind.key(x, weight))):
+            return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     per_row = jnp.repeat(scales, outputs // scales.shape[0], axis=0)
     inputs, per_token = _inputs(x, kind)
     plan = plan_of(sizes, inputs.shape[0], outputs, x.shape[1], kind)
