@@ -106,23 +106,26 @@ def rotate_and_write(
 
 
 def collect(
-    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, group: int
-) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """Each token's outputs, from its first line on; zeros for a token that is NOWHERE."""
+    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, first: int, group: int
+) -> Float[Array, "prefill_tokens kv_heads group head_dim"]:
+    """The outputs of each token from the `first` one on, which begin at its line; zeros for a token that is NOWHERE.
+
+    `line` comes whole: XLA would hand over a part of it as a pointer into the middle, which kernels refuse unless it is aligned.
+    """
     kv_heads, _, head_dim = lines.shape
     scratch = (plgpu.SMEM((kv_heads, group, head_dim), lines.dtype), plgpu.Barrier())
 
     def body(lines: Any, line: Any, nothing: Any, out: Any, made: tuple[Any, Any]) -> None:
         token, (found, arrived) = lax.axis_index("token"), made
-        first = line[token]
-        pl.when(first >= 0)(lambda: plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(first, group)], found, arrived))
-        pl.when(first < 0)(lambda: plgpu.copy_gmem_to_smem(nothing, found, arrived))
+        own = line[first + token]
+        pl.when(own >= 0)(lambda: plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(own, group)], found, arrived))
+        pl.when(own < 0)(lambda: plgpu.copy_gmem_to_smem(nothing, found, arrived))
         plgpu.barrier_wait(arrived)
         plgpu.copy_smem_to_gmem(found, out.at[token])
         plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((line.shape[0], kv_heads, group, head_dim), lines.dtype)
-    run = hopper.kernel(body, scratch, out_type=out, grid={"token": line.shape[0]}, warpgroups=1)
+    out = jax.ShapeDtypeStruct((line.shape[0] - first, kv_heads, group, head_dim), lines.dtype)
+    run = hopper.kernel(body, scratch, out_type=out, grid={"token": out.shape[0]}, warpgroups=1)
     return run(lines, line, jnp.zeros((kv_heads, group, head_dim), lines.dtype))
 
 
