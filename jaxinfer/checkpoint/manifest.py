@@ -1,8 +1,9 @@
 """A manifest of hashes: what each file of a folder held when it was written, so that a flipped bit is an error and not a worse model.
 
-jaxinfer_manifest.json lists every file with its size and SHA-256, for safetensors files also that of each tensor, and ends with the
-SHA-256 of itself. Neither safetensors nor Orbax notice a changed byte in the numbers. Folders without a manifest (what others wrote) load
-unchecked, but for Orbax checkpoints, which must have one. Knows no format beyond where a safetensors header says that tensors lie.
+jaxinfer_manifest.json lists every file that is read (not READMEs and licences) with its size and SHA-256, for safetensors files also that
+of each tensor, and ends with the SHA-256 of itself. Neither safetensors nor Orbax notice a changed byte in the numbers. Folders without a
+manifest (what others wrote) load unchecked, but for Orbax checkpoints, which must have one. Knows no format beyond where a safetensors
+header says that tensors lie.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ NAME = "jaxinfer_manifest.json"
 VERSION = 1
 BLOCK = 1 << 22
 THREADS = 4
+READ = (".safetensors", ".json", ".jinja", ".model")
 REMEDY = f"fetch or write the checkpoint again (who changed it on purpose deletes {NAME}; then nothing is checked)"
 
 Tensors = Mapping[str, Mapping[str, str]]  # file -> tensor -> SHA-256
@@ -36,9 +38,8 @@ class _File(NamedTuple):
 
 
 def write(folder: Path, tensors: Tensors | None = None) -> None:
-    """Hash every file of a folder that is complete, and write its manifest."""
-    known = tensors or {}
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    """Hash the files of a folder that is complete, and write its manifest."""
+    known, names = tensors or {}, listed(folder)
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = list(pool.map(lambda name: _hash(folder / name), names))
     files = {
@@ -47,6 +48,12 @@ def write(folder: Path, tensors: Tensors | None = None) -> None:
     }
     body = {"version": VERSION, "files": files}
     (folder / NAME).write_text(json.dumps(body | {"sha256": _own(body)}, indent=1))
+
+
+def listed(folder: Path) -> list[str]:
+    """The files of a folder that a manifest lists: what is read of it."""
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    return [name for name in there if "/" in name or name.endswith(READ)]
 
 
 def verify(

@@ -110,10 +110,9 @@ def whole(folder: Path) -> str:
     values = read.read_config(folder)
     manifest.require(folder)
     manifest.verify(folder, weights=True)
-    listed = set(json.loads((folder / manifest.NAME).read_text())["files"]) | {manifest.NAME}
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if there != listed:
-        raise ValueError(f"files that no manifest lists, or the other way round: {sorted(there ^ listed)[:3]}")
+    vouched, there = set(json.loads((folder / manifest.NAME).read_text())["files"]), set(manifest.listed(folder))
+    if there != vouched:
+        raise ValueError(f"files that no manifest lists, or the other way round: {sorted(there ^ vouched)[:3]}")
     module = find.find(values.get("model_type"))
     graph = read.as_stored(folder, Graph.of(module, module.Config.from_hf(read.of_model(values)), np.float32))
     weights = read.load(folder, graph, make_mesh({}))
