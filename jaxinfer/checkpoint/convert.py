@@ -148,7 +148,7 @@ def plan(graph: Graph, tensors: Mapping[str, LazyTensor]) -> tuple[list[Planned]
 
 def carry(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
     """Copy tokenizer, templates and settings, and write config.json."""
-    skipped = {"config.json", manifest.NAME, "model.safetensors.index.json"}
+    skipped = {"config.json", "model.safetensors.index.json", *manifest.NOT_LISTED}
     for path in sorted({path for pattern in CARRIED for path in source.glob(pattern)}):
         if path.is_file() and path.name not in skipped:
             shutil.copyfile(path, folder / path.name)

@@ -24,6 +24,7 @@ VERSION = 1
 BLOCK = 1 << 22
 THREADS = 4
 READ = (".safetensors", ".json", ".jinja", ".model")
+NOT_LISTED = (NAME, "audit.json")  # an audit of these weights is written later
 REMEDY = f"fetch or write the checkpoint again (who changed it on purpose deletes {NAME}; then nothing is checked)"
 
 Tensors = Mapping[str, Mapping[str, str]]  # file -> tensor -> SHA-256
@@ -52,7 +53,7 @@ def write(folder: Path, tensors: Tensors | None = None) -> None:
 
 def listed(folder: Path) -> list[str]:
     """The files of a folder that a manifest lists: what is read of it."""
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != NAME)
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name not in NOT_LISTED)
     return [name for name in there if "/" in name or name.endswith(READ)]
 
 

@@ -46,6 +46,7 @@ def test_other_files_are_carried_over(tmp_path):
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("x")
     (source / "modeling.py").write_text("raise SystemExit")
+    (source / "audit.json").write_text("of other weights")
     made = convert(source, tmp_path / "out", Quantization.parse("int8"))
     assert names(tmp_path / "out") == [
         "chat_template.jinja", "config.json", manifest.NAME, "model.safetensors", "tokenizer.json",

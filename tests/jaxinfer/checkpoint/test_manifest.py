@@ -18,6 +18,7 @@ def folder(tmp_path):
     hashes = write_files(tmp_path, planned)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "README.md").write_text("to be read by people")
+    (tmp_path / "audit.json").write_text("to be written again")
     (tmp_path / "orbax" / "00000").mkdir(parents=True)
     (tmp_path / "orbax" / "00000" / "data").write_bytes(b"12345")
     manifest.write(tmp_path, hashes)
