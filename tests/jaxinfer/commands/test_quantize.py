@@ -5,8 +5,10 @@ import json
 import pytest
 
 from jaxinfer import __main__ as program
+from jaxinfer.api import LLM
 from jaxinfer.checkpoint import calibrate, convert, hub
 from jaxinfer.checkpoint.convert import Converted
+from tests.jaxinfer.conftest import settings
 from tests.quantised_files import tiny_model
 
 
@@ -44,3 +46,14 @@ def test_what_makes_no_sense(model, tmp_path, capsys):
     assert "--calibrate is of use with w8a8 alone" in capsys.readouterr().err
     assert quantize("--model", model, "--scheme", "int7", "--out", tmp_path / "o") == 2
     assert "did you mean 'int" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("scheme", "form"), [("int8", "safetensors"), ("int4", "orbax")])
+def test_the_folder_is_served_as_the_model_quantised_at_load(scheme, form, model, tmp_path):
+    assert quantize("--model", model, "--scheme", scheme, "--format", form, "--out", tmp_path / "out") == 0
+    found = []
+    for config in (settings(tmp_path / "out", load_format="auto"), settings(model, load_format="auto", quantize=scheme)):
+        with LLM.build(config) as llm:
+            found.append([it.token_ids for it in llm.generate(["abc", "x y z"], max_tokens=12, temperature=0, ignore_eos=True)])
+    assert found[0] == found[1] and all(len(tokens) == 12 for tokens in found[0])
