@@ -123,11 +123,11 @@ class Compare:
 def compared(reference: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"], target: Int[Array, " tokens"]) -> Compared:
     """What two models' logits say.
 
-    The divergence is summed as p (log p - log q) - p + q: the added terms sum to zero, and take away what rounding of the normalisers adds.
+    The divergence is summed as p (log p - log q) + (q - p): the added terms sum to zero, and take away what rounding of the normalisers adds.
     """
     p, q = (jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) for logits in (reference, other))
     of_p = jnp.exp(p)
-    divergence = jnp.sum(jnp.where(of_p > 0, of_p * (p - q) - of_p, 0.0) + jnp.exp(q), axis=-1)
+    divergence = jnp.sum(jnp.where(of_p > 0, of_p * (p - q), 0.0) + (jnp.exp(q) - of_p), axis=-1)
     at = jnp.maximum(target, 0)[:, None]
     top_p, tokens_p = jax.lax.top_k(p, TOP)
     top_q, tokens_q = jax.lax.top_k(q, TOP)

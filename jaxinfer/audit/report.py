@@ -155,7 +155,7 @@ def rows(report: Report) -> list[list[str]]:
     add("KL, mean (nats/token)", "", [interval(scheme.divergence.mean) for scheme in schemes])
     add("KL, 99 % of tokens below", "", [number(scheme.divergence.p99) for scheme in schemes])
     add("KL, largest", "", [number(scheme.divergence.largest) for scheme in schemes])
-    add("likeliest token changed", "", [percent(scheme.flips) for scheme in schemes])
+    add("top token changed", "", [percent(scheme.flips) for scheme in schemes])
     add("perplexity", interval(reference.perplexity), [interval(scheme.perplexity) for scheme in schemes])
     add("perplexity, ratio", "", [interval(scheme.perplexity_ratio, 5) for scheme in schemes])
     add("greedy tokens in common", "", [f"{it.tokens:.1f} of {it.of:.1f}" for it in (scheme.agreement for scheme in schemes)])
@@ -186,13 +186,13 @@ def interval(estimate: Estimate, digits: int = 3) -> str:
     return f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]"
 
 
-def percent(share: float) -> str:
+def percent(share: float, digits: int = 1) -> str:
     """A share as a percentage."""
-    return f"{share:.1%}".replace("%", " %")
+    return f"{share:.{digits}%}".replace("%", " %")
 
 
 def _beside(value: int, reference: int) -> str:
-    return f"{value / MIB:,.1f} ({value / reference:.0%})"
+    return f"{value / MIB:,.1f} ({percent(value / reference, 0)})"
 
 
 def _speed(speed: Speed | None) -> str:

@@ -109,7 +109,7 @@ def mean_of(sums: Sequence[float], counts: Sequence[int], seed: int) -> Estimate
     return Estimate(value, float(low), float(high))
 
 
-def perplexity(logprobs: Sequence[Float[np.ndarray, " scored"]], seed: int) -> Estimate:
+def perplexity(logprobs: Sequence[np.ndarray], seed: int) -> Estimate:
     """exp of the mean negative log probability of the tokens of all documents."""
     return mean_of([-float(values.sum(dtype=np.float64)) for values in logprobs], [len(values) for values in logprobs], seed).through(_exp)
 
