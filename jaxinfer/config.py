@@ -121,7 +121,7 @@ class ModelConfig:
     model: str = option("demo", "folder, Hugging Face repository, 'demo' (the embedded model), or with --load-format random a known shape")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face repository")
     dtype: str = option("auto", "weights and activations; auto is bfloat16 on accelerators, float32 on CPUs", choices=DTYPES)
-    quantize: str | None = option(None, "quantise the weights at load, for example int8")
+    quantize: str | None = option(None, "quantise the weights at load: a scheme, and exceptions by name, as in int8,lm_head=keep")
     load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=LOAD_FORMATS)
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's own)", parse=parse_count)
     require_audit: str | None = option(None, "refuse quantised weights or KV without a recorded audit within this budget: kl=NATS, as in kl=0.02")

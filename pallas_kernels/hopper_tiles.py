@@ -2,8 +2,8 @@
 
 A tile has 2 x 64 lines, one for each query of some heads that share a kv head: two warpgroups' consecutive tokens. Blocks of threads
 stay for the whole kernel and take (tile, head) pairs in turn, head by head, each time from the caller's last tile to the first: those
-that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values. The two
-take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
+that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values, and where
+memory allows the next tile's queries while this one's are in use. The two take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
 keys that all queries of a warpgroup see need no mask. A query's result depends on its row alone, bit for bit. Where queries, keys and
 values lie in memory is the caller's: `hopper_places` says how they say it.
 """
@@ -39,6 +39,10 @@ class Plan(NamedTuple):
     stages: int
     blocks: int  # of threads
 
+    def slots(self, head_dim: int) -> int:
+        """Tiles whose queries are in shared memory at once."""
+        return 2 if shared_bytes(head_dim, self.keys, self.stages, slots=2) <= hopper.SHARED_BYTES else 1
+
 
 class Inputs(NamedTuple):
     """The kernel's arrays: `total` tiles are real, each TILE_FIELDS; results of the others' places are left as they are.
@@ -57,7 +61,7 @@ class Inputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers: queries once per consumer, keys and values once per stage."""
+    """Shared memory and barriers: queries once per slot and consumer, keys and values once per stage."""
 
     q: Any
     k: Any
@@ -82,21 +86,30 @@ class Kernel(NamedTuple):
     scratch: Scratch
 
 
-def shared_bytes(head_dim: int, keys: int, stages: int) -> int:
-    """Shared memory of a block of threads, for 16-bit data."""
-    return 2 * head_dim * (LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * CONSUMERS + 4 * stages + 1)
+class Own(NamedTuple):
+    """One warpgroup's queries of a tile, its first token's position and its lines' segment ids, if there are any."""
+
+    q: Any
+    first: Any
+    ids: Any = None
+
+
+def shared_bytes(head_dim: int, keys: int, stages: int, *, slots: int = 1) -> int:
+    """Shared memory of a block of threads, for 16-bit data, with the queries of `slots` tiles at once."""
+    return 2 * head_dim * (slots * LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * slots * CONSUMERS + 4 * stages + 1)
 
 
 def attend(inputs: Inputs, *, head_dim: int, plan: Plan) -> Float[Array, "..."]:
     """Attention of the tiles, in q's shape."""
     given, tree = jax.tree.flatten(inputs._replace(sinks=None if inputs.sinks is None else inputs.sinks.astype(jnp.float32) * LOG2E))
     dtype, pieces, has_ids = inputs.q.dtype, plan.source.copies(plan.keys), inputs.key_ids is not None
+    queries = (plan.slots(head_dim), CONSUMERS)
     scratch = {
-        "q": hopper.swizzled((CONSUMERS, TILE, head_dim), dtype),
+        "q": hopper.swizzled((*queries, TILE, head_dim), dtype),
         "k": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
         "v": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
-        "q_full": plgpu.Barrier(num_arrivals=plan.queries.copies, num_barriers=CONSUMERS),
-        "q_free": plgpu.Barrier(num_barriers=CONSUMERS),
+        "q_full": plgpu.Barrier(num_arrivals=plan.queries.copies, num_barriers=queries),
+        "q_free": plgpu.Barrier(num_barriers=queries),
         "k_full": plgpu.Barrier(num_arrivals=pieces + has_ids, num_barriers=plan.stages),
         "v_full": plgpu.Barrier(num_arrivals=pieces, num_barriers=plan.stages),
         "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages),
@@ -137,7 +150,7 @@ def _body(kernel: Kernel) -> None:
     @pl.when(warpgroup < CONSUMERS)
     def _consumer() -> None:
         plgpu.set_max_registers(232, action="increase")
-        lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), used), jnp.int32(0))
+        lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), turn, used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
@@ -145,11 +158,8 @@ def _body(kernel: Kernel) -> None:
         plgpu.set_max_registers(40, action="decrease")
         used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
 
-        @pl.when(mine > 0)
-        def _rest() -> None:
-            for consumer in range(CONSUMERS):
-                plgpu.barrier_wait(scratch.q_free.at[consumer])
-
+        for consumer in range(CONSUMERS):
+            hopper.drain(lambda slot, consumer=consumer: scratch.q_free.at[slot, consumer], mine, scratch.q.shape[0])
         for free in (scratch.k_free, scratch.v_free):
             hopper.drain(lambda slot, free=free: free.at[slot], used, plan.stages)
 
@@ -157,9 +167,11 @@ def _body(kernel: Kernel) -> None:
 def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
     """Copy a tile's queries and its blocks; `used` counts the blocks so far."""
     plan, refs, scratch = kernel.plan, kernel.refs, kernel.scratch
+    slots = scratch.q.shape[0]
+    at = lax.rem(turn, jnp.int32(slots))
     for consumer in range(CONSUMERS):
-        pl.when(turn > 0)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[consumer]))
-        plan.queries.load(refs.q, tile, consumer, scratch.q.at[consumer], scratch.q_full.at[consumer])
+        pl.when(turn >= slots)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[at, consumer]))
+        plan.queries.load(refs.q, tile, consumer, scratch.q.at[at, consumer], scratch.q_full.at[at, consumer])
 
     def copy(block: Any, _: None) -> None:
         number = used + block - tile.begin
@@ -179,29 +191,29 @@ def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
     return used + tile.end - tile.begin
 
 
-def _consume(kernel: Kernel, tile: Tile, used: Any) -> Any:
+def _consume(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
     """Attend with one warpgroup's queries of a tile and write the result; `used` counts the blocks so far."""
     (plan, refs, out, scratch), warpgroup = kernel, lax.axis_index("wg")
-    q, first = scratch.q.at[warpgroup], tile.first + warpgroup * plan.queries.tokens
-    state = hopper.start(q.shape[1])
+    at = lax.rem(turn, jnp.int32(scratch.q.shape[0]))
+    own = Own(scratch.q.at[at, warpgroup], tile.first + warpgroup * plan.queries.tokens)
+    state = hopper.start(own.q.shape[1])
     if refs.sinks is not None:
         sinks = hopper.load(refs.sinks.at[tile.head], ROWS, coalesced=False)
         state = state._replace(top=sinks, total=state.total + 1)
-    own = None
     if refs.query_ids is not None:
-        own = hopper.load(refs.query_ids.at[tile.number, pl.ds(warpgroup * TILE, TILE)], ROWS, coalesced=False)
-    plgpu.barrier_wait(scratch.q_full.at[warpgroup])
+        own = own._replace(ids=hopper.load(refs.query_ids.at[tile.number, pl.ds(warpgroup * TILE, TILE)], ROWS, coalesced=False))
+    plgpu.barrier_wait(scratch.q_full.at[at, warpgroup])
     pl.when(warpgroup == 1)(lambda: _take_turns(scratch))
-    absorb = partial(_absorb, kernel, tile, first, own, used)
-    for begin, end, masked in _ranges(plan, tile, first, has_ids=own is not None):
+    absorb = partial(_absorb, kernel, tile, own, used)
+    for begin, end, masked in _ranges(plan, tile, own.first, has_ids=own.ids is not None):
         state = lax.fori_loop(begin, end, partial(absorb, masked=masked), state)
     pl.when(warpgroup == 0)(lambda: _take_turns(scratch))
     total = jnp.where(state.total > 0, state.total, jnp.ones_like(state.total))
-    q[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
+    own.q[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(own.q.dtype)
     plgpu.commit_smem()
-    plan.queries.store(q, tile, warpgroup, out)
+    plan.queries.store(own.q, tile, warpgroup, out)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch.q_free.at[warpgroup])
+    plgpu.barrier_arrive(scratch.q_free.at[at, warpgroup])
     return used + tile.end - tile.begin
 
 
@@ -225,24 +237,24 @@ def _take_turns(scratch: Scratch) -> None:
     plgpu.barrier_wait(scratch.turn)
 
 
-def _absorb(kernel: Kernel, tile: Tile, first: Any, own: Any, used: Any, block: Any, state: hopper.State, *, masked: bool) -> Any:
-    """One block of keys enters the softmax of a warpgroup whose first token is at position `first`; own: its lines' segment ids."""
+def _absorb(kernel: Kernel, tile: Tile, own: Own, used: Any, block: Any, state: hopper.State, *, masked: bool) -> Any:
+    """One block of keys enters the softmax of a warpgroup."""
     plan, scratch, warpgroup = kernel.plan, kernel.scratch, lax.axis_index("wg")
-    q, slot, at = scratch.q.at[warpgroup], lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
+    slot, at = lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
     plgpu.barrier_wait(scratch.k_full.at[slot])
-    scores = hopper.products(q, scratch.k.at[slot], lambda: _take_turns(scratch))
+    scores = hopper.products(own.q, scratch.k.at[slot], lambda: _take_turns(scratch))
     same = None
-    if own is not None:
+    if own.ids is not None:
         ids = hopper.load(scratch.ids.at[slot], COLUMNS, coalesced=False)
-        same = hopper.spread(own, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
+        same = hopper.spread(own.ids, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
     plgpu.barrier_arrive(scratch.k_free.at[slot])
     scores, factor = hopper.shape_scores(scores, plan.spec)
     if masked:
-        seen = _seen(plan, tile, first, at)
+        seen = _seen(plan, tile, own.first, at)
         scores = jnp.where(seen if same is None else seen & same, scores, -jnp.inf)
     share, decay, state = hopper.weights(state, scores, factor)
     # what follows may not be moved before the softmax: it is the other consumer's turn to multiply
-    share, decay, state = lax.optimization_barrier((share.astype(q.dtype), decay, state))
+    share, decay, state = lax.optimization_barrier((share.astype(own.q.dtype), decay, state))
     plgpu.barrier_arrive(scratch.turn)
     plgpu.barrier_wait(scratch.v_full.at[slot])
     plgpu.barrier_wait(scratch.turn)

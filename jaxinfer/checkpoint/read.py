@@ -10,6 +10,7 @@ What is not done here: downloading (hub.py), file formats (formats/), deciding n
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -93,7 +94,6 @@ class _Loader:
     transform: Transform
     layer: str
     config: Any
-    contracting: int
     sources: Mapping[str, LazyTensor]
 
     def load(self, mesh: Mesh, rules: Rules) -> Weight:
@@ -105,27 +105,32 @@ class _Loader:
 
     def _quantised(self, spec: QSpec, mesh: Mesh, rules: Rules) -> QArray:
         """Scales come from whole rows, whatever slice of a row a device holds."""
-        scheme, shape = find_scheme(spec.scheme), spec.values.shape
-        scales = _Kept(lambda rows: self._scales(scheme, rows, shape))
-        out = len(shape) - self.contracting
-        values = _Kept(lambda index: scheme.values(self._read(index), scales.get(index[:out])))
-        return QArray(_assemble(spec.values, mesh, rules, values.get), _assemble(spec.scales, mesh, rules, scales.get))
+        scheme, blocks = find_scheme(spec.scheme), spec.blocks
+        ratio = spec.shape[-1] // spec.values.shape[-1]  # numbers in one stored value
+        scales = _Kept(lambda index: self._scales(scheme, index, spec))
 
-    def _scales(self, scheme: ModuleType, rows: Slices, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
-        whole = tuple(slice(0, size) for size in shape[len(rows) :])
-        first, block = rows[0], max(ROWS_BLOCK // (4 * max(int(np.prod(shape[1:])), 1)), 1)
+        def make(index: Slices) -> Shaped[np.ndarray, "..."]:
+            whole = (*index[:-1], slice(index[-1].start * ratio, index[-1].stop * ratio))
+            touched = tuple(slice(part.start // block, -(-part.stop // block)) for part, block in zip(whole, blocks, strict=True))
+            return scheme.values(self._read(whole), scales.get(touched))
+
+        return spec.make([_assemble(spec.values, mesh, rules, _Kept(make).get), _assemble(spec.scales, mesh, rules, scales.get)])
+
+    def _scales(self, scheme: ModuleType, index: Slices, spec: QSpec) -> Shaped[np.ndarray, "..."]:
+        """Scales of whole blocks, which are read a few rows at a time."""
+        first, *rest = (slice(part.start * block, part.stop * block) for part, block in zip(index, spec.blocks, strict=True))
+        bytes_of_row = 4 * max(math.prod(part.stop - part.start for part in rest), 1)
+        step = max(ROWS_BLOCK // bytes_of_row // spec.blocks[0], 1) * spec.blocks[0]
         found = []
-        for low in range(first.start, first.stop, block):
-            part = (slice(low, min(low + block, first.stop)), *rows[1:], *whole)
+        for low in range(first.start, first.stop, step):
             try:
-                found.append(scheme.scales(self._read(part), self.contracting))
+                found.append(scheme.scales(self._read((slice(low, min(low + step, first.stop)), *rest)), spec.blocks))
             except ValueError as error:
                 raise CheckpointError(f"{self._where()}: {error}") from None
         return np.concatenate(found)
 
     def _read(self, index: Slices) -> np.ndarray:
-        target = self.spec.values.shape if isinstance(self.spec, QSpec) else self.spec.shape
-        return self.transform.read(self.sources, self.config, target, self.layer, index)
+        return self.transform.read(self.sources, self.config, self.spec.shape, self.layer, index)
 
     def _cast(self, piece: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """To the model's dtype; a number that overflows it is an error, not an infinity."""
@@ -169,14 +174,14 @@ def _assemble(spec: ArraySpec, mesh: Mesh, rules: Rules, piece: Callable[[Slices
 def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor]) -> list[_Loader]:
     """Look every weight up and check that the checkpoint holds exactly what the model needs."""
     loaders, used = [], set()
-    for name, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
+    for name, spec in zip(graph.names, graph.specs, strict=True):
         transform, layer = transform_of(name, graph.module.WEIGHTS)
-        needs = transform.needs(graph.config, (spec.values if isinstance(spec, QSpec) else spec).shape, layer)
+        needs = transform.needs(graph.config, spec.shape, layer)
         for tensor, shape in needs.items():
             _check_tensor(listing, tensor, shape, tensors)
         used.update(needs)
         sources = {tensor: tensors[tensor] for tensor in needs}
-        loaders.append(_Loader(name, spec, transform, layer, graph.config, contracting, sources))
+        loaders.append(_Loader(name, spec, transform, layer, graph.config, sources))
     _check_extra(tensors, used, graph.module.ignored(graph.config))
     return loaders
 

@@ -179,7 +179,7 @@ def _describe(config: EngineConfig) -> _Model:
     module = find.find(values.get("model_type"))
     dtype = _dtype(config.model.dtype)
     model_config = module.Config.from_hf(values)
-    quantization = Quantization(config.model.quantize) if config.model.quantize else None
+    quantization = Quantization.parse(config.model.quantize) if config.model.quantize else None
     graph = Graph.of(module, model_config, dtype, quantization)
     longest = model_config.max_positions
     if config.model.max_model_len is not None and config.model.max_model_len > longest:
