@@ -1,8 +1,9 @@
 """What audits found, kept beside the weights they are of: `audit.json` in the checkpoint's folder.
 
 `jaxinfer audit quant` writes an entry for each scheme, `serve --require-audit kl=0.02` reads it before anything is loaded. An entry is of
-exact bytes: it carries a SHA-256 over config.json and the contents of all weight files, and one of other weights counts as missing. It holds
-figures and hashes, nothing of the prompts. A scheme's name says what of the numbers is quantised; see `name_of`.
+exact bytes: it carries a SHA-256 over config.json and all weights (their manifest of hashes, where there is one, which loading verifies), and
+one of other weights counts as missing. It holds figures and hashes, nothing of the prompts. A scheme's name says what of the numbers is
+quantised; see `name_of`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from jaxinfer.config import ConfigError, parse_audit_budget
 
 FILE = "audit.json"
 FORMAT = 1
+MANIFEST = "jaxinfer_manifest.json"
 WEIGHTS = "*.safetensors"
+QUANTISED = "quantization_config"  # of config.json
 KV, STORED = "kv-", "stored"
 CHUNK = 1 << 22
 
@@ -34,7 +37,7 @@ def is_quantised(folder: Path) -> bool:
     Raises:
         CheckpointError: config.json cannot be read.
     """
-    return read_json(folder / "config.json").get("quantization_config") is not None
+    return read_json(folder / "config.json").get(QUANTISED) is not None
 
 
 def name_of(quantize: str | None, kv_dtype: str, *, stored: bool) -> str:
@@ -45,12 +48,14 @@ def name_of(quantize: str | None, kv_dtype: str, *, stored: bool) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and every weight file of a folder, names and contents. Reads all of it, several files at a time.
+    """SHA-256 over a folder's config.json and its manifest of hashes, or where it has none over every weight file: names and contents,
+    all of which is read, several files at a time.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    files = [folder / "config.json", *sorted(folder.glob(WEIGHTS))]
+    manifest = folder / MANIFEST
+    files = [folder / "config.json", *([manifest] if manifest.is_file() else sorted(folder.glob(WEIGHTS)))]
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_digest, files))
     lines = (f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxinfer.api import LLM
-from jaxinfer.audit import data, session
+from jaxinfer.audit import data, forced, session
 from jaxinfer.audit.session import Options
 from jaxinfer.config import EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
 from tests.fakes import TEMPLATE
-from tests.jaxinfer.conftest import CONFIG, write_folder
+from tests.jaxinfer.conftest import write_folder
 from tests.weight_files import write
 
 LINES = (
@@ -18,7 +18,7 @@ LINES = (
     {"messages": [{"role": "user", "content": "hi"}]},
     {"prompt": "two"},
 )  # fmt: skip
-MAX_TOKENS = 4
+MAX_TOKENS, LAYERS = 4, 1
 
 
 class Kept(LLM):
@@ -30,13 +30,13 @@ class Kept(LLM):
 
 def write_model(folder):
     """A model folder whose weights are large enough that int8 changes something."""
-    write_folder(folder)
+    write_folder(folder, num_hidden_layers=LAYERS)
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<|bos|>", "eos_token": "<|eos|>", "chat_template": TEMPLATE})
     )
     random, hidden, heads, mlp = np.random.default_rng(3), 32, 4 * 8, 48
     shapes = {"model.embed_tokens.weight": (272, hidden), "lm_head.weight": (272, hidden), "model.norm.weight": (hidden,)}
-    for layer in range(CONFIG["num_hidden_layers"]):
+    for layer in range(LAYERS):
         own = {
             "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "self_attn.q_proj": (heads, hidden),
             "self_attn.k_proj": (16, hidden), "self_attn.v_proj": (16, hidden), "self_attn.o_proj": (hidden, heads),
@@ -66,8 +66,8 @@ def engines(model):
     def build(**changes):
         config = EngineConfig(
             ModelConfig(str(model), dtype="float32", max_model_len=64, **changes),
-            scheduler=SchedulerConfig(max_sequences=2, max_step_tokens=32),
-            execution=ExecutionConfig(compilation_cache="off"),
+            scheduler=SchedulerConfig(max_sequences=2, max_step_tokens=16),
+            execution=ExecutionConfig(compilation_cache="off", deterministic="on"),  # fewest programs
         )  # fmt: skip
         return Kept.build(config)
 
@@ -88,8 +88,9 @@ def judged(basis, engines):
 
 
 @pytest.fixture
-def shared(engines, monkeypatch):
-    """The command takes the engines that are open already."""
+def shared(engines, judged, model, monkeypatch):
+    """The command takes the engines that are open already, and what forcing the same texts through them gave."""
     asked = []
-    monkeypatch.setattr(session, "open_engine", lambda config: asked.append(config) or engines[config.model.quantize])
+    monkeypatch.setattr(forced, "compare", lambda reference, other, texts: judged[1])
+    monkeypatch.setattr(session, "open_engine", lambda config: asked.append(config) or engines[None if config.model.model == str(model) and not config.model.quantize else "int8"])
     return asked

@@ -31,7 +31,7 @@ def log_softmax(logits):
 
 @pytest.fixture(scope="module")
 def drivers():
-    return Driver.golden("grouped"), Driver.golden("grouped", quantization=Quantization("int8"))
+    return Driver.golden("biased"), Driver.golden("biased", quantization=Quantization("int8"))
 
 
 def test_the_divergence_is_that_of_float64_over_the_whole_vocabulary(drivers, monkeypatch):
