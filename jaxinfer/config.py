@@ -124,7 +124,7 @@ class ModelConfig:
     quantize: str | None = option(None, "quantise the weights at load: a scheme, and exceptions by name, as in int8,lm_head=keep")
     load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=LOAD_FORMATS)
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's own)", parse=parse_count)
-    require_audit: str | None = option(None, "refuse quantised weights or KV without a recorded audit within this budget: kl=NATS, as in kl=0.02")
+    require_audit: str | None = option(None, "refuse quantised numbers without a recorded audit within kl=NATS, as in kl=0.02")
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

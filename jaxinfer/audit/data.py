@@ -1,9 +1,9 @@
 """The user's own prompts: a file of JSON lines becomes documents of token ids, checked line by line.
 
 A line is {"prompt": TEXT} or {"messages": [{"role", "content"}, ...]} (rendered by the model's chat template) and may have a
-{"completion": TEXT}. Blank lines are passed over; anything else is an error that names its line. What is too long is not dropped in silence: a
-completion is cut where the context ends and the cut tokens are counted; a prompt that leaves no room for one more token is refused. This
-file reaches no jax and does not know what is compared.
+{"completion": TEXT}. Blank lines are passed over; anything else is an error that names its line. What is too long is not dropped in
+silence: a completion is cut where the context ends and the cut tokens are counted; a prompt that leaves no room for one more token is
+refused. This file reaches no jax and does not know what is compared.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Teacher forcing: the same texts through two models, and what each thought of every token, compared over the whole vocabulary.
 
 Both models run the engine's own forward pass against a paged pool of their own, so a quantised KV cache is written and read as in
-serving. Texts are packed into steps of one shape; one longer than a step goes through several, its keys and values staying in its pages. Each
-model compiles one forward, each pair one comparison. The hidden states of a step become logits a block of tokens at a time, on the
+serving. Texts are packed into steps of one shape; one longer than a step goes through several, its keys and values staying in its pages.
+Each model compiles one forward, each pair one comparison. The hidden states of a step become logits a block of tokens at a time, on the
 device: of [tokens, vocab] only BLOCK rows exist at once, and only a few numbers per token reach the host. This file does not know what
 the figures are used for.
 """
@@ -48,11 +48,11 @@ class Text(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens start .. start + count - 1 of a text: one row of a step, with the pages that hold the text so far."""
+    """Tokens start .. start + size - 1 of a text: one row of a step, with the pages that hold the text so far."""
 
     text: int
     start: int
-    count: int
+    size: int
     pages: tuple[int, ...]
 
 
@@ -83,9 +83,9 @@ def compare(reference: Program, other: Program, texts: Sequence[Text]) -> list[T
         hidden = [side.hidden(texts, step) for side in sides]
         compared = jax.device_get(judge(sides[0].leaves, hidden[0], sides[1].leaves, hidden[1], targets))
         for piece in step:
-            scored = np.flatnonzero(targets[at : at + piece.count] != NO_TARGET) + at
+            scored = np.flatnonzero(targets[at : at + piece.size] != NO_TARGET) + at
             found[piece.text].append(jax.tree.map(lambda values, scored=scored: values[scored], compared))
-            at += piece.count
+            at += piece.size
     return [_trace(text, parts) for text, parts in zip(texts, found, strict=True)]
 
 
@@ -123,7 +123,7 @@ class Compare:
 def compared(reference: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"], target: Int[Array, " tokens"]) -> Compared:
     """What two models' logits say.
 
-    The divergence is summed as p (log p - log q) + (q - p): the added terms sum to zero, and take away what rounding of the normalisers adds.
+    The divergence is summed as p (log p - log q) + (q - p): the added terms sum to zero and take away what rounding of normalisers adds.
     """
     p, q = (jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1) for logits in (reference, other))
     of_p = jnp.exp(p)
@@ -149,7 +149,7 @@ def steps(texts: Sequence[Text], bucket: Bucket, page_size: int) -> Iterator[tup
     page = 1  # page 0 is the guard page
     for number, text in enumerate(texts):
         length = len(text.tokens) - 1
-        if waiting and (sum(piece.count for piece in waiting) + length > bucket.prefill_tokens or len(waiting) == bucket.prefill_rows):
+        if waiting and (sum(piece.size for piece in waiting) + length > bucket.prefill_tokens or len(waiting) == bucket.prefill_rows):
             yield tuple(waiting)
             waiting, page = [], 1
         pages = tuple(range(page, page - (-length // page_size)))
@@ -181,7 +181,7 @@ class _Side:
     def hidden(self, texts: Sequence[Text], step: Sequence[Piece]) -> Float[Array, "tokens embed"]:
         """Hidden states of a step's tokens."""
         rows = [
-            Row(NOBODY, self.config.spare_slot, it.start, texts[it.text].tokens[it.start : it.start + it.count], it.pages, samples=False)
+            Row(NOBODY, self.config.spare_slot, it.start, texts[it.text].tokens[it.start : it.start + it.size], it.pages, samples=False)
             for it in step
         ]
         buffer = jax.device_put(pack(Batch((), tuple(rows)), self._shapes).buffer, self._sharding)
@@ -194,10 +194,10 @@ def _targets(texts: Sequence[Text], step: Sequence[Piece], bucket: Bucket) -> In
     targets, at = np.full(bucket.tokens, NO_TARGET, np.int32), 0
     for piece in step:
         tokens, first = texts[piece.text]
-        for index in range(piece.start + 1, piece.start + piece.count + 1):
+        for index in range(piece.start + 1, piece.start + piece.size + 1):
             if index >= first:
                 targets[at + index - piece.start - 1] = tokens[index]
-        at += piece.count
+        at += piece.size
     return targets
 
 

@@ -1,7 +1,7 @@
 """Greedy outputs of a model for the audit's prompts, and how fast it makes them.
 
-Both go through the engine as any request does. What is generated once serves the agreement, the task's score and, from the reference model,
-as the text to be scored where the user gave none. This file does not know schemes.
+Both go through the engine as any request does. What is generated once serves the agreement, the task's score and, from the reference
+model, as the text to be scored where the user gave none. This file does not know schemes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The audit as one self-contained HTML page: verdict, plots, worst contexts, all figures, how they were made. Light and dark.
 
-No script, nothing is fetched; the style lies beside this file. Everything that came from the user or a model is escaped. This file computes nothing
-that the report does not hold.
+No script, nothing is fetched; the style lies beside this file. Everything that came from the user or a model is escaped. This file
+computes nothing that the report does not hold.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def render(report: Report) -> str:
     sections = [
         _section("How far single tokens move", _distribution_note(), _legendless(plots.histograms(report.schemes, report.max_kl))),
         _section("Along the text", "Mean divergence by position; a rise says that errors add up.", _lines(report)),
-        _section("What it buys", "Lower is closer to the unquantised model; to the left is smaller, to the right is faster.", _scatters(report)),
-        _section("Where they differ most", "The text before the token, the token that came, and what each model thought likely.", _worst(report)),
+        _section("What it buys", "Lower is closer to the unquantised model; left is smaller, right is faster.", _scatters(report)),
+        _section("Where they differ most", "The text before a token, the token, and what each model thought likely.", _worst(report)),
         _section("All figures", "", _table(rows(report))),
         _section("How this was made", "", _method(report)),
     ]
@@ -41,9 +41,8 @@ def _section(title: str, note: str, body: str) -> str:
 
 
 def _summary(report: Report) -> str:
-    data = report.data
-    text = f"{data.tokens:,} tokens of {data.documents} documents in {data.file}, {report.dtype} on {report.stamp.get('device', 'an unknown device')}"
-    return escape(text)
+    data, device = report.data, report.stamp.get("device", "an unknown device")
+    return escape(f"{data.tokens:,} tokens of {data.documents} documents in {data.file}, {report.dtype} on {device}")
 
 
 def _verdict(report: Report) -> str:
@@ -114,7 +113,8 @@ def _scatters(report: Report) -> str:
 def _worst(report: Report) -> str:
     parts = []
     for row, scheme in enumerate(report.schemes):
-        heading = f'<summary><i class="key {plots.colour(row)}"></i>{escape(scheme.name)}, largest {number(scheme.divergence.largest)}</summary>'
+        name = f"{escape(scheme.name)}, largest {number(scheme.divergence.largest)}"
+        heading = f'<summary><i class="key {plots.colour(row)}"></i>{name}</summary>'
         items = "".join(_context(item, scheme.name) for item in scheme.worst)
         parts.append(f"<details{' open' if row == 0 else ''}>{heading}{items}</details>")
     return "".join(parts)

@@ -203,9 +203,8 @@ def marker(at: float, base: float, text: str, *, left: bool) -> list[str]:
 
 def bar(x: float, y: float, width: float, height: float, style: str, hint: str) -> str:
     """A bar with a hint."""
-    return (
-        f'<rect class="{style}" x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" rx="2"><title>{escape(hint)}</title></rect>'
-    )
+    box = f'x="{x:.2f}" y="{y:.2f}" width="{width:.2f}" height="{height:.2f}" rx="2"'
+    return f'<rect class="{style}" {box}><title>{escape(hint)}</title></rect>'
 
 
 def dot(x: float, y: float, style: str, hint: str, *, radius: float) -> str:

@@ -2,9 +2,9 @@
 
     python -m jaxinfer audit quant --model M --schemes int8,kv-int8 --data FILE.jsonl --max-kl 0.02 --html audit.html
 
-Each line of the file is {"prompt"} or {"messages"}, with an optional {"completion"}, which is what is scored; where there is none the unquantised
-model's own greedy continuation is. `--max-kl` bounds the mean KL divergence per scored token. Exit codes: 0 every scheme is within the
-budget, 1 one is over it (or has a number that is not finite), 2 the data, a flag or the model cannot be used.
+Each line of the file is {"prompt"} or {"messages"}, with an optional {"completion"}, which is what is scored; where there is none the
+unquantised model's own greedy continuation is. `--max-kl` bounds the mean KL divergence per scored token. Exit codes: 0 every scheme is
+within the budget, 1 one is over it (or has a number that is not finite), 2 the data, a flag or the model cannot be used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-kl", type=float, default=0.02, metavar="NATS", help="budget: mean KL divergence per scored token [0.02]")
     group.add_argument("--metric", metavar="CMD", help=f'a score of your own: gets lines {{"prompt", "completion", "output"}}; {HOW}')
     group.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of greedy outputs [64]")
-    group.add_argument("--score", choices=("completion", "all"), default="completion", help="tokens to score: all adds the prompts' [completion]")
+    scored = "tokens to score: all adds the prompts' [completion]"
+    group.add_argument("--score", choices=("completion", "all"), default="completion", help=scored)
     group.add_argument("--repeat", type=int, default=3, metavar="N", help="timed turns of each model; 0 times nothing [3]")
     group.add_argument("--seed", type=int, default=0, help="of the bootstrap [0]")
     output = parser.add_argument_group("output", "stdout carries the result alone.")
@@ -151,7 +152,7 @@ def _check(args: argparse.Namespace) -> None:
     values: Mapping[str, Any] = vars(args)
     for flag in ("quantize", "kv_dtype"):
         if values.get(flag) not in (None, "auto"):
-            raise ConfigError(f"--{flag.replace('_', '-')}: the audit compares with the unquantised model; name what to audit with --schemes")
+            raise ConfigError(f"--{flag.replace('_', '-')}: the audit compares with the unquantised model; name schemes with --schemes")
     if values.get("load_format") == "random":
         raise ConfigError("--load-format random: made-up weights have nothing to lose; give a model")
     if "mesh" in values and values["mesh"].data > 1:

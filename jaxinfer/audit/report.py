@@ -6,7 +6,7 @@ The page (`page.py`) is made from the same `Report`. A figure that is no finite 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -145,33 +145,27 @@ class Report:
 
 
 def rows(report: Report) -> list[list[str]]:
-    """The table: a heading, then one row per figure with a column for the unquantised model and one for each scheme."""
-    schemes, reference = report.schemes, report.reference
-    found = [["", "unquantised", *(scheme.name for scheme in schemes)]]
-
-    def add(name: str, own: str, cells: Sequence[str]) -> None:
-        found.append([name, own, *cells])
-
-    add("KL, mean (nats/token)", "", [interval(scheme.divergence.mean) for scheme in schemes])
-    add("KL, 99 % of tokens below", "", [number(scheme.divergence.p99) for scheme in schemes])
-    add("KL, largest", "", [number(scheme.divergence.largest) for scheme in schemes])
-    add("top token changed", "", [percent(scheme.flips) for scheme in schemes])
-    add("perplexity", interval(reference.perplexity), [interval(scheme.perplexity) for scheme in schemes])
-    add("perplexity, ratio", "", [interval(scheme.perplexity_ratio, 5) for scheme in schemes])
-    add("greedy tokens in common", "", [f"{it.tokens:.1f} of {it.of:.1f}" for it in (scheme.agreement for scheme in schemes)])
-    add("greedy outputs equal", "", [percent(scheme.agreement.whole) for scheme in schemes])
-    if reference.task is not None:
-        add("your metric", number(reference.task.value), [number(scheme.task.value) if scheme.task else "" for scheme in schemes])
-        if any(scheme.task is not None and scheme.task.same is not None for scheme in schemes):
-            same = [percent(it.same) if it is not None and it.same is not None else "" for it in (scheme.task for scheme in schemes)]
-            add("your metric, documents equal", "", same)
-    add("weights (MiB)", f"{reference.sizes.weights / MIB:,.1f}", [_beside(scheme.sizes.weights, reference.sizes.weights) for scheme in schemes])
-    kv = [f"{scheme.sizes.kv_per_token:,}" for scheme in schemes]
-    add("KV (bytes/token)", f"{reference.sizes.kv_per_token:,}", kv)
-    if any(scheme.speed is not None for scheme in schemes):
-        add("tokens/s (its own reference's)", "", [_speed(scheme.speed) for scheme in schemes])
-    add(f"mean KL within {report.max_kl:g}", "", ["yes" if scheme.within else "NO" for scheme in schemes])
-    return found
+    """The table: a heading, then one row per figure with a column for the unquantised model and one for each scheme. Figures that
+    nobody has are left out."""
+    own, task = report.reference.sizes, report.reference.task
+    figures: list[tuple[str, str, Callable[[Scheme], str]]] = [
+        ("KL, mean (nats/token)", "", lambda it: interval(it.divergence.mean)),
+        ("KL, 99 % of tokens below", "", lambda it: number(it.divergence.p99)),
+        ("KL, largest", "", lambda it: number(it.divergence.largest)),
+        ("top token changed", "", lambda it: percent(it.flips)),
+        ("perplexity", interval(report.reference.perplexity), lambda it: interval(it.perplexity)),
+        ("perplexity, ratio", "", lambda it: interval(it.perplexity_ratio, 5)),
+        ("greedy tokens in common", "", lambda it: f"{it.agreement.tokens:.1f} of {it.agreement.of:.1f}"),
+        ("greedy outputs equal", "", lambda it: percent(it.agreement.whole)),
+        ("your metric", number(task.value) if task else "", lambda it: number(it.task.value) if it.task else ""),
+        ("your metric, documents equal", "", lambda it: percent(it.task.same) if it.task and it.task.same is not None else ""),
+        ("weights (MiB)", f"{own.weights / MIB:,.1f}", lambda it: _beside(it.sizes.weights, own.weights)),
+        ("KV (bytes/token)", f"{own.kv_per_token:,}", lambda it: f"{it.sizes.kv_per_token:,}"),
+        ("tokens/s (its own reference's)", "", lambda it: _speed(it.speed)),
+        (f"mean KL within {report.max_kl:g}", "", lambda it: "yes" if it.within else "NO"),
+    ]
+    found = [[name, plain, *map(cell, report.schemes)] for name, plain, cell in figures]
+    return [["", "unquantised", *(scheme.name for scheme in report.schemes)], *(row for row in found if any(row[1:]))]
 
 
 def number(value: float, digits: int = 3) -> str:

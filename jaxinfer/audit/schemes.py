@@ -57,8 +57,8 @@ def _settings(name: str, *, stored: bool) -> Settings:
         raise ConfigError(f"--schemes: {name!r} names more than one scheme for the same numbers; write for example int8+kv-int8")
     if stored and not weights:
         raise ConfigError(f"--schemes: this checkpoint is quantised; write {STORED}+{name}")
-    found: Settings = {"quantize": part for part in weights if part != STORED}
-    return found | {"kv_dtype": part.removeprefix(KV) for part in parts if part.startswith(KV)}
+    given = [("kv_dtype", part.removeprefix(KV)) if part.startswith(KV) else ("quantize", part) for part in parts if part != STORED]
+    return dict(given)
 
 
 def _unusable(scheme: str, usable: Sequence[str], *, stored: bool) -> str:

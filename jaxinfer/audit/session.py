@@ -1,8 +1,8 @@
 """One audit from prompts to figures: the unquantised model stays loaded, schemes come one after another beside it.
 
-For each scheme an engine is opened, both models answer every prompt greedily, both read the same texts (`forced.py`), and both are timed in
-turn; then the scheme's engine goes. Two models are on the device at a time. Engines are no larger than the prompts need. This file does not know
-flags, files or how results are shown.
+For each scheme an engine is opened, both models answer every prompt greedily, both read the same texts (`forced.py`), and both are timed
+in turn; then the scheme's engine goes. Two models are on the device at a time. Engines are no larger than the prompts need. This file
+does not know flags, files or how results are shown.
 """
 
 from __future__ import annotations

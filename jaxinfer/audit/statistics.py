@@ -1,15 +1,15 @@
 """Figures of a comparison: what the models thought of every token, put together with how far the figures can be trusted.
 
-Tokens of one document hang together, so intervals come from resampling whole documents (the percentile bootstrap: Efron and Tibshirani 1993,
-chapter 13), with a fixed seed. Perplexity is exp of the mean negative log probability over all scored tokens. Divergences are in nats. This
-file works on NumPy arrays and does not know where they come from.
+Tokens of one document hang together, so intervals come from resampling whole documents (the percentile bootstrap: Efron and Tibshirani
+1993, chapter 13), with a fixed seed. Perplexity is exp of the mean negative log probability over all scored tokens. Divergences are in
+nats. This file works on NumPy arrays and does not know where they come from.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -124,9 +124,8 @@ def divergence(traces: Sequence[Trace], seed: int) -> Divergence:
     kept = [trace.divergence[np.isfinite(trace.divergence)].astype(np.float64) for trace in traces]
     values, tokens = np.concatenate(kept), sum(len(trace.divergence) for trace in traces)
     mean = mean_of([float(part.sum()) for part in kept], [len(part) for part in kept], seed)
-    figures = (math.nan,) * 3 if not len(values) else (*np.quantile(values, (0.5, 0.99)).tolist(), float(values.max()))
-    found = Divergence(mean, *figures, tokens, tokens - len(values), _histogram(values), ())
-    return replace(found, places=_places(traces))
+    median, p99, largest = np.quantile(values, (0.5, 0.99, 1.0)).tolist() if len(values) else (math.nan,) * 3
+    return Divergence(mean, median, p99, largest, tokens, tokens - len(values), _histogram(values), _places(traces))
 
 
 def flips(traces: Sequence[Trace]) -> float:

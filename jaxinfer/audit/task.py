@@ -1,8 +1,9 @@
 """A score of the user's own: a command that reads what a model answered and prints numbers.
 
 The command gets one JSON line {"prompt", "completion", "output"} for each document on stdin (completion is null where the line has none,
-a conversation is given as the text that the model reads) and prints one number for all of them, or one number a line for each; a score is their
-mean. It runs without a shell, once for the reference and once for each scheme; its stderr is the user's. This file does not know models.
+a conversation is given as the text that the model reads) and prints one number for all of them, or one number a line for each; a score is
+their mean. It runs without a shell, once for the reference and once for each scheme; its stderr is the user's. This file does not know
+models.
 """
 
 from __future__ import annotations

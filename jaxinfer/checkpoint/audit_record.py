@@ -1,9 +1,9 @@
 """What audits found, kept beside the weights they are of: `audit.json` in the checkpoint's folder.
 
 `jaxinfer audit quant` writes an entry for each scheme, `serve --require-audit kl=0.02` reads it before anything is loaded. An entry is of
-exact bytes: it carries a SHA-256 over config.json and all weights (their manifest of hashes, where there is one, which loading verifies), and
-one of other weights counts as missing. It holds figures and hashes, nothing of the prompts. A scheme's name says what of the numbers is
-quantised; see `name_of`.
+exact bytes: it carries a SHA-256 over config.json and all weights (their manifest of hashes, where there is one, which loading verifies),
+and one of other weights counts as missing. It holds figures and hashes, nothing of the prompts. A scheme's name says what of the numbers
+is quantised; see `name_of`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ def write(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> Path:
     aside = path.with_name(f".{FILE}.{secrets.token_hex(4)}")
     try:
         aside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror}; copy the checkpoint to a folder of your own") from None

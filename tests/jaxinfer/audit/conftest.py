@@ -91,6 +91,11 @@ def judged(basis, engines):
 def shared(engines, judged, model, monkeypatch):
     """The command takes the engines that are open already, and what forcing the same texts through them gave."""
     asked = []
+
+    def opened(config):
+        asked.append(config)
+        return engines[None if config.model.model == str(model) and not config.model.quantize else "int8"]
+
     monkeypatch.setattr(forced, "compare", lambda reference, other, texts: judged[1])
-    monkeypatch.setattr(session, "open_engine", lambda config: asked.append(config) or engines[None if config.model.model == str(model) and not config.model.quantize else "int8"])
+    monkeypatch.setattr(session, "open_engine", opened)
     return asked

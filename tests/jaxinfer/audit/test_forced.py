@@ -78,13 +78,14 @@ def test_what_is_impossible_under_the_other_model_is_infinite_and_nan_stays():
 def test_texts_are_packed_in_order_and_long_ones_go_alone():
     texts = [Text((0,) * length, 1) for length in (11, 21, 3, 71, 2, 2, 2, 2, 2)]
     found = list(forced.steps(texts, BUCKET, page_size=4))
-    assert [[(p.text, p.start, p.count) for p in step] for step in found] == [
-        [(0, 0, 10), (1, 0, 20), (2, 0, 2)], [(3, 0, 32)], [(3, 32, 32)], [(3, 64, 6)], [(4, 0, 1), (5, 0, 1), (6, 0, 1), (7, 0, 1)], [(8, 0, 1)],
+    assert [[(p.text, p.start, p.size) for p in step] for step in found] == [
+        [(0, 0, 10), (1, 0, 20), (2, 0, 2)], [(3, 0, 32)], [(3, 32, 32)], [(3, 64, 6)],
+        [(4, 0, 1), (5, 0, 1), (6, 0, 1), (7, 0, 1)], [(8, 0, 1)],
     ]  # fmt: skip
     for step in found:
         pages = [page for piece in step for page in piece.pages]
         assert 0 not in pages and len(set(pages)) == len(pages)
-        assert all(len(piece.pages) * 4 >= piece.start + piece.count for piece in step)
+        assert all(len(piece.pages) * 4 >= piece.start + piece.size for piece in step)
 
 
 @pytest.mark.parametrize(("lengths", "tokens"), [((2,), 32), ((40, 30), 128), ((400, 400), 512), ((9000,), 512)])

@@ -44,7 +44,7 @@ def test_turns_are_taken_in_turn_and_share_no_cache(documents, monkeypatch):
 def test_a_broken_sequence_is_an_error_that_names_its_line(documents, monkeypatch):
     engine, prompts = documents
     llm = LLM.over(engine)
-    complete = llm.complete
-    monkeypatch.setattr(llm, "complete", lambda requests: (replace(made, finish_reason=FinishReason.ERROR, error="bad") for made in complete(requests)))
+    made = list(llm.complete(generation._requests(prompts, 4, ignore_eos=False)))
+    monkeypatch.setattr(llm, "complete", lambda _: [replace(one, finish_reason=FinishReason.ERROR, error="bad") for one in made])
     with pytest.raises(RuntimeError, match="line 1: bad"):
         generation.greedy(llm, prompts, 4)

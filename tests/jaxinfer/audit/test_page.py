@@ -38,7 +38,8 @@ def report(basis, judged):
     worst = replace(judged[0].worst[0], context=f"{HOSTILE}\nbefore", token="\n", reference=(Likely(HOSTILE, 0.5), Likely(" a\n", 0.25)))
     schemes = (replace(judged[0], worst=(worst,)), replace(judged[0], name=HOSTILE, within=False, speed=None))
     data = Data(HOSTILE, "ab" * 32, 3, 2, judged[0].divergence.tokens, 0, 40)
-    return Report(HOSTILE, "float32", 0.02, data, session.reference(basis, judged[1], 64), schemes, {}, {"device": "cpu", "command": HOSTILE})
+    stamp = {"device": "cpu", "command": HOSTILE}
+    return Report(HOSTILE, "float32", 0.02, data, session.reference(basis, judged[1], 64), schemes, {}, stamp)
 
 
 def test_the_page_stands_alone_and_is_escaped(report):

@@ -48,7 +48,8 @@ def test_the_models_own_greedy_tokens_are_its_likeliest(basis, judged):
 def test_sizes(basis, judged):
     plain, quantised = session.sizes(basis.llm, 64), judged[0].sizes
     assert plain.weights == 4 * basis.llm.engine.info.parameters and quantised.weights < plain.weights
-    assert plain.kv_per_token == LAYERS * 2 * 2 * 8 * 4 and plain.whole == plain.weights + 64 * plain.kv_per_token  # layers, k and v, heads, dim
+    assert plain.kv_per_token == LAYERS * 2 * 2 * 8 * 4  # layers, keys and values, heads, features, bytes
+    assert plain.whole == plain.weights + 64 * plain.kv_per_token
 
 
 def test_the_worst_tokens_come_with_what_stood_before(basis, judged):

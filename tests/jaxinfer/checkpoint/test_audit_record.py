@@ -39,7 +39,7 @@ def test_without_an_audit_the_command_is_said(folder):
     record(folder, scheme="int4")
     with pytest.raises(ConfigError, match=said):
         require(folder)
-    with pytest.raises(ConfigError, match="--reference UNQUANTISED --schemes 'stored[+]kv-int8'"):
+    with pytest.raises(ConfigError, match=r"--reference UNQUANTISED --schemes 'stored[+]kv-int8'"):
         require(folder, scheme="stored+kv-int8")
 
 
