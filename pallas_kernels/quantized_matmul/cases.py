@@ -77,10 +77,10 @@ CASES = (
     Case("odd", tokens=3, features=70, outputs=33, weight="int4"),
     Case("grouped", tokens=3, features=256, outputs=192, dtype="bfloat16", weight="int4", group=64),
     Case("zeros", tokens=17, features=384, outputs=64, dtype="bfloat16", weight="int4", group=128, zeros="given"),
-    Case("float8", tokens=2, features=192, outputs=64, dtype="bfloat16", weight="fp8"),
+    Case("float8", tokens=2, features=256, outputs=64, dtype="bfloat16", weight="fp8"),
     Case("tiles", tokens=2, features=256, outputs=256, weight="fp8", group=128, rows=128),
     Case("both", tokens=6, features=192, outputs=128, activations="int8"),
-    Case("both_few", tokens=6, features=192, outputs=64, dtype="bfloat16", activations="int8"),
+    Case("both_few", tokens=6, features=256, outputs=128, dtype="bfloat16", activations="int8"),
 )
 
 TUNING = (
