@@ -6,7 +6,6 @@ from the metadata alone: all layers of a program ask for the same ones and XLA c
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
-from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, xla
+from pallas_kernels.attention import AttentionSpec, rope_table, rotate
+from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, gpu_write, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
@@ -89,8 +88,78 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, q.shape[1])))
-    parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
-    return xla.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
+    decode, group = metadata.decode_rows, q.shape[1] // k.shape[1]
+    work = _layout(positions, metadata, group)
+    placed = _place(q, k, v, positions, kv, metadata, lines=work, table=_table(positions, rope, spec, k.shape[2]))
+    parts = []
+    if decode:
+        parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, group=group))
+    if work.tiles is not None:
+        out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
+        parts.append(gpu_write.collect(out, work.line[decode:], group=group))
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return PagedResult(out.reshape(q.shape), placed.kv)
+
+
+class Lines(NamedTuple):
+    """Where the tokens' queries lie: decode rows first, each with `padded_group` lines, then whole tiles of the other rows."""
+
+    line: Int32[Array, "tokens"]
+    room: int
+    tiles: xla.Blocks | None
+
+
+def padded_group(group: int) -> int:
+    """Lines of a decode row: what one copy into shared memory can bring."""
+    return group + -group % 8
+
+
+def _layout(positions: Int32[Array, "tokens"], metadata: PagedMetadata, group: int) -> Lines:
+    decode = metadata.decode_rows
+    line = jnp.arange(decode, dtype=jnp.int32) * padded_group(group)
+    used = decode * padded_group(group)
+    tiles = None
+    if positions.shape[0] > decode:
+        per = hopper.TILE // group
+        tiles = xla.cut(metadata, positions[decode:], hopper_tiles.CONSUMERS * per, 1)
+        used += -used % hopper_tiles.LINES
+        own = lax.div(tiles.place, jnp.int32(per)) * hopper.TILE + lax.rem(tiles.place, jnp.int32(per)) * group
+        line = jnp.concatenate([line, used + own])
+        used += tiles.row.shape[0] * hopper_tiles.LINES
+    return Lines(jnp.where(positions >= 0, line, gpu_write.NOWHERE), used, tiles)
+
+
+def _table(
+    positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"] | None, spec: AttentionSpec, head_dim: int
+) -> Float[Array, "tokens head_dim"]:
+    """`rope_table` for all features: what is not rotated turns by nothing."""
+    if rope is None:
+        return jnp.concatenate([jnp.ones((len(positions), head_dim // 2)), jnp.zeros((len(positions), head_dim // 2))], axis=1)
+    return rope_table(positions, rope, spec.rope_scale)
+
+
+def _place(  # noqa: PLR0913
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    lines: Lines,
+    table: Float[Array, "tokens rotary"],
+) -> gpu_write.Placed:
+    """Rotate everything, write keys and values into the pages, lay the queries out."""
+    (tokens, kv_heads, head_dim), page_size = k.shape, kv.shape[3]
+    if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
+        q, k = rotate(q, table), rotate(k, table)
+        table = _table(positions, None, AttentionSpec(1.0), head_dim)
+    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
+    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
+    page = xla.take(metadata.page_tables, xla.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size)))
+    slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), gpu_write.NOWHERE)
+    waves = gpu_write.waves(table, heads)
+    return gpu_write.rotate_and_write(qkv.reshape(tokens, -1, head_dim), waves, slots, lines.line, kv, heads=heads, room=lines.room)
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
@@ -131,85 +200,77 @@ def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, lon
 
 
 def _decode(
-    q: Float[Array, "rows kv_heads group head_dim"],
+    placed: gpu_write.Placed,
     positions: Int32[Array, "rows"],
-    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
+    group: int,
 ) -> Float[Array, "rows kv_heads group head_dim"]:
     """One query per row."""
-    rows, kv_heads, group, head_dim = q.shape
+    (kv_heads, _, head_dim), rows, kv = placed.q.shape, len(positions), placed.kv
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
     stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
     streams = gpu_decode.streams(head_dim)
     wanted = min(max(streams * hopper.cores() // (rows * kv_heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
     items = cut_rows(stop, window=spec.window, wanted=wanted, longest=longest, capacity=pages.width * pages.page_size)
-    padded = group + -group % 8
     plan = gpu_decode.Plan(
         spec=spec,
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
-        padded=padded,
+        padded=padded_group(group),
         stages=sizes.decode_stages,
         streams=streams,
         blocks=hopper.cores(),
     )
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - group), (0, 0))).reshape(-1, head_dim)
-    parts, sums = gpu_decode.decode(q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, plan=plan)
+    given = placed.q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total
+    parts, sums = gpu_decode.decode(*given, rows=rows, plan=plan)
     if plan.max_chunks > 1 or sinks is not None:
         merged = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
         return merged.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
-    alone = parts.reshape(rows, kv_heads, padded, head_dim)[:, :, :group]
+    alone = parts.reshape(rows, kv_heads, plan.padded, head_dim)[:, :, :group]
     return jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
 
 
 def _prefill(
-    q: Float[Array, "tokens kv_heads group head_dim"],
-    positions: Int32[Array, "tokens"],
-    kv: Pool,
+    placed: gpu_write.Placed,
+    work: Lines,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
-) -> Float[Array, "tokens kv_heads group head_dim"]:
+    group: int,
+) -> Float[Array, "kv_heads lines head_dim"]:
     """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
-    _, kv_heads, group, head_dim = q.shape
-    tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
-    own = gpu_prefill.Queries(group)
-    blocks = xla.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
-    places, first = blocks.row.shape[0], blocks.position[:, 0]
+    (kv_heads, lines, head_dim), blocks = placed.q.shape, work.tiles
+    assert blocks is not None  # noqa: S101
+    tables, pages = _tables(metadata.page_tables, placed.kv, sizes.prefill_keys)
+    places = blocks.row.shape[0]
+    before = lines // hopper_tiles.LINES - places
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, xla.take(metadata.kv_lengths, blocks.row)], axis=1)
-    lines = xla.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
-    lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, hopper_tiles.CONSUMERS, -1, head_dim)
-    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
+    stop = xla.take(metadata.kv_lengths, blocks.row)
+    fields = jnp.stack([before + jnp.arange(places, dtype=jnp.int32), blocks.row, blocks.position[:, 0], tokens, stop], axis=1)
     inputs = hopper_tiles.Inputs(
-        q=lines.reshape(kv_heads, -1, head_dim),
-        kv=(kv.reshape(-1, head_dim), tables.reshape(-1)),
+        q=placed.q,
+        kv=(placed.kv.reshape(-1, head_dim), tables.reshape(-1)),
         tiles=fields.reshape(-1),
         total=blocks.total[None],
         sinks=None if sinks is None else _sinks_of_lines(sinks, kv_heads),
     )
     plan = hopper_tiles.Plan(
         spec=spec,
-        queries=own,
+        queries=gpu_prefill.Queries(group),
         source=gpu_prefill.Keys(pages),
         heads=kv_heads,
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
     )
-    out = hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
-    per = jnp.int32(own.tokens)
-    line = lax.div(blocks.place, per) * hopper.TILE + lax.rem(blocks.place, per) * group
-    line = line[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
-    out = xla.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
-    return jnp.where((positions >= 0)[:, None, None, None], out, 0)
+    return hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
 
 
 def _sinks_of_lines(sinks: Float[Array, "heads"], kv_heads: int) -> Float[Array, "kv_heads lines"]:

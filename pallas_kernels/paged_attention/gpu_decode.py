@@ -89,20 +89,22 @@ def shared_bytes(head_dim: int, stages: int) -> int:
 
 
 def decode(
-    q: Float[Array, "rows_kv_heads_padded head_dim"],
+    q: Float[Array, "kv_heads lines head_dim"],
     kv: Float[Array, "pool_rows head_dim"],
     tables: Int32[Array, "rows_width"],
     items: Int32[Array, "items_5"],
     count: Int32[Array, "1"],
     *,
+    rows: int,
     plan: Plan,
 ) -> tuple[Float[Array, "slots padded head_dim"], Float[Array, "slots padded"]]:
     """Output of each item, normalised, and the base 2 logarithm of the sum of its weights.
 
-    slots are rows x max_chunks x kv_heads; those without an item hold anything. items: ITEM for each, the first `count` are real.
+    q: `padded` lines for each of the rows, more may follow. slots are rows x max_chunks x kv_heads; those without an item hold anything.
+    items: ITEM for each, the first `count` are real.
     """
-    head_dim, dtype = q.shape[1], q.dtype
-    slots = q.shape[0] // plan.padded * plan.max_chunks
+    head_dim, dtype = q.shape[2], q.dtype
+    slots = rows * plan.max_chunks * plan.pages.kv_heads
     arrivals = 1 if plan.together else 2 * plan.pages.pieces(KEYS)
     scratch = (
         hopper.swizzled((plan.streams, TILE, head_dim), dtype),
@@ -159,9 +161,9 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
 def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
     """Copy an item's queries and its blocks; `used` counts the blocks that the stream has had."""
-    pages, queries = plan.pages, (item.row * plan.pages.kv_heads + item.head) * plan.padded
+    pages = plan.pages
     plgpu.copy_gmem_to_smem(
-        refs.q.at[pl.ds(pl.multiple_of(queries, plan.padded), plan.padded)],
+        refs.q.at[item.head, pl.ds(pl.multiple_of(item.row * plan.padded, plan.padded), plan.padded)],
         scratch.q.at[stream].at[pl.ds(0, plan.padded)],
         scratch.q_full.at[stream],
     )
