@@ -48,9 +48,9 @@ data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 # %% [markdown]
 # ## The audit
-# The same as on the command line: `python -m jaxinfer audit quant --schemes int8 --data prompts.jsonl --json --html audit.html`. Both models
-# answer every prompt, both read the same texts, and their distributions are compared at every scored token, over the whole vocabulary. The
-# exit code is 0 if every scheme's mean divergence is within `--max-kl` (0.02 nats unless you say otherwise), 1 if one is over it.
+# The same as on the command line: `python -m jaxinfer audit quant --schemes int8 --data prompts.jsonl --json --html audit.html`. Both
+# models answer every prompt, both read the same texts, and their distributions are compared at every scored token, over the whole
+# vocabulary. The exit code is 0 if every scheme's mean divergence is within `--max-kl` (0.02 nats unless you say otherwise), 1 if one is over.
 
 # %%
 from contextlib import redirect_stdout
@@ -71,8 +71,8 @@ print(f"weights {report['reference']['sizes']['weights'] >> 10} KiB -> {int8['si
 
 # %% [markdown]
 # ## What the number means
-# KL(p || q) is the sum of p (log p - log q) over all tokens: the nats that one loses per token by believing the quantised model's q when text
-# comes from the unquantised model's p. Zero means equal; 0.02 is about what it takes to turn a 50 % token into a 40 % one.
+# KL(p || q) is the sum of p (log p - log q) over all tokens: the nats that one loses per token by believing the quantised model's q when
+# text comes from the unquantised model's p. Zero means equal; 0.02 is about what it takes to turn a 50 % token into a 40 % one.
 
 # %%
 import numpy as np
@@ -102,8 +102,8 @@ HTML(f'<iframe srcdoc="{escape(page.read_text())}" style="width: 100%; height: 7
 
 # %% [markdown]
 # ## Serve only what was audited
-# `--record` keeps the figures beside the weights, with a hash of them. With `--require-audit kl=0.02` a quantised model starts only if
-# its record is of these very weights and within the budget. Nobody has recorded one here, so this is refused at once, with the command to run.
+# `--record` keeps the figures beside the weights, with a hash of them. With `--require-audit kl=0.02` a quantised model starts only if its
+# record is of these very weights and within the budget. Nobody has recorded one here, so this is refused at once, with the command to run.
 
 # %%
 from jaxinfer import LLM
