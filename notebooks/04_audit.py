@@ -50,7 +50,7 @@ data.write_text("".join(json.dumps(line) + "\n" for line in lines))
 # ## The audit
 # The same as on the command line: `python -m jaxinfer audit quant --schemes int8 --data prompts.jsonl --json --html audit.html`. Both
 # models answer every prompt, both read the same texts, and their distributions are compared at every scored token, over the whole
-# vocabulary. The exit code is 0 if every scheme's mean divergence is within `--max-kl` (0.02 nats unless you say otherwise), 1 if one is over.
+# vocabulary. The exit code is 0 if every scheme's mean divergence is within `--max-kl` (0.02 nats unless you say otherwise), otherwise 1.
 
 # %%
 from contextlib import redirect_stdout

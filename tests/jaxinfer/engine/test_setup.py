@@ -78,7 +78,7 @@ def test_more_devices_than_there_are(early, folder):
 
 def test_quantised_numbers_need_an_audit_if_the_user_wants_one(early, folder, tmp_path):
     model = write_folder(tmp_path)
-    with pytest.raises(ConfigError, match="--require-audit kl=0.02: .* with int8 has no recorded audit; run: python -m jaxinfer audit quant"):
+    with pytest.raises(ConfigError, match=r"--require-audit kl=0.02: .* with int8 has no recorded audit; run: python"):
         early(settings(model, quantize="int8", require_audit="kl=0.02"))
     audit_record.write(model, {"int8": {"weights": audit_record.fingerprint(model), "kl_mean": 0.01}})
     for passes in ({"quantize": "int8", "require_audit": "kl=0.02"}, {"require_audit": "kl=0.02"}, {"quantize": "int8"}):
