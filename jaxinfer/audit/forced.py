@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.audit.statistics import Trace
 from jaxinfer.batch import Batch, Row
 from jaxinfer.cache import kv as kv_cache
-from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement
 from jaxinfer.request import Request
@@ -74,8 +73,8 @@ def compare(reference: Program, other: Program, texts: Sequence[Text]) -> list[T
     """Run every text through both models; one trace for each text. The models share a vocabulary and a mesh without a data axis."""
     bucket, page_size = bucket_for(texts), reference.config.pool.page_size
     longest = max(len(text.tokens) for text in texts)
-    shape = PoolShape(1 + bucket.prefill_rows + -(-max(longest, bucket.prefill_tokens) // page_size), page_size)
-    sides = [_Side(program, bucket, shape, longest) for program in (reference, other)]
+    pages = 1 + bucket.prefill_rows + -(-max(longest, bucket.prefill_tokens) // page_size)
+    sides = [_Side(program, bucket, pages, longest) for program in (reference, other)]
     judge = jax.jit(Compare(sides[0].config.graph, sides[1].config.graph, sides[0].config.placement, sides[1].config.placement))
     found: list[list[Compared]] = [[] for _ in texts]
     for step in steps(texts, bucket, page_size):
@@ -167,12 +166,13 @@ def steps(texts: Sequence[Text], bucket: Bucket, page_size: int) -> Iterator[tup
 class _Side:
     """One model: its weights, a small pool in its KV dtype, and its forward pass compiled for one shape."""
 
-    def __init__(self, program: Program, bucket: Bucket, pool: PoolShape, longest: int) -> None:
+    def __init__(self, program: Program, bucket: Bucket, pages: int, longest: int) -> None:
+        pool = replace(program.config.pool, pages=pages)
         self.config: ProgramConfig = replace(program.config, pool=pool, buckets=(bucket,), max_sequences=1, max_tokens=longest)
         self.leaves = program.leaves
         mesh, rules = self.config.placement.mesh, self.config.placement.rules
         self._run = Program(self.config).lower(bucket).compile()
-        self._kv = kv_cache.allocate(self.config.kv_specs, mesh, rules)
+        self._kv: Any = kv_cache.allocate(self.config.kv_specs, mesh, rules)
         neutral = slot_state.neutral(self.config.spare_slot + 1, self.config.vocab)
         self._slots = jax.device_put(neutral, NamedSharding(mesh, PartitionSpec()))
         self._sharding = NamedSharding(mesh, PartitionSpec("data"))

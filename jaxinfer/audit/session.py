@@ -8,9 +8,10 @@ does not know flags, files or how results are shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxinfer.api import LLM, Completion
@@ -20,7 +21,6 @@ from jaxinfer.audit.forced import Text
 from jaxinfer.audit.report import Likely, Reference, Scheme, Sizes, Worst
 from jaxinfer.audit.statistics import Estimate, Trace
 from jaxinfer.audit.task import Metric, Score, score
-from jaxinfer.cache.kv import PoolShape
 from jaxinfer.config import EngineConfig, from_arguments
 from jaxinfer.console import StageBar, remark
 from jaxinfer.tokenizer import Tokenizer
@@ -116,9 +116,9 @@ def reference(basis: Basis, traces: Sequence[Trace], context: int) -> Reference:
 def sizes(llm: LLM, context: int) -> Sizes:
     """Bytes of weights and of a token's keys and values. context: tokens that the model was made for."""
     config = llm.engine.program.config
-    page = PoolShape(1, config.pool.page_size)
-    pool = config.graph.kv_specs(page.all_pages, page.page_size, implementation=config.placement.implementation)
-    return Sizes(config.graph.nbytes, sum(spec.nbytes for spec in pool) // page.page_size, context)
+    page = replace(config, pool=replace(config.pool, pages=1))
+    kv = sum(spec.nbytes for spec in jax.tree.leaves(page.kv_specs))
+    return Sizes(config.graph.nbytes, kv // page.pool.page_size, context)
 
 
 def worst(basis: Basis, traces: Sequence[Trace]) -> tuple[Worst, ...]:
