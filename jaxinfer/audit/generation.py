@@ -16,7 +16,7 @@ from jaxinfer.audit.data import Document
 from jaxinfer.audit.report import Speed
 from jaxinfer.request import FinishReason, Request, SamplingParams
 
-TIMED = 64  # documents in a timed turn, at most
+TIMED = 16  # documents in a timed turn, at most
 
 
 def greedy(llm: LLM, documents: Sequence[Document], max_tokens: int) -> list[Completion]:
