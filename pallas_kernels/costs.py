@@ -32,10 +32,15 @@ def causal(queries: int, first: int, keys: int, window: int | None) -> Seen:
     return Seen(int(stop[-1] - begin[0]), int(np.sum(stop - begin)))
 
 
-def attention(seen: Seen, *, queries: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Cost:
-    """Attention of `queries` queries: q and the outputs, the keys and values that are seen; q.k and weights.v for each pair and head."""
-    moved = 2 * queries * heads * head_dim + 2 * seen.keys * kv_heads * head_dim
-    return Cost(moved * itemsize, 4 * seen.pairs * heads * head_dim)
+def attention(
+    seen: Seen, *, queries: int, heads: int, kv_heads: int, head_dim: int, itemsize: int, key_bytes: int | None = None
+) -> Cost:
+    """Attention of `queries` queries: q and the outputs, the keys and values that are seen; q.k and weights.v for each pair and head.
+
+    key_bytes: of a key of one kv head where it is not head_dim x itemsize, as with quantised ones.
+    """
+    moved = 2 * queries * heads * head_dim * itemsize + 2 * seen.keys * kv_heads * (key_bytes or head_dim * itemsize)
+    return Cost(moved, 4 * seen.pairs * heads * head_dim)
 
 
 def total(costs: list[Cost]) -> Cost:

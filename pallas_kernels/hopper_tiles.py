@@ -3,9 +3,10 @@
 A tile has 2 x 64 lines, one for each query of some heads that share a kv head: two warpgroups' consecutive tokens. Blocks of threads
 stay for the whole kernel and take (tile, head) pairs in turn, head by head, each time from the caller's last tile to the first: those
 that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values, and where
-memory allows the next tile's queries while this one's are in use. The two take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
-keys that all queries of a warpgroup see need no mask. A query's result depends on its row alone, bit for bit. Where queries, keys and
-values lie in memory is the caller's: `hopper_places` says how they say it.
+memory allows the next tile's queries while this one's are in use. The two take turns on the tensor cores, so that one's softmax runs
+while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of keys that all queries of a warpgroup see need no mask. Keys and
+values in 8-bit codes go through a fourth warpgroup, a converter, on their way. A query's result depends on its row alone, bit for bit.
+Where queries, keys and values lie in memory is the caller's: `hopper_places` says how they say it.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_codes
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import COLUMNS, LOG2E, ROWS, TILE
 from pallas_kernels.hopper_places import Keys, Queries, Tile
@@ -29,7 +30,10 @@ TILE_FIELDS = ("place", "row", "first position", "tokens", "stop")  # the intege
 
 
 class Plan(NamedTuple):
-    """Static shape: `heads` per tile's tokens are taken one by one; blocks of `keys` keys, `stages` of them at once in shared memory."""
+    """Static shape: `heads` per tile's tokens are taken one by one; blocks of `keys` keys, `stages` of them at once in shared memory.
+
+    codes: dtype of 8-bit keys and values, of which there are `raw_stages` blocks before they are converted.
+    """
 
     spec: AttentionSpec
     queries: Queries
@@ -38,16 +42,21 @@ class Plan(NamedTuple):
     keys: int
     stages: int
     blocks: int  # of threads
+    codes: Any = None
+    raw_stages: int = 0
 
     def slots(self, head_dim: int) -> int:
         """Tiles whose queries are in shared memory at once."""
+        if self.codes is not None:
+            return 1
         return 2 if shared_bytes(head_dim, self.keys, self.stages, slots=2) <= hopper.SHARED_BYTES else 1
 
 
 class Inputs(NamedTuple):
     """The kernel's arrays: `total` tiles are real, each TILE_FIELDS; results of the others' places are left as they are.
 
-    sinks: the score of each line of a warpgroup's queries. query_ids and key_ids: segment ids of each tile's lines and each row's
+    kv: what `source` finds blocks in; with codes their scales stand last and lie like the codes. sinks: the score of each line of a
+    warpgroup's queries. query_ids and key_ids: segment ids of each tile's lines and each row's
     keys, whole blocks of them.
     """
 
@@ -75,6 +84,20 @@ class Scratch(NamedTuple):
     turn: Any
     ids: Any = None
     spill: Any = None
+    scales: Any = None
+    raw: Any = None
+
+
+class Raw(NamedTuple):
+    """Shared memory and barriers of codes on their way: once per raw stage; scales: of keys, then of values, with the keys."""
+
+    k: Any
+    v: Any
+    scales: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
 
 
 class Kernel(NamedTuple):
@@ -94,43 +117,76 @@ class Own(NamedTuple):
     ids: Any = None
 
 
-def shared_bytes(head_dim: int, keys: int, stages: int, *, slots: int = 1) -> int:
-    """Shared memory of a block of threads, for 16-bit data, with the queries of `slots` tiles at once."""
-    return 2 * head_dim * (slots * LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * slots * CONSUMERS + 4 * stages + 1)
+def shared_bytes(head_dim: int, keys: int, stages: int, *, slots: int = 1, codes: bool = False) -> int:
+    """Shared memory of a block of threads, for 16-bit data, with the queries of `slots` tiles at once; for codes with one raw stage."""
+    plain = 2 * head_dim * (slots * LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * slots * CONSUMERS + 4 * stages + 1)
+    return plain + (2048 + 8 * keys * (stages + 1) + _raw_bytes(head_dim, keys) if codes else 0)  # 2048: alignment
+
+
+def raw_stages(head_dim: int, keys: int, stages: int) -> int:
+    """Blocks of codes that find room beside the rest, at least one, at most three."""
+    more = (hopper.SHARED_BYTES - shared_bytes(head_dim, keys, stages, codes=True)) // _raw_bytes(head_dim, keys)
+    return min(max(1 + more, 1), 3)
+
+
+def _raw_bytes(head_dim: int, keys: int) -> int:
+    return 2 * keys * (head_dim + 4) + 32
 
 
 def attend(inputs: Inputs, *, head_dim: int, plan: Plan) -> Float[Array, "..."]:
     """Attention of the tiles, in q's shape."""
     given, tree = jax.tree.flatten(inputs._replace(sinks=None if inputs.sinks is None else inputs.sinks.astype(jnp.float32) * LOG2E))
-    dtype, pieces, has_ids = inputs.q.dtype, plan.source.copies(plan.keys), inputs.key_ids is not None
-    queries = (plan.slots(head_dim), CONSUMERS)
-    scratch = {
-        "q": hopper.swizzled((*queries, TILE, head_dim), dtype),
-        "k": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
-        "v": hopper.swizzled((plan.stages, plan.keys, head_dim), dtype),
-        "q_full": plgpu.Barrier(num_arrivals=plan.queries.copies, num_barriers=queries),
-        "q_free": plgpu.Barrier(num_barriers=queries),
-        "k_full": plgpu.Barrier(num_arrivals=pieces + has_ids, num_barriers=plan.stages),
-        "v_full": plgpu.Barrier(num_arrivals=pieces, num_barriers=plan.stages),
-        "k_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages),
-        "v_free": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=plan.stages),
-        "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
-    }
-    if has_ids:
-        scratch["ids"] = plgpu.SMEM((plan.stages, plan.keys), jnp.int32)
-    scratch |= dict(zip(["spill"], hopper.spill(CONSUMERS, plan.keys, dtype), strict=False))
+    scratch, made = jax.tree.flatten(_scratch(plan, head_dim, inputs.q.dtype, has_ids=inputs.key_ids is not None))
 
     def body(*refs: Any) -> None:
-        *arrays, out, made = refs
-        _body(Kernel(plan, jax.tree.unflatten(tree, arrays), out, Scratch(**dict(zip(scratch, made, strict=True)))))
+        *arrays, out, own = refs
+        _body(Kernel(plan, jax.tree.unflatten(tree, arrays), out, jax.tree.unflatten(made, own)))
 
     return hopper.kernel(
         body,
-        tuple(scratch.values()),
-        out_type=jax.ShapeDtypeStruct(inputs.q.shape, dtype),
+        tuple(scratch),
+        out_type=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
         grid={"block": plan.blocks},
-        warpgroups=CONSUMERS + 1,
+        warpgroups=CONSUMERS + (1 if plan.codes is None else 2),
     )(*given)
+
+
+def _scratch(plan: Plan, head_dim: int, dtype: Any, *, has_ids: bool) -> Scratch:
+    pieces, queries, plain = plan.source.copies(plan.keys), (plan.slots(head_dim), CONSUMERS), plan.codes is None
+
+    def blocks(stages: int, dtype: Any) -> Any:
+        return hopper.swizzled((stages, plan.keys, head_dim), dtype)
+
+    def barriers(count: Any, arrivals: int = 1) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    found = Scratch(
+        q=hopper.swizzled((*queries, TILE, head_dim), dtype),
+        k=blocks(plan.stages, dtype),
+        v=blocks(plan.stages, dtype),
+        q_full=barriers(queries, plan.queries.copies),
+        q_free=barriers(queries),
+        k_full=barriers(plan.stages, pieces + has_ids if plain else 1),
+        v_full=barriers(plan.stages, pieces if plain else 1),
+        k_free=barriers(plan.stages, CONSUMERS),
+        v_free=barriers(plan.stages, CONSUMERS),
+        turn=plgpu.Barrier(num_arrivals=CONSUMERS),
+        ids=plgpu.SMEM((plan.stages, plan.keys), jnp.int32) if has_ids else None,
+        spill=next(iter(hopper.spill(CONSUMERS, plan.keys, dtype)), None),
+    )
+    if plain:
+        return found
+    raw = plan.raw_stages
+    codes = Raw(
+        k=blocks(raw, plan.codes),
+        v=blocks(raw, plan.codes),
+        scales=plgpu.SMEM((raw, 2 * plan.keys), jnp.float32),
+        k_full=barriers(raw, 3 * pieces),
+        v_full=barriers(raw, pieces),
+        k_free=barriers(raw),
+        v_free=barriers(raw),
+    )
+    return found._replace(scales=plgpu.SMEM((plan.stages + 1, 2 * plan.keys), jnp.float32), raw=codes)
 
 
 def _body(kernel: Kernel) -> None:
@@ -149,19 +205,36 @@ def _body(kernel: Kernel) -> None:
 
     @pl.when(warpgroup < CONSUMERS)
     def _consumer() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(232 if plan.codes is None else 208, action="increase")
         lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), turn, used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
     def _producer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(40 if plan.codes is None else 24, action="decrease")
         used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
 
         for consumer in range(CONSUMERS):
             hopper.drain(lambda slot, consumer=consumer: scratch.q_free.at[slot, consumer], mine, scratch.q.shape[0])
-        for free in (scratch.k_free, scratch.v_free):
-            hopper.drain(lambda slot, free=free: free.at[slot], used, plan.stages)
+        ring, stages = _ring(kernel)
+        for free in (ring.k_free, ring.v_free):
+            hopper.drain(lambda slot, free=free: free.at[slot], used, stages)
+
+    if plan.codes is not None:
+
+        @pl.when(warpgroup == CONSUMERS + 1)
+        def _converter() -> None:
+            plgpu.set_max_registers(72, action="decrease")
+            used = lax.fori_loop(0, mine, lambda turn, used: used + tile(turn).end - tile(turn).begin, jnp.int32(0))
+            lax.fori_loop(0, used, lambda number, _: _convert(kernel, number), None)
+            for free in (scratch.k_free, scratch.v_free):
+                hopper.drain(lambda slot, free=free: free.at[slot], used, plan.stages)
+
+
+def _ring(kernel: Kernel) -> tuple[Any, int]:
+    """Where the producer copies blocks to, and how many there are."""
+    plan, scratch = kernel.plan, kernel.scratch
+    return (scratch, plan.stages) if plan.codes is None else (scratch.raw, plan.raw_stages)
 
 
 def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
@@ -173,22 +246,41 @@ def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
         pl.when(turn >= slots)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[at, consumer]))
         plan.queries.load(refs.q, tile, consumer, scratch.q.at[at, consumer], scratch.q_full.at[at, consumer])
 
+    ring, stages = _ring(kernel)
+
     def copy(block: Any, _: None) -> None:
         number = used + block - tile.begin
-        slot = lax.rem(number, jnp.int32(plan.stages))
+        slot = lax.rem(number, jnp.int32(stages))
         at = plan.source.find(refs.kv, tile, block, plan.keys)
-        for which, into, full, free in (
-            (0, scratch.k, scratch.k_full, scratch.k_free),
-            (1, scratch.v, scratch.v_full, scratch.v_free),
-        ):
-            pl.when(number >= plan.stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+        for which, into, full, free in ((0, ring.k, ring.k_full, ring.k_free), (1, ring.v, ring.v_full, ring.v_free)):
+            pl.when(number >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
             plan.source.copy(refs.kv, at, which, into.at[slot], full.at[slot])
             if which == 0 and refs.key_ids is not None:
                 ids = refs.key_ids.at[tile.row, pl.ds(pl.multiple_of(block * plan.keys, plan.keys), plan.keys)]
                 plgpu.copy_gmem_to_smem(ids, scratch.ids.at[slot], full.at[slot])
+            if which == 0 and plan.codes is not None:
+                for half in range(2):
+                    scales = ring.scales.at[slot].at[pl.ds(half * plan.keys, plan.keys)]
+                    plan.source.copy(refs.kv[-1:], at, half, scales, full.at[slot])
 
     lax.fori_loop(tile.begin, tile.end, copy, None)
     return used + tile.end - tile.begin
+
+
+def _convert(kernel: Kernel, number: Any) -> None:
+    """A block of codes becomes tiles that the consumers take, keys first; their scales come with the keys and are kept for the values."""
+    plan, scratch = kernel.plan, kernel.scratch
+    raw, slot, into = scratch.raw, lax.rem(number, jnp.int32(plan.raw_stages)), lax.rem(number, jnp.int32(plan.stages))
+    for which, codes, tile in ((0, raw.k, scratch.k), (1, raw.v, scratch.v)):
+        full, free = (raw.v_full, scratch.v_free) if which else (raw.k_full, scratch.k_free)
+        plgpu.barrier_wait(full.at[slot])
+        pl.when(number >= plan.stages)(lambda free=free: plgpu.barrier_wait(free.at[into]))
+        hopper_codes.unpack(codes.at[slot], tile.at[into])
+        if which == 0:
+            hopper_codes.move(raw.scales.at[slot], scratch.scales.at[lax.rem(number, jnp.int32(plan.stages + 1))])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive((scratch.v_full if which else scratch.k_full).at[into])
+        plgpu.barrier_arrive((raw.v_free if which else raw.k_free).at[slot])
 
 
 def _consume(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
@@ -243,23 +335,32 @@ def _absorb(kernel: Kernel, tile: Tile, own: Own, used: Any, block: Any, state: 
     slot, at = lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
     plgpu.barrier_wait(scratch.k_full.at[slot])
     scores = hopper.products(own.q, scratch.k.at[slot], lambda: _take_turns(scratch))
+    scales = None
+    if plan.codes is not None:
+        scales = scratch.scales.at[lax.rem(used + block - tile.begin, jnp.int32(plan.stages + 1))]
+        scores = scores * hopper_codes.columns(scales.at[pl.ds(0, plan.keys)], scores.shape)
     same = None
     if own.ids is not None:
         ids = hopper.load(scratch.ids.at[slot], COLUMNS, coalesced=False)
         same = hopper.spread(own.ids, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
     plgpu.barrier_arrive(scratch.k_free.at[slot])
     scores, factor = hopper.shape_scores(scores, plan.spec)
+    seen = None
     if masked:
         seen = _seen(plan, tile, own.first, at)
-        scores = jnp.where(seen if same is None else seen & same, scores, -jnp.inf)
+        seen = seen if same is None else seen & same
+        scores = jnp.where(seen, scores, -jnp.inf)
     share, decay, state = hopper.weights(state, scores, factor)
+    if scales is not None:
+        share = share * hopper_codes.columns(scales.at[pl.ds(plan.keys, plan.keys)], share.shape)
+        share = share if seen is None else jnp.where(seen, share, jnp.zeros_like(share))
     # what follows may not be moved before the softmax: it is the other consumer's turn to multiply
     share, decay, state = lax.optimization_barrier((share.astype(own.q.dtype), decay, state))
     plgpu.barrier_arrive(scratch.turn)
     plgpu.barrier_wait(scratch.v_full.at[slot])
     plgpu.barrier_wait(scratch.turn)
     values = scratch.v.at[slot]
-    if masked:
+    if masked and plan.codes != jnp.int8:  # 0 times an integer is 0
         floor = None if plan.spec.window is None else tile.first - (plan.spec.window - 1)
         hopper.clear(values, at, floor, tile.stop)
     weighted = state.weighted * hopper.spread(decay, state.weighted.shape)

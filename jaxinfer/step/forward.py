@@ -26,7 +26,7 @@ from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata
+from pallas_kernels import PagedMetadata, Pool
 
 
 @pytree
@@ -58,8 +58,8 @@ class Forward:
     placement: Placement
 
     def __call__(
-        self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"]
-    ) -> tuple[tuple[Array, ...], Computed]:
+        self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"]
+    ) -> tuple[tuple[Pool, ...], Computed]:
         """(kv, computed) after the step's tokens went through the model. Donates `kv`."""
         inputs, bucket, replicas = unpack(buffer, self.shapes), self.shapes.bucket, self.shapes.replicas
         model: Any = self.graph.bind(leaves)

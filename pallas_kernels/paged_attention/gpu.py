@@ -14,13 +14,15 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
 from pallas_kernels.attention import AttentionSpec, rope_table, rotate
-from pallas_kernels.paged_attention import gpu_decode, gpu_prefill, gpu_write, xla
+from pallas_kernels.paged_attention import gpu_decode, gpu_plan, gpu_prefill, gpu_write, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
-Pool = xla.Pool
 MAX_GROUP = 16
+MAX_TOKENS = 8  # of a decode row
+MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
 kv_layout = xla.kv_layout
@@ -46,23 +48,24 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring: those that fit in shared memory."""
-    base, head_dim = Sizes(**heuristic(platform, key)), int(key["head_dim"])
+    base, head_dim, codes = Sizes(**heuristic(platform, key)), int(key["head_dim"]), "kv_dtype" in key
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
     grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
-    return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim)]
+    return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
 
-def fits(sizes: Sizes, head_dim: int) -> bool:
-    """Whether the kernels' shared memory is there."""
-    decode = gpu_decode.shared_bytes(head_dim, sizes.decode_stages)
-    return max(decode, hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages)) <= hopper.SHARED_BYTES
+def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
+    """Whether the kernels' shared memory is there; codes: for a quantised pool."""
+    decode = gpu_plan.shared_bytes(head_dim, sizes.decode_stages, codes=codes)
+    prefill = hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages, codes=codes)
+    return max(decode, prefill) <= hopper.SHARED_BYTES
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
-    """Why these kernels cannot run on a target, or for what is known of a key (see `xla.tuning_key`); None when they can."""
+    """Why these kernels cannot run on a target, or for what is known of a key (see `packing.tuning_key`); None when they can."""
     page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
     reason = hopper.refusal(target, key)
     if reason is not None:
@@ -71,6 +74,16 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return f"its kernels need pages of 8, 16, 32, 64, 128, ... tokens, not of {page_size}"
     if group > MAX_GROUP:
         return f"its kernels have room for {MAX_GROUP} query heads per kv head, not for {group}"
+    if int(key.get("decode_tokens", 1)) > MAX_TOKENS:
+        return f"its kernels take up to {MAX_TOKENS} tokens of a decode row, not {key['decode_tokens']}; make longer rows prefill rows"
+    return _refused_codes(key) if "kv_dtype" in key else None
+
+
+def _refused_codes(key: dispatch.Key) -> str | None:
+    if int(key.get("head_dim", 64)) > MAX_CODES_DIM:
+        return f"its kernels read {key['kv_dtype']} keys and values of head_dim up to {MAX_CODES_DIM} (registers), not {key['head_dim']}"
+    if key.get("dtype", "bfloat16") != "bfloat16":
+        return f"its kernels read {key['kv_dtype']} keys and values for bfloat16 activations only, not for {key['dtype']}"
     return None
 
 
@@ -87,13 +100,13 @@ def paged_attention(  # noqa: PLR0913
     sinks: Float[Array, "heads"] | None,
 ) -> PagedResult:
     """See api.paged_attention."""
-    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), xla.tuning_key(kv, q.shape[1])))
-    decode, group = metadata.decode_rows, q.shape[1] // k.shape[1]
+    sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q)))
+    decode, group = metadata.decode_size, q.shape[1] // k.shape[1]
     work = _layout(positions, metadata, group)
     placed = _place(q, k, v, positions, kv, metadata, lines=work, table=_table(positions, rope, spec, k.shape[2]))
     parts = []
     if decode:
-        parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, group=group))
+        parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
     if work.tiles is not None:
         out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
         parts.append(gpu_write.collect(out, work.line[decode:], group=group))
@@ -101,32 +114,59 @@ def paged_attention(  # noqa: PLR0913
     return PagedResult(out.reshape(q.shape), placed.kv)
 
 
+class RowLines(NamedTuple):
+    """Lines of a decode row: `tiles` tiles of the queries of `per_tile` of its `tokens` tokens, a group of each, padded to `padded` lines,
+    what one copy into shared memory can bring."""
+
+    group: int
+    tokens: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row; its keys are read once for each."""
+        return -(-self.tokens // (hopper.TILE // self.group))
+
+    @property
+    def per_tile(self) -> int:
+        """Tokens of a tile."""
+        return -(-self.tokens // self.tiles)
+
+    @property
+    def used(self) -> int:
+        """Lines of a tile that hold a query."""
+        return self.per_tile * self.group
+
+    @property
+    def padded(self) -> int:
+        """Lines of a tile."""
+        return self.used + -self.used % 8
+
+
 class Lines(NamedTuple):
-    """Where the tokens' queries lie: decode rows first, each with `padded_group` lines, then whole tiles of the other rows."""
+    """Where the tokens' queries lie: decode rows first, each with its tiles' lines, then whole tiles of the other rows."""
 
     line: Int32[Array, "tokens"]
     room: int
-    tiles: xla.Blocks | None
-
-
-def padded_group(group: int) -> int:
-    """Lines of a decode row: what one copy into shared memory can bring."""
-    return group + -group % 8
+    row: RowLines
+    tiles: packing.Blocks | None
 
 
 def _layout(positions: Int32[Array, "tokens"], metadata: PagedMetadata, group: int) -> Lines:
-    decode = metadata.decode_rows
-    line = jnp.arange(decode, dtype=jnp.int32) * padded_group(group)
-    used = decode * padded_group(group)
+    decode, row = metadata.decode_size, RowLines(group, metadata.decode_tokens)
+    index = jnp.arange(decode, dtype=jnp.int32)
+    token, tokens, per_tile = lax.rem(index, jnp.int32(row.tokens)), jnp.int32(row.tokens), jnp.int32(row.per_tile)
+    tile = lax.div(index, tokens) * row.tiles + lax.div(token, per_tile)
+    line = tile * row.padded + lax.rem(token, per_tile) * group
+    used = metadata.decode_rows * row.tiles * row.padded
     tiles = None
     if positions.shape[0] > decode:
         per = hopper.TILE // group
-        tiles = xla.cut(metadata, positions[decode:], hopper_tiles.CONSUMERS * per, 1)
+        tiles = packing.cut(metadata, positions[decode:], hopper_tiles.CONSUMERS * per, 1)
         used += -used % hopper_tiles.LINES
         own = lax.div(tiles.place, jnp.int32(per)) * hopper.TILE + lax.rem(tiles.place, jnp.int32(per)) * group
         line = jnp.concatenate([line, used + own])
         used += tiles.row.shape[0] * hopper_tiles.LINES
-    return Lines(jnp.where(positions >= 0, line, gpu_write.NOWHERE), used, tiles)
+    return Lines(jnp.where(positions >= 0, line, gpu_write.NOWHERE), used, row, tiles)
 
 
 def _table(
@@ -138,7 +178,7 @@ def _table(
     return rope_table(positions, rope, spec.rope_scale)
 
 
-def _place(  # noqa: PLR0913
+def _place(
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
@@ -150,89 +190,108 @@ def _place(  # noqa: PLR0913
     table: Float[Array, "tokens rotary"],
 ) -> gpu_write.Placed:
     """Rotate everything, write keys and values into the pages, lay the queries out."""
-    (tokens, kv_heads, head_dim), page_size = k.shape, kv.shape[3]
+    (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
     if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
         q, k = rotate(q, table), rotate(k, table)
         table = _table(positions, None, AttentionSpec(1.0), head_dim)
     heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
     qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
-    page = xla.take(metadata.page_tables, xla.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size)))
+    row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
+    page = packing.take(metadata.page_tables, row, number)
     slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), gpu_write.NOWHERE)
-    waves = gpu_write.waves(table, heads)
-    return gpu_write.rotate_and_write(qkv.reshape(tokens, -1, head_dim), waves, slots, lines.line, kv, heads=heads, room=lines.room)
+    waves, qkv = gpu_write.waves(table, heads), qkv.reshape(tokens, -1, head_dim)
+    if not isinstance(kv, QuantizedKV):
+        return gpu_write.rotate_and_write(qkv, waves, slots, lines.line, kv, heads=heads, room=lines.room)
+    nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
+    nowhere = jnp.full_like(slots, gpu_write.NOWHERE)
+    placed = gpu_write.rotate_and_write(qkv, waves, nowhere, lines.line, nothing, heads=heads, room=lines.room)
+    return gpu_write.Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
     """Page tables wide enough for whole blocks of keys (the guard page fills them up), and what there is to know of them."""
-    _, kv_heads, _, page_size, _ = kv.shape
+    _, kv_heads, _, page_size, _ = values_of(kv).shape
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % max(keys // page_size, 1))))
     return tables, Pages(kv_heads, page_size, tables.shape[1])
 
 
 class Items(NamedTuple):
-    """Work of a decode: for each item the integers gpu_decode.ITEM names, how many are real, and how many each row has."""
+    """Work of a decode: for each item the integers gpu_plan.ITEM names, how many are real, and how many each row has."""
 
-    fields: Int32[Array, "items 5"]
+    fields: Int32[Array, "items 6"]
     total: Int32[Array, "1"]
     counts: Int32[Array, "rows"]
 
 
-def cut_rows(stop: Int32[Array, "rows"], *, window: int | None, wanted: int, longest: int, capacity: int) -> Items:
-    """Rows of `stop` keys, at most `capacity`, cut into `wanted` chunks each, into fewer where they would be too short to pay, and into
-    more where they would be longer than `longest` keys."""
-    keys, rows = gpu_decode.KEYS, stop.shape[0]
-    most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-window // keys) + 1)
+def cut_rows(
+    stop: Int32[Array, "rows"], sees: Int32[Array, "rows"], *, window: int | None, wanted: int, longest: int, capacity: int, tokens: int = 1
+) -> Items:
+    """Rows of `stop` keys, at most `capacity`, of which their first token sees those before `sees`, cut into `wanted` chunks each, into
+    fewer where they would be too short to pay, and into more where they would be longer than `longest` keys. tokens: of a row at most."""
+    keys, rows = gpu_plan.KEYS, stop.shape[0]
+    most = -(-capacity // keys) if window is None else min(-(-capacity // keys), -(-(window + tokens - 1) // keys) + 1)
     least, longest = (1 if wanted >= 16 else 2), max(longest // keys, -(-most // MAX_CHUNKS))
     max_chunks = min(max(wanted, -(-most // longest)), -(-most // least))
-    first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(stop - window, 0), jnp.int32(keys))
-    blocks = xla.ceil_div(stop, keys) - first
-    chunks = jnp.maximum(wanted, xla.ceil_div(blocks, longest))
+    first = jnp.zeros_like(stop) if window is None else lax.div(jnp.maximum(sees - window, 0), jnp.int32(keys))
+    blocks = packing.ceil_div(stop, keys) - first
+    chunks = jnp.maximum(wanted, packing.ceil_div(blocks, longest))
     size = jnp.maximum(lax.div(blocks + chunks - 1, chunks), least)
     counts = lax.div(blocks + size - 1, size)
     ends = jnp.cumsum(counts)
     item = jnp.arange(rows * max_chunks, dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(ends[None] <= item[:, None], axis=1, dtype=jnp.int32), rows - 1)
-    number = item - xla.take(ends - counts, row)
-    begin = number * xla.take(size, row)
-    length = jnp.minimum(xla.take(blocks, row) - begin, xla.take(size, row))
-    fields = jnp.stack([row, number, xla.take(first, row) + begin, length, xla.take(stop, row)], axis=1)
+    number = item - packing.take(ends - counts, row)
+    begin = number * packing.take(size, row)
+    length = jnp.minimum(packing.take(blocks, row) - begin, packing.take(size, row))
+    ends_of = (packing.take(stop, row), packing.take(sees, row))
+    fields = jnp.stack([row, number, packing.take(first, row) + begin, length, *ends_of], axis=1)
     return Items(fields, ends[-1:], counts)
 
 
 def _decode(
     placed: gpu_write.Placed,
-    positions: Int32[Array, "rows"],
+    positions: Int32[Array, "tokens"],
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
-    group: int,
-) -> Float[Array, "rows kv_heads group head_dim"]:
-    """One query per row."""
-    (kv_heads, _, head_dim), rows, kv = placed.q.shape, len(positions), placed.kv
-    tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_decode.KEYS)
-    stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
-    streams = gpu_decode.streams(head_dim)
-    wanted = min(max(streams * hopper.cores() // (rows * kv_heads), 1), MAX_CHUNKS)  # all at work at once
+    row: RowLines,
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """A few queries per row."""
+    (kv_heads, _, head_dim), rows, kv = placed.q.shape, metadata.decode_rows, placed.kv
+    tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_plan.KEYS)
+    stops, stop = packing.keys_seen(positions, metadata)
+    streams, heads, capacity = gpu_plan.streams(head_dim), kv_heads * row.tiles, pages.width * pages.page_size
+    wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
-    items = cut_rows(stop, window=spec.window, wanted=wanted, longest=longest, capacity=pages.width * pages.page_size)
-    plan = gpu_decode.Plan(
+    items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=row.tokens)
+    plan = gpu_plan.Plan(
         spec=spec,
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
-        padded=padded_group(group),
+        padded=row.padded,
         stages=sizes.decode_stages,
         streams=streams,
         blocks=hopper.cores(),
+        group=row.group,
+        tokens=row.per_tile,
+        tiles=row.tiles,
+        codes=kv.values.dtype if isinstance(kv, QuantizedKV) else None,
     )
-    given = placed.q, kv.reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total
+    scales = kv.scales.reshape(-1) if isinstance(kv, QuantizedKV) else None
+    given = placed.q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, scales
     parts, sums = gpu_decode.decode(*given, rows=rows, plan=plan)
     if plan.max_chunks > 1 or sinks is not None:
-        merged = combine(parts, sums, items.counts, sinks, kv_heads=kv_heads, group=group)
-        return merged.reshape(rows, kv_heads, -1, head_dim)[:, :, :group]
-    alone = parts.reshape(rows, kv_heads, plan.padded, head_dim)[:, :, :group]
-    return jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
+        own = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, -1), (1, row.tiles * row.per_tile)).reshape(-1)
+        merged = combine(parts, sums, items.counts, own, kv_heads=heads, group=row.used)
+        out = merged.reshape(rows, heads, -1, head_dim)[:, :, : row.used]
+    else:
+        alone = parts.reshape(rows, heads, row.padded, head_dim)[:, :, : row.used]
+        out = jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
+    lines = out.reshape(rows, kv_heads, row.tiles * row.used, head_dim)[:, :, : row.tokens * row.group]
+    out = packing.by_token(lines, (len(positions), kv_heads, row.group, head_dim))
+    return out if row.tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)
 
 
 def _prefill(
@@ -249,14 +308,16 @@ def _prefill(
     (kv_heads, lines, head_dim), blocks = placed.q.shape, work.tiles
     assert blocks is not None  # noqa: S101
     tables, pages = _tables(metadata.page_tables, placed.kv, sizes.prefill_keys)
+    codes = placed.kv.values.dtype if isinstance(placed.kv, QuantizedKV) else None
+    scales = [placed.kv.scales.reshape(-1)] if isinstance(placed.kv, QuantizedKV) else []
     places = blocks.row.shape[0]
     before = lines // hopper_tiles.LINES - places
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
-    stop = xla.take(metadata.kv_lengths, blocks.row)
+    stop = packing.take(metadata.kv_lengths, blocks.row)
     fields = jnp.stack([before + jnp.arange(places, dtype=jnp.int32), blocks.row, blocks.position[:, 0], tokens, stop], axis=1)
     inputs = hopper_tiles.Inputs(
         q=placed.q,
-        kv=(placed.kv.reshape(-1, head_dim), tables.reshape(-1)),
+        kv=(values_of(placed.kv).reshape(-1, head_dim), tables.reshape(-1), *scales),
         tiles=fields.reshape(-1),
         total=blocks.total[None],
         sinks=None if sinks is None else _sinks_of_lines(sinks, kv_heads),
@@ -269,6 +330,8 @@ def _prefill(
         keys=sizes.prefill_keys,
         stages=sizes.prefill_stages,
         blocks=hopper.cores(),
+        codes=codes,
+        raw_stages=0 if codes is None else hopper_tiles.raw_stages(head_dim, sizes.prefill_keys, sizes.prefill_stages),
     )
     return hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
 

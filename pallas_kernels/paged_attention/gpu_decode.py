@@ -1,13 +1,15 @@
-"""One query per row over its pages, for Hopper: flash decoding, cut over keys so that a few long rows fill the GPU too.
+"""A few queries per row over its pages, for Hopper: flash decoding, cut over keys so that a few long rows fill the GPU too.
 
-A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, kv head)
-pairs in turn. Each has `streams` pairs of warpgroups: a producer copies blocks of keys and values, a consumer attends with the kv
-head's whole group of queries and leaves the chunk's normalised output and the logarithm of its sum, which `gpu_combine` merges.
+A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, head) pairs
+in turn; a head is a tile of lines of one kv head: some tokens' groups of queries. Each block has `streams` pairs of warpgroups: a
+producer copies blocks of keys and values, a consumer attends with the lines and leaves the chunk's normalised output and the logarithm
+of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes tiles of numbers of them.
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,142 +18,79 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper
-from pallas_kernels.attention import AttentionSpec
+from pallas_kernels import hopper, hopper_codes
 from pallas_kernels.hopper import TILE
-from pallas_kernels.paged_attention.gpu_pages import Pages
-
-KEYS = 64  # of a block
-ITEM = ("row", "chunk", "first block", "blocks", "stop")  # the integers of an item; stop: keys of the row
-
-
-class Plan(NamedTuple):
-    """Static shape of a decode. A row has at most max_chunks chunks; queries of a kv head are padded to `padded`."""
-
-    spec: AttentionSpec
-    pages: Pages
-    max_chunks: int
-    padded: int
-    stages: int
-    streams: int
-    blocks: int  # of threads
-
-    @property
-    def together(self) -> bool:
-        """Whether keys and values of a block lie together, so that one copy brings both."""
-        return self.pages.page_size == KEYS
-
-
-class Refs(NamedTuple):
-    """The kernel's arrays."""
-
-    q: Any
-    kv: Any
-    tables: Any
-    items: Any
-    count: Any
-    out: Any
-    sums: Any
-
-
-class Scratch(NamedTuple):
-    """Shared memory and barriers, each once per stream."""
-
-    q: Any
-    kv: Any
-    sums: Any
-    q_full: Any
-    q_free: Any
-    full: Any
-    free: Any
-    spill: Any = None
-
-
-class Item(NamedTuple):
-    """A chunk of a row for one kv head; slot is where its result goes."""
-
-    slot: Any
-    head: Any
-    row: Any
-    first: Any
-    blocks: Any
-    stop: Any
-
-
-def streams(head_dim: int) -> int:
-    """Pairs of warpgroups in a block of threads: two where registers and shared memory suffice."""
-    return 2 if head_dim <= 128 else 1
-
-
-def shared_bytes(head_dim: int, stages: int) -> int:
-    """Shared memory of a block of threads, for 16-bit data."""
-    return streams(head_dim) * (2 * head_dim * (TILE + stages * 2 * KEYS) + 4 * TILE + 16 * (stages + 1)) + hopper.REDUCTION_BYTES
+from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, Feed, Item, Plan, Refs, Scratch, scratch_of
 
 
 def decode(
     q: Float[Array, "kv_heads lines head_dim"],
-    kv: Float[Array, "pool_rows head_dim"],
+    kv: Array,
     tables: Int32[Array, "rows_width"],
-    items: Int32[Array, "items_5"],
+    items: Int32[Array, "items_6"],
     count: Int32[Array, "1"],
+    scales: Float[Array, "pool_rows"] | None = None,
     *,
     rows: int,
     plan: Plan,
 ) -> tuple[Float[Array, "slots padded head_dim"], Float[Array, "slots padded"]]:
     """Output of each item, normalised, and the base 2 logarithm of the sum of its weights.
 
-    q: `padded` lines for each of the rows, more may follow. slots are rows x max_chunks x kv_heads; those without an item hold anything.
-    items: ITEM for each, the first `count` are real.
+    q: `padded` lines for each tile of each of the rows, more may follow. kv: the pool's numbers or codes [pool_rows, head_dim]. slots are
+    rows x max_chunks x heads; those without an item hold anything. items: ITEM for each, the first `count` are real.
     """
     head_dim, dtype = q.shape[2], q.dtype
-    slots = rows * plan.max_chunks * plan.pages.kv_heads
-    arrivals = 1 if plan.together else 2 * plan.pages.pieces(KEYS)
-    scratch = (
-        hopper.swizzled((plan.streams, TILE, head_dim), dtype),
-        hopper.swizzled((plan.streams, plan.stages, 2 * KEYS, head_dim), dtype),
-        plgpu.SMEM((plan.streams, TILE), jnp.float32),
-        plgpu.Barrier(num_barriers=plan.streams),
-        plgpu.Barrier(num_barriers=plan.streams),
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=(plan.streams, plan.stages)),
-        plgpu.Barrier(num_barriers=(plan.streams, plan.stages)),
-        *hopper.spill(plan.streams, KEYS, dtype),
-    )
+    slots = rows * plan.max_chunks * plan.heads
+    given = [q, kv, tables, items, count, *([] if scales is None else [scales])]
+    scratch = scratch_of(plan, head_dim, dtype)
+    made, tree = jax.tree.flatten(scratch)
+
+    def body(*refs: Any) -> None:
+        *arrays, out, sums, own = refs
+        names = dict(zip(("q", "kv", "tables", "items", "count", "scales"), arrays, strict=False))
+        _body(plan, Refs(**{"scales": None} | names, out=out, sums=sums), jax.tree.unflatten(tree, own))
+
     return hopper.kernel(
-        lambda *refs: _body(plan, Refs(*refs[:-1]), Scratch(*refs[-1])),
-        scratch,
+        body,
+        tuple(made),
         out_type=(
             jax.ShapeDtypeStruct((slots, plan.padded, head_dim), dtype),
             jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
         ),
         grid={"block": plan.blocks},
         warpgroups=2 * plan.streams,
-    )(q, kv, tables, items, count)
+    )(*given)
 
 
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     warpgroup = lax.axis_index("wg")
     stream = lax.rem(warpgroup, jnp.int32(plan.streams))
     number, of = stream * plan.blocks + lax.axis_index("block"), plan.blocks * plan.streams  # every block gets work before any gets two
-    mine = lax.div(refs.count[0] * plan.pages.kv_heads - number + (of - 1), jnp.int32(of))
+    mine = lax.div(refs.count[0] * plan.heads - number + (of - 1), jnp.int32(of))
 
     def item(turn: Any) -> Item:
         work = number + turn * of
-        head, index = lax.rem(work, jnp.int32(plan.pages.kv_heads)), lax.div(work, jnp.int32(plan.pages.kv_heads))
-        row, chunk, first, blocks, stop = (refs.items[index * len(ITEM) + field] for field in range(len(ITEM)))
-        return Item((row * plan.max_chunks + chunk) * plan.pages.kv_heads + head, head, row, first, blocks, stop)
+        head, index = lax.rem(work, jnp.int32(plan.heads)), lax.div(work, jnp.int32(plan.heads))
+        row, chunk, first, blocks, stop, sees = (refs.items[index * len(ITEM) + field] for field in range(len(ITEM)))
+        return Item((row * plan.max_chunks + chunk) * plan.heads + head, head, row, first, blocks, stop, sees)
 
     @pl.when(warpgroup < plan.streams)
     def _consumer() -> None:
-        plgpu.set_max_registers(208 if plan.streams == 2 else 232, action="increase")
+        plgpu.set_max_registers(plan.registers[0], action="increase")
         lax.fori_loop(0, mine, lambda turn, used: _consume(plan, refs, scratch, stream, item(turn), used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup >= plan.streams)
     def _producer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(plan.registers[1], action="decrease")
+
+        if plan.codes is not None:
+            pl.when(mine > 0)(lambda: _supply(plan, refs, scratch, stream, item, mine))
+            return
 
         def turn(turn: Any, used: Any) -> Any:
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
+            _copy_queries(plan, refs, scratch, stream, item(turn))
             return _produce(plan, refs, scratch, stream, item(turn), used)
 
         used = lax.fori_loop(0, mine, turn, jnp.int32(0))
@@ -159,70 +98,160 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
         hopper.drain(lambda slot: scratch.free.at[stream, slot], used, plan.stages)
 
 
-def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
-    """Copy an item's queries and its blocks; `used` counts the blocks that the stream has had."""
-    pages = plan.pages
+def _copy_queries(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item) -> None:
+    tiles = jnp.int32(plan.tiles)
+    first = (item.row * tiles + lax.rem(item.head, tiles)) * plan.padded
     plgpu.copy_gmem_to_smem(
-        refs.q.at[item.head, pl.ds(pl.multiple_of(item.row * plan.padded, plan.padded), plan.padded)],
+        refs.q.at[lax.div(item.head, tiles), pl.ds(pl.multiple_of(first, plan.padded), plan.padded)],
         scratch.q.at[stream].at[pl.ds(0, plan.padded)],
         scratch.q_full.at[stream],
     )
 
+
+def _find(plan: Plan, refs: Refs, item: Item, number: Any) -> list[Any]:
+    """Where an item's block lies in the pool."""
+    return plan.pages.at(refs.tables, item.row, lax.div(item.head, jnp.int32(plan.tiles)), item.first + number, KEYS)
+
+
+def _copy(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, slot: Any, at: Any) -> None:
+    """Start copying a block that lies there, with its scales if it has any."""
+    barrier = scratch.full.at[stream, slot]
+    arrays = [(refs.kv, scratch.kv.at[stream].at[slot])]
+    if plan.codes is not None:
+        arrays.append((refs.scales, scratch.scales.at[stream].at[slot]))
+    for pool, into in arrays:
+        if plan.together:
+            plgpu.copy_gmem_to_smem(pool.at[pl.ds(at[0], 2 * KEYS)], into, barrier)
+            continue
+        for which in range(2):
+            plan.pages.copy(pool, at, which, into.at[pl.ds(which * KEYS, KEYS)], barrier)
+
+
+def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
+    """Copy an item's blocks; `used` counts the blocks that the stream has had."""
+
     def copy(number: Any, _: None) -> None:
         slot = lax.rem(used + number, jnp.int32(plan.stages))
-        at = pages.at(refs.tables, item.row, item.head, item.first + number, KEYS)
+        at = _find(plan, refs, item, number)
         pl.when(used + number >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[stream, slot]))
-        into, barrier = scratch.kv.at[stream].at[slot], scratch.full.at[stream, slot]
-        if plan.together:
-            plgpu.copy_gmem_to_smem(refs.kv.at[pl.ds(at[0], 2 * KEYS)], into, barrier)
-            return
-        for which in range(2):
-            pages.copy(refs.kv, at, which, into.at[pl.ds(which * KEYS, KEYS)], barrier)
+        _copy(plan, refs, scratch, stream, slot, at)
 
     lax.fori_loop(0, item.blocks, copy, None)
     return used + item.blocks
 
 
+def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callable[[Any], Item], mine: Any) -> None:
+    """A producer of codes: it copies blocks ahead, across items, and converts each when the consumer is done with the one before.
+
+    What is copied next is looked up one block early, so that nobody waits for the tables.
+    """
+
+    def look(turn: Any, number: Any) -> tuple[Any, ...]:
+        found = item(jnp.minimum(turn, mine - 1))
+        return turn, number, found.blocks, *_find(plan, refs, found, number)
+
+    def copy_next(count: Any, ahead: tuple[Any, ...]) -> tuple[Any, ...]:
+        turn, number, blocks, *begins = ahead
+        at = [pl.multiple_of(begin, plan.pages.piece(KEYS)) for begin in begins]
+        pl.when(turn < mine)(lambda: _copy(plan, refs, scratch, stream, lax.rem(count, jnp.int32(plan.stages)), at))
+        done = number + 1 >= blocks
+        return look(jnp.where(done, turn + 1, turn), jnp.where(done, 0, number + 1))
+
+    def turn(turn: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
+        _copy_queries(plan, refs, scratch, stream, item(turn))
+
+        def block(_: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
+            used, *ahead = state
+            _convert(plan, scratch, stream, used)
+            return used + 1, *copy_next(used + plan.stages, tuple(ahead))
+
+        return lax.fori_loop(0, item(turn).blocks, block, state)
+
+    ahead = look(jnp.int32(0), jnp.int32(0))
+    for count in range(plan.stages):
+        ahead = copy_next(jnp.int32(count), ahead)
+    lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
+    for free in (scratch.q_free, scratch.tile.k_free, scratch.tile.v_free):
+        plgpu.barrier_wait(free.at[stream])
+
+
+def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any) -> None:
+    """A block of codes becomes the tile, keys first: the consumer may still be at the values of the block before."""
+    tile, slot = scratch.tile, lax.rem(block, jnp.int32(plan.stages))
+    plgpu.barrier_wait(scratch.full.at[stream, slot])
+    for which, full, free in ((0, tile.k_full, tile.k_free), (1, tile.v_full, tile.v_free)):
+        half = pl.ds(which * KEYS, KEYS)
+        pl.when(block > 0)(lambda free=free: plgpu.barrier_wait(free.at[stream]))
+        hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
+        if which == 0:
+            hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(full.at[stream])
+
+
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
     """Attend to an item's blocks and write its result; `used` counts the blocks that the stream has had."""
-    q, sums, spec = scratch.q.at[stream], scratch.sums.at[stream], plan.spec
+    q, sums, feed = scratch.q.at[stream], scratch.sums.at[stream], Feed(plan, scratch, stream, used)
     spilled = None if scratch.spill is None else scratch.spill.at[stream]
-    floor = None if spec.window is None else item.stop - spec.window
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
-    def block(number: Any) -> tuple[Any, Any]:
-        slot = lax.rem(used + number, jnp.int32(plan.stages))
-        return slot, scratch.kv.at[stream].at[slot]
-
     def absorb(number: Any, state: hopper.State, *, last: bool) -> hopper.State:
-        slot, both = block(number)
-        keys, values = both.at[pl.ds(0, KEYS)], both.at[pl.ds(KEYS, KEYS)]
-        plgpu.barrier_wait(scratch.full.at[stream, slot])
-        scores, factor = hopper.shape_scores(hopper.products(q, keys), spec)
+        both, first = feed.block(number), (item.first + number) * KEYS
+        feed.wait(number, 0)
+        products = feed.scaled(hopper.products(q, both.at[pl.ds(0, KEYS)]), number, 0)
         if last:
             plgpu.barrier_arrive(scratch.q_free.at[stream])
-        first = (item.first + number) * KEYS
-        key = hopper.index((TILE, KEYS), 1, first)
-        seen = key < item.stop
-        if floor is not None:
-            seen &= key >= floor
-        share, decay, state = hopper.weights(state, jnp.where(seen, scores, -jnp.inf), factor)
-        hopper.clear(values, first, floor, item.stop)
-        weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
-        weighted = hopper.weigh(weighted, share.astype(q.dtype), values, spilled)
+        else:
+            feed.free(number, 0)
+        state = _weigh(feed, item, number, first, products, state, spilled)
         if not last:
-            plgpu.barrier_arrive(scratch.free.at[stream, slot])
-        return state._replace(weighted=weighted)
+            feed.free(number, 1)
+        return state
 
     state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper.start(q.shape[1]))
     state = absorb(item.blocks - 1, state, last=True)
-    slot, both = block(item.blocks - 1)
-    out = both.at[pl.ds(0, TILE)]  # the last block's keys have been used: the output leaves from their memory
-    out[...] = (state.weighted / hopper.spread(state.total, state.weighted.shape)).astype(q.dtype)
+    out = feed.block(item.blocks - 1).at[pl.ds(0, TILE)]  # the last block's keys have been used: the output leaves from their memory
+    total = state.total
+    if plan.tokens > 1:  # a token may see nothing of a chunk
+        total = jnp.where(total > 0, total, jnp.ones_like(total))
+    out[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
     sums[...] = state.top + jnp.log2(state.total)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out.at[pl.ds(0, plan.padded)], refs.out.at[item.slot])
     plgpu.copy_smem_to_gmem(sums.at[pl.ds(0, plan.padded)], refs.sums.at[item.slot])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch.free.at[stream, slot])
+    feed.free(item.blocks - 1, 0)
+    feed.free(item.blocks - 1, 1)
     return used + item.blocks
+
+
+def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: hopper.State, spilled: Any) -> hopper.State:
+    """A block's products enter the softmax, and its values what is weighted."""
+    plan = feed.plan
+    floor = None if plan.spec.window is None else item.sees - plan.spec.window
+    values = feed.block(number).at[pl.ds(KEYS, KEYS)]
+    scores, factor = hopper.shape_scores(products, plan.spec)
+    seen = _seen(plan, item, first, floor)
+    share, decay, state = hopper.weights(state, jnp.where(seen, scores, -jnp.inf), factor)
+    feed.wait(number, 1)
+    if plan.codes is not None:  # scales of no row may be NaN
+        share = jnp.where(seen, feed.scaled(share, number, 1), jnp.zeros_like(share))
+    if plan.codes != jnp.int8:  # 0 times an integer is 0
+        hopper.clear(values, first, floor, item.stop)
+    weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
+    return state._replace(weighted=hopper.weigh(weighted, share.astype(values.dtype), values, spilled))
+
+
+def _seen(plan: Plan, item: Item, first: Any, floor: Any) -> Any:
+    """Which keys of the block from key `first` on each line sees; floor: below what the row's first token sees."""
+    key = hopper.index((TILE, KEYS), 1, first)
+    if plan.tokens * plan.tiles == 1:
+        seen = key < item.stop
+        return seen if floor is None else seen & (key >= floor)
+    line = hopper.index((TILE, KEYS), 0, 0)
+    power = plan.group & (plan.group - 1) == 0
+    token = line >> (plan.group.bit_length() - 1) if power else lax.div(line, jnp.full_like(line, plan.group))
+    token = token + lax.rem(item.head, jnp.int32(plan.tiles)) * plan.tokens
+    seen = (key < item.sees + token) & (key < item.stop)
+    return seen if floor is None else seen & (key >= floor + token)

@@ -5,12 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.attention import AttentionSpec, accumulation_dtype
-from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, by_head, dequantize, quantize, values_of
 
-
-def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
-    """A page holds, for each kv head, its tokens' keys and then its tokens' values."""
-    return KVLayout(("pages", "kv_heads", "kv", "page", "head_dim"), kv_heads, head_dim, dtype)
+kv_layout = by_head
 
 
 def paged_attention(  # noqa: PLR0913
@@ -18,7 +16,7 @@ def paged_attention(  # noqa: PLR0913
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     positions: Int32[Array, "tokens"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
@@ -27,7 +25,7 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     tokens, heads, _ = q.shape
-    page, group = kv.shape[3], heads // k.shape[1]
+    page, group = values_of(kv).shape[3], heads // k.shape[1]
     if rope is not None:
         q, k = (_rotate(x, positions, rope, spec.rope_scale) for x in (q, k))
 
@@ -35,10 +33,17 @@ def paged_attention(  # noqa: PLR0913
     row = jax.lax.argmax((token >= starts) & (token < starts + metadata.query_lengths[None]), 1, jnp.int32)
     real = positions >= 0
     ids = jnp.where(real, metadata.page_tables[row, positions // page], 0)
-    kv = kv.at[ids, :, 0, positions % page].set(k).at[ids, :, 1, positions % page].set(v)
+    new = jnp.stack([k, v], axis=2)
+    if isinstance(kv, QuantizedKV):
+        new = quantize(new, kv.values.dtype)
+    kv = jax.tree.map(lambda pool, new: pool.at[ids, :, :, positions % page].set(new), kv, new)
+
+    def read(row: Int32[Array, ""]) -> Float[Array, "pages kv_heads 2 page head_dim"]:
+        pages = jax.tree.map(lambda pool: pool[metadata.page_tables[row]], kv)
+        return dequantize(pages, q.dtype) if isinstance(pages, QuantizedKV) else pages
 
     def attend(q: Float[Array, "heads head_dim"], position: Int32[Array, ""], row: Int32[Array, ""]) -> Float[Array, "heads head_dim"]:
-        keys, values = kv[metadata.page_tables[row]].transpose(2, 0, 3, 1, 4).reshape(2, -1, *k.shape[1:]).repeat(group, axis=2)
+        keys, values = read(row).transpose(2, 0, 3, 1, 4).reshape(2, -1, *k.shape[1:]).repeat(group, axis=2)
         index = jnp.arange(keys.shape[0], dtype=jnp.int32)
         seen = (index <= position) & (index < metadata.kv_lengths[row])
         if spec.window is not None:

@@ -26,22 +26,18 @@ from pallas_kernels.attention import (
     blank,
     finish,
     precision,
-    rope_table,
-    rotate,
     shape_scores,
     start,
 )
-from pallas_kernels.paged_attention.api import KVLayout, PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
+from pallas_kernels.paged_attention.packing import by_row, by_token, ceil_div, cut, in_parts, keys_seen, take, tuning_key
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, by_head, dequantize, values_of
 
 State = TypeVar("State")
-Pool = Float[Array, "pages kv_heads 2 page head_dim"]
-Part = Callable[[Array, Array, Array, PagedMetadata], Array]  # grouped q and positions of its tokens, the pool, the metadata
 MAX_CHUNKS = 32  # a row's partial results are kept for at most so many chunks; longer tables get longer chunks
 
 
-def kv_layout(*, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> KVLayout:
-    """A page holds, for each kv head, its tokens' keys and then its tokens' values."""
-    return KVLayout(("pages", "kv_heads", "kv", "page", "head_dim"), kv_heads, head_dim, dtype)
+kv_layout = by_head
 
 
 class Sizes(NamedTuple):
@@ -54,12 +50,6 @@ class Sizes(NamedTuple):
     prefill_queries: int
     prefill_keys: int
     prefill_blocks_at_once: int
-
-
-def tuning_key(kv: Pool, heads: int) -> dict[str, int | str]:
-    """What block sizes depend on."""
-    _, kv_heads, _, page_size, head_dim = kv.shape
-    return {"page_size": page_size, "kv_heads": kv_heads, "heads": heads, "head_dim": head_dim, "dtype": kv.dtype.name}
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
@@ -93,89 +83,26 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     kv_heads, heads = k.shape[1], q.shape[1]
-    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target(), tuning_key(kv, heads)))
+    sizes = Sizes(**tuning.sizes("paged_attention", "xla", dispatch.target(), tuning_key(kv, q)))
     sinks = None if sinks is None else sinks.reshape(kv_heads, heads // kv_heads)
     parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
     return in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
 
 
-def in_parts(  # noqa: PLR0913
-    q: Float[Array, "tokens heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    positions: Int32[Array, "tokens"],
-    kv: Pool,
-    metadata: PagedMetadata,
-    *,
-    spec: AttentionSpec,
-    rope: Float[Array, "half_rotary"] | None,
-    parts: tuple[Part, Part],
-) -> PagedResult:
-    """What implementations with this pool share: rotate, write the new keys and values, then attend with the tokens of the decode rows
-    by the first part and with the others by the second; a part without tokens is left out."""
-    tokens, heads, head_dim = q.shape
-    kv_heads, decode = k.shape[1], metadata.decode_rows
-    if rope is not None:
-        table = rope_table(positions, rope.astype(accumulation_dtype(q.dtype)), spec.rope_scale)
-        q, k = rotate(q, table), rotate(k, table)
-    kv = write(kv, k, v, positions, metadata)
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    cuts = ((0, decode), (decode, tokens))
-    found = [part(grouped[a:b], positions[a:b], kv, metadata) for part, (a, b) in zip(parts, cuts, strict=True) if b > a]
-    out = found[0] if len(found) == 1 else jnp.concatenate(found)
-    return PagedResult(out.reshape(tokens, heads, head_dim), kv)
-
-
-def write(
-    kv: Pool,
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    positions: Int32[Array, "tokens"],
-    metadata: PagedMetadata,
-) -> Pool:
-    """The pool with the tokens' k and v in their slots; padding tokens land in the guard page. Donate kv: updated in place."""
-    page_size = kv.shape[3]
-    real = jnp.maximum(positions, 0)
-    page = take(metadata.page_tables, row_of_token(metadata, k.shape[0]), lax.div(real, jnp.int32(page_size)))
-    page = jnp.where(positions >= 0, page, 0)
-    new = jnp.stack([k, v], axis=2)
-    slots = kv.at[page, :, :, lax.rem(real, jnp.int32(page_size))]
-    return slots.set(new, mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def row_of_token(metadata: PagedMetadata, tokens: int) -> Int32[Array, "tokens"]:
-    """The row that owns each packed token; some row for padding tokens."""
-    decode = metadata.decode_rows
-    rows = jnp.arange(decode, dtype=jnp.int32)
-    if tokens == decode:
-        return rows
-    index = jnp.arange(decode, tokens, dtype=jnp.int32)[:, None]
-    starts, lengths = metadata.query_starts[None, decode:], metadata.query_lengths[None, decode:]
-    owns = (index >= starts) & (index < starts + lengths)
-    return jnp.concatenate([rows, decode + lax.argmax(owns, 1, jnp.int32)])
-
-
-def take(array: Array, *indices: Int32[Array, "..."]) -> Array:
-    """array[indices], known to be inside."""
-    return array.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
 def _gather(
-    kv: Pool, pages: Int32[Array, "items pages_of_chunk"], which: int, seen: Bool[Array, "items keys"] | None
+    kv: Pool, pages: Int32[Array, "items pages_of_chunk"], which: int, seen: Bool[Array, "items keys"] | None, dtype: jnp.dtype
 ) -> Float[Array, "items kv_heads keys head_dim"]:
     """Keys (which=0) or values (1) of each item's pages, contiguous per kv head; 0 where not seen, since 0 * NaN is NaN."""
     items, count = pages.shape
-    _, kv_heads, _, page_size, head_dim = kv.shape
+    _, kv_heads, _, page_size, head_dim = values_of(kv).shape
     head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     at = (pages[:, None] * kv_heads + head) * 2 + which  # as rows of a matrix: XLA on CPUs copies whole rows, but gathers boxes by element
-    out = take(kv.reshape(-1, page_size * head_dim), at.reshape(-1))
-    out = out.reshape(items, kv_heads, count * page_size, head_dim)
+    shape = (items, kv_heads, count * page_size)
+    out = take(values_of(kv).reshape(-1, page_size * head_dim), at.reshape(-1)).reshape(*shape, head_dim)
+    if isinstance(kv, QuantizedKV):
+        scales = take(kv.scales.reshape(-1, page_size), at.reshape(-1)).reshape(shape)
+        out = dequantize(QuantizedKV(out, scales), dtype)
     return out if seen is None else jnp.where(seen[:, None, :, None], out, 0)
-
-
-def ceil_div(numerator: Int32[Array, "..."], denominator: int) -> Int32[Array, "..."]:
-    """Ceiling division of integers >= 0."""
-    return lax.div(numerator + (denominator - 1), jnp.full_like(numerator, denominator))
 
 
 def _power_of_two(number: int) -> int:
@@ -194,22 +121,24 @@ def _chunked(
 
 
 def _decode(
-    q: Float[Array, "rows kv_heads group head_dim"],
-    positions: Int32[Array, "rows"],
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    positions: Int32[Array, "tokens"],
     kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "kv_heads group"] | None,
     sizes: Sizes,
-) -> Float[Array, "rows kv_heads group head_dim"]:
-    """One query per row. Items (row, chunk) in row order go through the matmuls some at a time; then each row combines its own."""
-    rows, page_size = q.shape[0], kv.shape[3]
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """A few queries per row. Items (row, chunk) in row order go through the matmuls some at a time; then each row combines its own."""
+    shape, rows, tokens, page_size = q.shape, metadata.decode_rows, metadata.decode_tokens, values_of(kv).shape[3]
+    q = by_row(q, rows)
+    sinks = None if sinks is None else jnp.tile(sinks, (1, tokens))
     tables = _chunked(metadata.page_tables[:rows], sizes.decode_keys, page_size, bounded=True)
     chunks, keys = tables.shape[1], tables.shape[2] * page_size
-    stop = jnp.where(positions >= 0, jnp.minimum(metadata.kv_lengths[:rows], positions + 1), 0)
-    floor = jnp.zeros_like(stop) if spec.window is None else jnp.maximum(stop - spec.window, 0)
-    first = lax.div(floor, jnp.int32(keys))
+    stops, stop = keys_seen(positions, metadata)
+    floors = jnp.zeros_like(stops) if spec.window is None else jnp.maximum(stops - spec.window, 0)
+    first = lax.div(floors[:, 0], jnp.int32(keys))
     counts = ceil_div(stop, keys) - first
     ends = jnp.cumsum(counts)
     begins = ends - counts
@@ -225,9 +154,9 @@ def _decode(
         def own(x: Int32[Array, "items ..."]) -> Int32[Array, "items_at_once ..."]:
             return lax.dynamic_slice_in_dim(x, group * at_once, at_once)
 
-        index = own(offset)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None]
+        index = (own(offset)[:, None] + jnp.arange(keys, dtype=jnp.int32)[None])[:, None]
         mine = own(row)
-        seen = (index < take(stop, mine)[:, None]) & (index >= take(floor, mine)[:, None])
+        seen = (index < take(stops, mine)[..., None]) & (index >= take(floors, mine)[..., None])
         part = _attend_once(take(q, mine), kv, own(pages), seen, spec)
         return jax.tree.map(lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, group * at_once, 0), state, part)
 
@@ -235,23 +164,26 @@ def _decode(
     zeros = blank(q, (groups * at_once, *q.shape[1:]), wide)
     state = Running(zeros[..., 0], zeros[..., 0], zeros)
     state = _loop(attend, state, jnp.zeros((), jnp.int32), ceil_div(ends[-1], at_once), groups)
-    return _combine(state, begins, counts, chunks, sinks).astype(q.dtype)
+    out = by_token(_combine(state, begins, counts, chunks, sinks).astype(q.dtype), shape)
+    return out if tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)
 
 
 def _attend_once(
-    q: Float[Array, "items kv_heads group head_dim"],
+    q: Float[Array, "items kv_heads lines head_dim"],
     kv: Pool,
     pages: Int32[Array, "items pages_of_chunk"],
-    seen: Bool[Array, "items keys"],
+    seen: Bool[Array, "items tokens keys"],
     spec: AttentionSpec,
 ) -> Running:
-    """One query over one chunk of keys, for each item: what its softmax would start with."""
-    wide, exact = accumulation_dtype(q.dtype), precision(q.dtype)
-    scores = jnp.einsum("iksh,ikgh->iksg", _gather(kv, pages, 0, None), q, precision=exact, preferred_element_type=wide).swapaxes(2, 3)
-    scores = jnp.where(seen[:, None, None], shape_scores(scores, spec), LOWEST)
+    """A few queries over one chunk of keys, for each item: what their softmax would start with."""
+    wide, exact, known = accumulation_dtype(q.dtype), precision(q.dtype), jnp.any(seen, axis=1)
+    keys = _gather(kv, pages, 0, None, q.dtype)
+    scores = jnp.einsum("iksh,ikgh->iksg", keys, q, precision=exact, preferred_element_type=wide).swapaxes(2, 3)
+    seen = (seen if seen.shape[1] == 1 else jnp.repeat(seen, q.shape[2] // seen.shape[1], axis=1))[:, None]
+    scores = jnp.where(seen, shape_scores(scores, spec), LOWEST)
     top = jnp.max(scores, axis=-1)
-    weights = jnp.where(seen[:, None, None], jnp.exp(scores - top[..., None]), 0)
-    values = _gather(kv, pages, 1, seen)
+    weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0)
+    values = _gather(kv, pages, 1, known, q.dtype)
     weighted = jnp.einsum("ikgs,iksh->ikgh", weights.astype(values.dtype), values, precision=exact, preferred_element_type=wide)
     return Running(top, jnp.sum(weights, axis=-1), weighted)
 
@@ -289,36 +221,6 @@ def _loop(
     return step(jnp.zeros((), jnp.int32), state) if most == 1 else lax.fori_loop(first, stop, step, state)
 
 
-class Blocks(NamedTuple):
-    """Blocks of queries of one row each. token: index among the prefill tokens; position: -1 where the block has no query."""
-
-    row: Int32[Array, "blocks"]
-    token: Int32[Array, "blocks queries"]
-    position: Int32[Array, "blocks queries"]
-    place: Int32[Array, "tokens"]
-    total: Int32[Array, ""]
-
-
-def cut(metadata: PagedMetadata, positions: Int32[Array, "tokens"], queries: int, multiple: int) -> Blocks:
-    """The prefill tokens cut into blocks of at most `queries`; there is room for as many as the tokens could ever need."""
-    decode, tokens = metadata.decode_rows, positions.shape[0]
-    starts, lengths = metadata.query_starts[decode:] - decode, metadata.query_lengths[decode:]
-    room = -(-tokens // queries) + lengths.shape[0]
-    room = -(-room // multiple) * multiple
-    counts = ceil_div(lengths, queries)
-    ends = jnp.cumsum(counts)
-    begins = ends - counts
-    block = jnp.arange(room, dtype=jnp.int32)
-    row = jnp.minimum(jnp.sum(ends[None] <= block[:, None], axis=1, dtype=jnp.int32), lengths.shape[0] - 1)
-    offset = ((block - take(begins, row)) * queries)[:, None] + jnp.arange(queries, dtype=jnp.int32)[None]
-    mine = (offset < take(lengths, row)[:, None]) & (block < ends[-1])[:, None]
-    token = jnp.where(mine, take(starts, row)[:, None] + offset, 0)
-    owner = row_of_token(metadata, decode + tokens)[decode:] - decode
-    within = jnp.arange(tokens, dtype=jnp.int32) - take(starts, owner)
-    place = jnp.clip(take(begins, owner) * queries + within, 0, room * queries - 1)
-    return Blocks(row + decode, token, jnp.where(mine, take(positions, token), -1), place, ends[-1])
-
-
 def _prefill(
     q: Float[Array, "tokens kv_heads group head_dim"],
     positions: Int32[Array, "tokens"],
@@ -337,7 +239,7 @@ def _prefill(
     blocks = cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
     queued = take(q, blocks.token).transpose(0, 2, 3, 1, 4)
-    tables = _chunked(metadata.page_tables, sizes.prefill_keys, kv.shape[3], bounded=False)
+    tables = _chunked(metadata.page_tables, sizes.prefill_keys, values_of(kv).shape[3], bounded=False)
 
     def attend(
         index: Int32[Array, ""], out: Float[Array, "blocks kv_heads group queries head_dim"]
@@ -368,7 +270,7 @@ def _attend_blocks(
 ) -> Float[Array, "blocks kv_heads group queries head_dim"]:
     """Blocks of queries through the chunks that any of them sees; position -1 sees nothing."""
     blocks, kv_heads, group, queries, head_dim = q.shape
-    wide, exact, keys = accumulation_dtype(q.dtype), precision(q.dtype), tables.shape[2] * kv.shape[3]
+    wide, exact, keys = accumulation_dtype(q.dtype), precision(q.dtype), tables.shape[2] * values_of(kv).shape[3]
     stop = jnp.minimum(jnp.max(positions, axis=1) + 1, lengths)
     floor = jnp.zeros_like(stop)
     if spec.window is not None:
@@ -383,13 +285,13 @@ def _attend_blocks(
         seen = known[:, None] & (index[:, None] <= positions[..., None])
         if spec.window is not None:
             seen &= index[:, None] > positions[..., None] - spec.window
-        values = _gather(kv, pages, 1, known)
+        values = _gather(kv, pages, 1, known, q.dtype)
 
         def weigh(weights: Float[Array, "blocks kv_heads group queries keys"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
             weights = weights.astype(values.dtype).reshape(blocks, kv_heads, group * queries, keys)
             return jnp.einsum("bkms,bksh->bkmh", weights, values, precision=exact, preferred_element_type=wide).reshape(q.shape)
 
-        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None), precision=exact, preferred_element_type=wide)
+        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None, q.dtype), precision=exact, preferred_element_type=wide)
         return absorb(state, shape_scores(scores, spec).reshape(*q.shape[:4], keys), seen[:, None, None], weigh)
 
     state = start(q, None if sinks is None else sinks[None, ..., None])

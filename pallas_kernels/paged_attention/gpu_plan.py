@@ -1,0 +1,179 @@
+"""What the decode kernel for Hopper is made of: its static shape, its arrays, its shared memory, and how blocks reach the consumer."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper, hopper_codes
+from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.hopper import TILE
+from pallas_kernels.paged_attention.gpu_pages import Pages
+
+KEYS = 64  # of a block
+ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of an item; stop, sees: keys of the row's last, first token
+
+
+class Plan(NamedTuple):
+    """Static shape of a decode. A row has at most max_chunks chunks and `tiles` tiles of lines for each kv head; a tile has the queries of
+    `tokens` tokens, each a group of them, padded to `padded` lines. codes: dtype of a quantised pool."""
+
+    spec: AttentionSpec
+    pages: Pages
+    max_chunks: int
+    padded: int
+    stages: int
+    streams: int
+    blocks: int  # of threads
+    group: int
+    tokens: int = 1
+    tiles: int = 1
+    codes: Any = None
+
+    @property
+    def heads(self) -> int:
+        """Heads that an item is taken for."""
+        return self.pages.kv_heads * self.tiles
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread of a stream's consumer and of its producer."""
+        if self.codes is None:
+            return (208, 40) if self.streams == 2 else (232, 40)
+        return (160, 96)
+
+    @property
+    def together(self) -> bool:
+        """Whether keys and values of a block lie together, so that one copy brings both."""
+        return self.pages.page_size == KEYS
+
+
+class Refs(NamedTuple):
+    """The kernel's arrays; scales belong to codes."""
+
+    q: Any
+    kv: Any
+    tables: Any
+    items: Any
+    count: Any
+    scales: Any
+    out: Any
+    sums: Any
+
+
+class Tile(NamedTuple):
+    """A block's keys and values as bfloat16, made from codes, once per stream; the scales of this block and the one before."""
+
+    kv: Any
+    scales: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers, each once per stream; scales and tile belong to codes."""
+
+    q: Any
+    kv: Any
+    sums: Any
+    q_full: Any
+    q_free: Any
+    full: Any
+    free: Any
+    spill: Any = None
+    scales: Any = None
+    tile: Any = None
+
+
+class Item(NamedTuple):
+    """A chunk of a row for one head; slot is where its result goes."""
+
+    slot: Any
+    head: Any
+    row: Any
+    first: Any
+    blocks: Any
+    stop: Any
+    sees: Any
+
+
+def streams(head_dim: int) -> int:
+    """Pairs of warpgroups in a block of threads: two where registers and shared memory suffice."""
+    return 2 if head_dim <= 128 else 1
+
+
+def shared_bytes(head_dim: int, stages: int, *, codes: bool = False) -> int:
+    """Shared memory of a block of threads: queries and blocks in 16 bits, or blocks of codes and one in 16 bits, with their scales."""
+    tiles, itemsize = (1, 1) if codes else (0, 2)
+    blocks = 2 * KEYS * (tiles * 2 * head_dim + stages * itemsize * head_dim + 4 * tiles * (stages + 2))
+    return streams(head_dim) * (2 * head_dim * TILE + blocks + 4 * TILE + 16 * (stages + 1) + 32 * tiles) + hopper.REDUCTION_BYTES
+
+
+def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:
+    """The shared memory and barriers that a kernel asks for."""
+    arrivals = (1 if plan.together else 2 * plan.pages.pieces(KEYS)) * (1 if plan.codes is None else 2)
+
+    def barriers(*more: int, arrivals: int = 1) -> Any:
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(plan.streams, *more) if more else plan.streams)
+
+    found = Scratch(
+        q=hopper.swizzled((plan.streams, TILE, head_dim), dtype),
+        kv=hopper.swizzled((plan.streams, plan.stages, 2 * KEYS, head_dim), plan.codes or dtype),
+        sums=plgpu.SMEM((plan.streams, TILE), jnp.float32),
+        q_full=barriers(),
+        q_free=barriers(),
+        full=barriers(plan.stages, arrivals=arrivals),
+        free=barriers(plan.stages),
+        spill=next(iter(hopper.spill(plan.streams, KEYS, dtype)), None),
+    )
+    if plan.codes is None:
+        return found
+    tile = Tile(
+        hopper.swizzled((plan.streams, 2 * KEYS, head_dim), dtype),
+        plgpu.SMEM((plan.streams, 2, 2 * KEYS), jnp.float32),
+        *(barriers() for _ in range(4)),
+    )
+    return found._replace(scales=plgpu.SMEM((plan.streams, plan.stages, 2 * KEYS), jnp.float32), tile=tile)
+
+
+class Feed(NamedTuple):
+    """Blocks as the consumer of a stream sees them, plain or converted; `used` is how many it has had before."""
+
+    plan: Plan
+    scratch: Scratch
+    stream: Any
+    used: Any
+
+    def block(self, number: Any) -> Any:
+        """Keys, then values, as the tensor cores take them."""
+        if self.plan.codes is not None:
+            return self.scratch.tile.kv.at[self.stream]
+        return self.scratch.kv.at[self.stream].at[self._slot(number)]
+
+    def wait(self, number: Any, which: int) -> None:
+        """Until the block's keys (0) or values (1) are there; plain ones come together."""
+        if self.plan.codes is not None:
+            plgpu.barrier_wait((self.scratch.tile.v_full if which else self.scratch.tile.k_full).at[self.stream])
+        elif which == 0:
+            plgpu.barrier_wait(self.scratch.full.at[self.stream, self._slot(number)])
+
+    def free(self, number: Any, which: int) -> None:
+        """The block's keys (0) or values (1) have been used; plain ones go back together."""
+        if self.plan.codes is not None:
+            plgpu.barrier_arrive((self.scratch.tile.v_free if which else self.scratch.tile.k_free).at[self.stream])
+        elif which == 1:
+            plgpu.barrier_arrive(self.scratch.free.at[self.stream, self._slot(number)])
+
+    def scaled(self, tile: Any, number: Any, which: int) -> Any:
+        """Scores or weights of a block's keys, times the scales of its keys (0) or values (1)."""
+        if self.plan.codes is None:
+            return tile
+        scales = self.scratch.tile.scales.at[self.stream].at[lax.rem(self.used + number, jnp.int32(2))]
+        return tile * hopper_codes.columns(scales.at[pl.ds(which * KEYS, KEYS)], (TILE, KEYS))
+
+    def _slot(self, number: Any) -> Any:
+        return lax.rem(self.used + number, jnp.int32(self.plan.stages))
