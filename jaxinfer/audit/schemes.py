@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxinfer.checkpoint.audit_record import KV, STORED
-from jaxinfer.config import ConfigError, engine_settings
+from jaxinfer.config import KV_DTYPES, ConfigError
 from jaxinfer.quant import find
 
 Settings = dict[str, Any]
@@ -19,9 +19,7 @@ Settings = dict[str, Any]
 
 def known() -> tuple[str, ...]:
     """Names of the single schemes that exist, weights first."""
-    setting = engine_settings().get("kv_dtype")
-    kv = () if setting is None else tuple(KV + name for name in setting.metadata["choices"] if name != "auto")
-    return (*find.schemes(), *kv)
+    return (*find.schemes(), *(KV + name for name in KV_DTYPES if name != "auto"))
 
 
 def read(text: str | None, *, stored: bool) -> dict[str, Settings]:

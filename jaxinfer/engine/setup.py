@@ -195,7 +195,7 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
     """Refuse numbers that nobody has audited, if the user wants that."""
     if config.model.require_audit is not None:
         stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
-        scheme = audit_record.name_of(config.model.quantize, getattr(config.cache, "kv_dtype", "auto"), stored=stored)
+        scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
         audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 

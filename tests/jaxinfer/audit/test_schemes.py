@@ -3,35 +3,28 @@
 import pytest
 
 from jaxinfer.audit import schemes
-from jaxinfer.config import ConfigError, engine_settings, option
+from jaxinfer.config import ConfigError
 from jaxinfer.quant import find
 
 
-@pytest.fixture
-def kv(monkeypatch):
-    """The setting of the KV cache's dtype, with two quantised ones."""
-    setting = option("auto", "dtype", choices=("auto", "int8", "fp8"))
-    monkeypatch.setattr(schemes, "engine_settings", lambda: {**engine_settings(), "kv_dtype": setting})
-
-
-def test_every_scheme_of_the_folder_is_known(kv):
+def test_every_scheme_of_the_folder_is_known():
     assert set(schemes.known()) == {*find.schemes(), "kv-int8", "kv-fp8"}
     assert list(schemes.read(None, stored=False)) == list(schemes.known())
 
 
-def test_names_become_settings(kv):
+def test_names_become_settings():
     assert schemes.read("int8, kv-fp8,int8+kv-int8", stored=False) == {
         "int8": {"quantize": "int8"}, "kv-fp8": {"kv_dtype": "fp8"}, "int8+kv-int8": {"quantize": "int8", "kv_dtype": "int8"},
     }  # fmt: skip
 
 
-def test_schemes_with_exceptions_stand_between_semicolons(kv):
+def test_schemes_with_exceptions_stand_between_semicolons():
     found = schemes.read("int8; int8,lm_head=keep+kv-int8;", stored=False)
     assert found == {"int8": {"quantize": "int8"}, "int8,lm_head=keep+kv-int8": {"quantize": "int8,lm_head=keep", "kv_dtype": "int8"}}
     assert schemes.read("layers.*=int8;", stored=False) == {"layers.*=int8": {"quantize": "layers.*=int8"}}
 
 
-def test_a_quantised_checkpoint_is_audited_as_it_is(kv):
+def test_a_quantised_checkpoint_is_audited_as_it_is():
     assert schemes.read(None, stored=True) == {"stored": {}}
     assert schemes.read("stored,stored+kv-int8", stored=True) == {"stored": {}, "stored+kv-int8": {"kv_dtype": "int8"}}
 
@@ -49,6 +42,6 @@ def test_a_quantised_checkpoint_is_audited_as_it_is(kv):
         ("kv-int8", True, r"write stored\+kv-int8"),
     ],
 )
-def test_names_that_mean_nothing(kv, text, stored, said):
+def test_names_that_mean_nothing(text, stored, said):
     with pytest.raises(ConfigError, match=said):
         schemes.read(text, stored=stored)

@@ -95,6 +95,9 @@ def test_quantised_numbers_need_an_audit_if_the_user_wants_one(early, folder, tm
     for passes in ({"quantize": "int8", "require_audit": "kl=0.02"}, {"require_audit": "kl=0.02"}, {"quantize": "int8"}):
         with pytest.raises(AssertionError, match="too late"):
             early(settings(model, **passes))
+    wanted = settings(model, quantize="int8", require_audit="kl=0.02")
+    with pytest.raises(ConfigError, match=r"with int8\+kv-fp8 has no recorded audit"):
+        early(replace(wanted, cache=replace(wanted.cache, kv_dtype="fp8")))
     with pytest.raises(ConfigError, match="has an audit over it"):
         early(settings(model, quantize="int8", require_audit="kl=0.001"))
 
