@@ -129,7 +129,7 @@ def show(report: Report, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(report.as_json(), ensure_ascii=False, allow_nan=False) + "\n")
         return
     print_table(f"{report.model}, {report.dtype}, {report.stamp.get('device', 'unknown device')}", rows(report))
-    sys.stdout.write("\n".join([*report.notes(), f"verdict: {report.verdict()}"]) + "\n")
+    sys.stdout.write("\n".join([*report.contexts(), *report.notes(), f"verdict: {report.verdict()}"]) + "\n")
 
 
 def entries(report: Report, folder: Path) -> dict[str, dict[str, Any]]:

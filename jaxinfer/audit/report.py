@@ -14,6 +14,7 @@ from jaxinfer.audit.statistics import Agreement, Divergence, Estimate
 from jaxinfer.audit.task import Score
 
 MIB = 1 << 20
+SHOWN = 60  # characters of a context on the terminal
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,15 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps(..., allow_nan=False)`."""
         return _finite({"audit": "quant", "within": self.within, **asdict(self)})
+
+    def contexts(self) -> list[str]:
+        """The token at which each scheme differs most, one line each; JSON and the page have more of them."""
+        return [
+            f"worst of {scheme.name}: KL {number(it.divergence)} at token {it.position} of line {it.line}, {it.context[-SHOWN:]!r} -> {it.token!r};"
+            f" likeliest {it.reference[0].text!r} {percent(it.reference[0].probability)}, now {it.other[0].text!r}"
+            f" {percent(it.other[0].probability)}"
+            for scheme in self.schemes for it in scheme.worst[:1]
+        ]  # fmt: skip
 
     def notes(self) -> list[str]:
         """What a reader must know to read the figures rightly, one sentence each."""

@@ -46,6 +46,13 @@ def test_notes_say_what_was_scored_cut_and_left_out(made):
     assert "did not fit" not in " ".join(replace(made, data=replace(made.data, cut=0)).notes())
 
 
+def test_the_worst_token_of_each_scheme_is_shown_in_its_context(made):
+    worst = made.schemes[0].worst[0]
+    (line,) = made.contexts()
+    assert line.startswith("worst of int8: KL ") and f"token {worst.position} of line {worst.line}" in line
+    assert repr(worst.context[-60:]) in line and repr(worst.token) in line and repr(worst.other[0].text) in line
+
+
 def test_the_verdict_names_what_is_over(made):
     good, bad = replace(made.schemes[0], within=True), replace(made.schemes[0], name="int4", within=False)
     both, one = replace(made, schemes=(good, bad)), replace(made, schemes=(good,))
