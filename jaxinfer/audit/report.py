@@ -130,12 +130,13 @@ class Report:
 
     def contexts(self) -> list[str]:
         """The token at which each scheme differs most, one line each; JSON and the page have more of them."""
-        return [
-            f"worst of {scheme.name}: KL {number(it.divergence)} at token {it.position} of line {it.line},"
-            f" {it.context[-SHOWN:]!r} -> {it.token!r}; likeliest {it.reference[0].text!r} {percent(it.reference[0].probability)}, now {it.other[0].text!r}"
-            f" {percent(it.other[0].probability)}"
-            for scheme in self.schemes for it in scheme.worst[:1]
-        ]  # fmt: skip
+        found = []
+        for scheme in self.schemes:
+            for it in scheme.worst[:1]:
+                where = f"KL {number(it.divergence)} at token {it.position} of line {it.line}"
+                likely = " and ".join(f"{top[0].text!r} {percent(top[0].probability)}" for top in (it.reference, it.other))
+                found.append(f"worst of {scheme.name}: {where}, {it.context[-SHOWN:]!r} -> {it.token!r}; likeliest were {likely}")
+        return found
 
     def notes(self) -> list[str]:
         """What a reader must know to read the figures rightly, one sentence each."""
