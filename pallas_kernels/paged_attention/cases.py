@@ -257,7 +257,7 @@ TUNING = (
 
 def _bench(name: str, *, rows: int, keys: int, prefill: bool = False, **changes: Any) -> Case:
     """A case of bfloat16, 8 KV heads, 4 query heads each, and full rows: one new token a row, or all of them."""
-    sizes = {"page_size": 64, "group": 4, "head_dim": 128} | changes
+    sizes: dict[str, Any] = {"page_size": 64, "group": 4, "head_dim": 128} | changes
     tokens = {"prefill_rows": rows, "prefill_tokens": rows * keys} if prefill else {"decode_rows": rows}
     pages = keys // sizes["page_size"]
     return Case(name, **tokens, **sizes, pages_per_row=pages, kv_heads=8, dtype="bfloat16", extras=NOTHING, lengths="full")

@@ -109,7 +109,7 @@ def paged_attention(  # noqa: PLR0913
         parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
     if work.tiles is not None:
         out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
-        parts.append(gpu_write.collect(out, work.line[decode:], group=group))
+        parts.append(gpu_write.collect(out, work.line, first=decode, group=group))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return PagedResult(out.reshape(q.shape), placed.kv)
 

@@ -6,6 +6,8 @@ kv head's queries as consecutive lines, its new key and value straight into the 
 queries are one pass over the projections. Knows no rows: where a token goes is said by two integers.
 """
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper
+from pallas_kernels.paged_attention.pool import Pool
 
 THREADS = 128
+ALIGNMENT = 128  # bytes: of a copy's shared memory
 NOWHERE = -1
 
 
@@ -25,7 +29,7 @@ class Placed(NamedTuple):
     """The queries as lines, and the pool with the new keys and values."""
 
     q: Float[Array, "kv_heads lines head_dim"]
-    kv: Float[Array, "pages kv_heads 2 page head_dim"]
+    kv: Pool
 
 
 class Heads(NamedTuple):
@@ -36,9 +40,20 @@ class Heads(NamedTuple):
     head_dim: int
 
     @property
-    def count(self) -> int:
-        """Heads of all kinds."""
-        return self.kv_heads * (self.group + 2)
+    def unit(self) -> int:
+        """Halves of heads in shared memory that begin where a copy may begin."""
+        return math.lcm(ALIGNMENT, self.head_dim) // self.head_dim
+
+    @property
+    def segments(self) -> tuple[tuple[int, int, int], ...]:
+        """Where a kv head's queries, then its key and value, stand: first head in memory, first row in shared memory, how many."""
+        return (0, 0, self.group), (self.group, self.group + -self.group % self.unit, 2)
+
+    @property
+    def pitch(self) -> int:
+        """Rows in shared memory of each kv head."""
+        first, count = self.segments[1][1:]
+        return first + count + -count % self.unit
 
     @property
     def half(self) -> int:
@@ -77,8 +92,11 @@ def rotate_and_write(
     slots: page * page_size + place in the page of each token's key and value, or NOWHERE. lines: first line of each token's queries, or
     NOWHERE. room: lines; those that nothing is written to hold anything.
     """
-    whole = heads.count + -heads.count % heads.at_once
-    scratch = (plgpu.SMEM((2, whole, heads.half), qkv.dtype), plgpu.Barrier(num_arrivals=2))
+    rows = heads.kv_heads * heads.pitch
+    scratch = (
+        plgpu.SMEM((2, rows + -rows % heads.at_once, heads.half), qkv.dtype),
+        plgpu.Barrier(num_arrivals=2 * (1 if heads.unit == 1 else 2 * heads.kv_heads)),
+    )
     out = jax.ShapeDtypeStruct((heads.kv_heads, room, heads.head_dim), qkv.dtype)
     pool = jax.new_ref(kv)
     run = hopper.kernel(
@@ -88,31 +106,27 @@ def rotate_and_write(
 
 
 def collect(
-    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, group: int
-) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """Each token's outputs, from its first line on; zeros for a token that is NOWHERE."""
+    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, first: int, group: int
+) -> Float[Array, "prefill_tokens kv_heads group head_dim"]:
+    """The outputs of each token from the `first` one on, which begin at its line; zeros for a token that is NOWHERE.
+
+    `line` comes whole: XLA would hand over a part of it as a pointer into the middle, which kernels refuse unless it is aligned.
+    """
     kv_heads, _, head_dim = lines.shape
     scratch = (plgpu.SMEM((kv_heads, group, head_dim), lines.dtype), plgpu.Barrier())
 
-    def body(lines: Any, line: Any, out: Any, made: tuple[Any, Any]) -> None:
+    def body(lines: Any, line: Any, nothing: Any, out: Any, made: tuple[Any, Any]) -> None:
         token, (found, arrived) = lax.axis_index("token"), made
-        first = line[token]
-
-        @pl.when(first >= 0)
-        def _copy() -> None:
-            plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(first, group)], found, arrived)
-            plgpu.barrier_wait(arrived)
-
-        @pl.when(first < 0)
-        def _clear() -> None:
-            found[...] = plgpu.layout_cast(jnp.full(found.shape, 0, found.dtype), plgpu.Layout.WG_STRIDED(found.shape, vec_size=1))
-            plgpu.commit_smem()
-
+        own = line[first + token]
+        pl.when(own >= 0)(lambda: plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(own, group)], found, arrived))
+        pl.when(own < 0)(lambda: plgpu.copy_gmem_to_smem(nothing, found, arrived))
+        plgpu.barrier_wait(arrived)
         plgpu.copy_smem_to_gmem(found, out.at[token])
         plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((line.shape[0], kv_heads, group, head_dim), lines.dtype)
-    return hopper.kernel(body, scratch, out_type=out, grid={"token": line.shape[0]}, warpgroups=1)(lines, line)
+    out = jax.ShapeDtypeStruct((line.shape[0] - first, kv_heads, group, head_dim), lines.dtype)
+    run = hopper.kernel(body, scratch, out_type=out, grid={"token": out.shape[0]}, warpgroups=1)
+    return run(lines, line, jnp.zeros((kv_heads, group, head_dim), lines.dtype))
 
 
 class _Refs(NamedTuple):
@@ -129,37 +143,45 @@ class _Refs(NamedTuple):
 def _body(heads: Heads, refs: _Refs, halves: Any, arrived: Any) -> None:
     token = lax.axis_index("token")
     parts = [pl.ds(number * heads.half, heads.half) for number in range(2)]
-    for number, part in enumerate(parts):
-        plgpu.copy_gmem_to_smem(refs.qkv.at[token, :, part], halves.at[number].at[pl.ds(0, heads.count)], arrived)
+    _load(heads, refs.qkv.at[token], halves, parts, arrived)
     cosine, sine = (hopper.load(refs.waves.at[token, number], heads.layout) for number in range(2))
     plgpu.barrier_wait(arrived)
-    for first in range(0, heads.count, heads.at_once):
+    for first in range(0, halves.shape[1], heads.at_once):
         _rotate(heads, halves, first, cosine, sine)
     plgpu.commit_smem()
     slot, line = refs.slots[token], refs.lines[token]
     page, place = lax.div(slot, jnp.int32(refs.kv.shape[3])), lax.rem(slot, jnp.int32(refs.kv.shape[3]))
-    for head in range(heads.kv_heads):
-        first = head * (heads.group + 2)
-        for number, part in enumerate(parts):
-            queries = halves.at[number].at[pl.ds(first, heads.group)]
-            both = halves.at[number].at[pl.ds(first + heads.group, 2)]
+    for head, number in itertools.product(range(heads.kv_heads), range(2)):
+        queries, both = (halves.at[number].at[pl.ds(head * heads.pitch + row, count)] for _, row, count in heads.segments)
 
-            @pl.when(slot >= 0)
-            def _pool(head: int = head, part: Any = part, both: Any = both) -> None:
-                plgpu.copy_smem_to_gmem(both, refs.kv.at[page, head, :, place, part])
+        @pl.when(slot >= 0)
+        def _pool(head: int = head, part: Any = parts[number], both: Any = both) -> None:
+            plgpu.copy_smem_to_gmem(both, refs.kv.at[page, head, :, place, part])
 
-            @pl.when(line >= 0)
-            def _tile(head: int = head, part: Any = part, queries: Any = queries) -> None:
-                plgpu.copy_smem_to_gmem(queries, refs.out.at[head, pl.ds(line, heads.group), part])
+        @pl.when(line >= 0)
+        def _tile(head: int = head, part: Any = parts[number], queries: Any = queries) -> None:
+            plgpu.copy_smem_to_gmem(queries, refs.out.at[head, pl.ds(line, heads.group), part])
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _load(heads: Heads, token: Any, halves: Any, parts: list[Any], arrived: Any) -> None:
+    """Copy a token's heads into shared memory, in one piece where its parts begin at places that copies out may begin at, too."""
+    for number, part in enumerate(parts):
+        if heads.unit == 1:
+            count = heads.kv_heads * heads.pitch
+            plgpu.copy_gmem_to_smem(token.at[:, part], halves.at[number].at[pl.ds(0, count)], arrived)
+            continue
+        for head, (first, row, count) in itertools.product(range(heads.kv_heads), heads.segments):
+            source = token.at[pl.ds(head * (heads.group + 2) + first, count), part]
+            plgpu.copy_gmem_to_smem(source, halves.at[number].at[pl.ds(head * heads.pitch + row, count)], arrived)
 
 
 def _rotate(heads: Heads, halves: Any, first: int, cosine: Any, sine: Any) -> None:
     """Rotate some heads in place (Su et al., arXiv 2104.09864, in the half-split form); values stay as they are."""
     rows = [halves.at[number].at[pl.ds(first, heads.at_once)] for number in range(2)]
     head = plgpu.broadcasted_iota(jnp.int32, (heads.at_once, heads.half), 0, layout=heads.layout) + first
-    turns = lax.rem(head, jnp.full_like(head, heads.group + 2)) < heads.group + 1
+    turns = lax.rem(head, jnp.full_like(head, heads.pitch)) != heads.segments[1][1] + 1
     low, high = (hopper.load(row, heads.layout).astype(jnp.float32) for row in rows)
     rows[0][...] = jnp.where(turns, low * cosine - high * sine, low).astype(halves.dtype)
     rows[1][...] = jnp.where(turns, high * cosine + low * sine, high).astype(halves.dtype)

@@ -34,14 +34,17 @@ STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups 
 
 
 class Sizes(NamedTuple):
-    """Warpgroups that multiply, 64 outputs each, and inputs of a block."""
+    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA."""
 
     consumers: int
     block: int
 
 
+XLA = Sizes(0, 0)
+
+
 class Plan(NamedTuple):
-    """Static shape of the kernel: tiles of `consumers` x 64 outputs, blocks of `block` inputs; group: inputs of a scale, 0 if a row has one."""
+    """Static shape: tiles of `consumers` x 64 outputs, blocks of `block` inputs; group: inputs with a scale (0: a row has one)."""
 
     deal: Deal
     consumers: int
@@ -81,17 +84,19 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
     """Sizes that were never measured."""
-    return _fitting(key)[0]._asdict()
+    return (*_fitting(key), XLA)[0]._asdict()
 
 
 def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]:
     """Sizes worth measuring."""
-    return [sizes._asdict() for sizes in _fitting(key)]
+    return [sizes._asdict() for sizes in (*_fitting(key), XLA)]
 
 
 def _fitting(key: dict[str, int | str]) -> list[Sizes]:
-    """Sizes that divide the shape and leave room for three stages, best guess first."""
+    """Sizes that divide the shape and leave room for three stages, best guess first; none for many tokens."""
     tokens, found = _padded(int(key["tokens"])), []
+    if tokens > MOST:
+        return found
     for consumers in (2, 4, 1):
         for block in (256, 512, 128):
             stage = block * (consumers * TILE * BITS[str(key["weight"])] // 8 + 2 * tokens)
@@ -116,10 +121,11 @@ def quantized_matmul(
     out_dtype: DTypeLike | None = None,
 ) -> Float[Array, "tokens out"]:
     """See api.quantized_matmul."""
-    if x.shape[0] > MOST:
-        return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     kind, outputs = Format.of(weight, scales, activations), weight.shape[0]
     sizes = Sizes(**tuning.sizes("quantized_matmul", "gpu", dispatch.target(), kind.key(x, weight)))
+    if sizes == XLA:
+        with tuning.forced(xla.heuristic("gpu", kind.key(x, weight))):
+            return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     per_row = jnp.repeat(scales, outputs // scales.shape[0], axis=0)
     inputs, per_token = _inputs(x, kind)
     plan = plan_of(sizes, inputs.shape[0], outputs, x.shape[1], kind)
@@ -152,7 +158,8 @@ def _inputs(x: Float[Array, "tokens in"], kind: Format) -> tuple[Float[Array, "p
     if kind.weight == "fp8":
         wide = padded.astype(jnp.float32)
         top = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-        power = jnp.exp2(jnp.floor(jnp.log2(jnp.clip(top, 1e-30, 1e30))))
+        exponent = lax.bitcast_convert_type(jnp.clip(top, 1e-30, 1e30), jnp.int32) & 0x7F800000
+        power = lax.bitcast_convert_type(exponent, jnp.float32)
         padded, factors = (wide / power).astype(jnp.float16), power if factors is None else factors * power
     return padded, factors
 
@@ -167,7 +174,12 @@ def _shift(
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
 def _parts(
-    x: Float[Array, "tokens in"], weight: Shaped[Array, "out stored"], scales: Float[Array, "out ins"] | None, *, plan: Plan, interpreted: bool
+    x: Float[Array, "tokens in"],
+    weight: Shaped[Array, "out stored"],
+    scales: Float[Array, "out ins"] | None,
+    *,
+    plan: Plan,
+    interpreted: bool,
 ) -> Float[Array, "parts tokens out"]:
     """The sums in float32; a part that nobody has holds anything. Compiled as a function, so that a model's layers lower it once.
 
@@ -207,7 +219,8 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
     @pl.when(warpgroup < plan.consumers)
     def _consumer() -> None:
         plgpu.set_max_registers({1: 240, 2: 208, 4: 112}[plan.consumers], action="increase")
-        lax.fori_loop(deal.tile(begin), deal.tile(end - 1) + 1, lambda tile, _: _consume(plan, scales, out, scratch, tile, begin, end), None)
+        first, last = deal.tile(begin), deal.tile(end - 1)
+        lax.fori_loop(first, last + 1, lambda tile, _: _consume(plan, scales, out, scratch, tile, begin, end), None)
 
     @pl.when(warpgroup == plan.consumers)
     def _producer() -> None:

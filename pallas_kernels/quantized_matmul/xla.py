@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import accumulation_dtype, precision
@@ -26,16 +26,18 @@ class Sizes(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """The arrays of a weight, each with a row for every output channel."""
+    """The arrays of a weight, each with a row for every output channel, and what makes numbers of its values."""
 
     values: Shaped[Array, "out stored"]
     scales: Float[Array, "out ins"]
     zeros: UInt8[Array, "out ins"] | None
+    convert: Callable[[Array], Array] | None
 
     def rows(self, first: Int32[Array, ""], count: int) -> "Weight":
         """Some of the rows."""
         values, scales = (lax.dynamic_slice_in_dim(array, first, count) for array in self[:2])
-        return Weight(values, scales, None if self.zeros is None else lax.dynamic_slice_in_dim(self.zeros, first, count))
+        zeros = None if self.zeros is None else lax.dynamic_slice_in_dim(self.zeros, first, count)
+        return Weight(values, scales, zeros, self.convert)
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
@@ -61,8 +63,7 @@ def quantized_matmul(
 ) -> Float[Array, "tokens out"]:
     """See api.quantized_matmul."""
     kind, target = Format.of(weight, scales, activations), dispatch.target()
-    repeat = weight.shape[0] // scales.shape[0]
-    whole = Weight(weight, jnp.repeat(scales, repeat, axis=0), None if zeros is None else jnp.repeat(zeros, repeat, axis=0))
+    whole = _whole(weight, scales, zeros, target.platform)
     final, inputs, per_token = jnp.dtype(x.dtype if out_dtype is None else out_dtype), x, None
     if activations == "int8":
         inputs, per_token = round_tokens(x)
@@ -77,6 +78,16 @@ def quantized_matmul(
 
     block = Sizes(**tuning.sizes("quantized_matmul", "xla", target, kind.key(x, weight))).outputs
     return _in_blocks(part, x.shape[0], weight.shape[0], block)
+
+
+def _whole(
+    weight: Shaped[Array, "out stored"], scales: Float[Array, "outs ins"], zeros: UInt8[Array, "outs ins"] | None, platform: str
+) -> Weight:
+    """A CPU's compiler converts all of an array of float8 before it cuts it, one number at a time: there it gets the bits."""
+    repeat, convert = weight.shape[0] // scales.shape[0], None
+    if weight.dtype == jnp.float8_e4m3fn and platform == "cpu":
+        weight, convert = lax.bitcast_convert_type(weight, jnp.uint8), _float8
+    return Weight(weight, jnp.repeat(scales, repeat, axis=0), None if zeros is None else jnp.repeat(zeros, repeat, axis=0), convert)
 
 
 def _sums(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens out"]:
@@ -96,12 +107,23 @@ def _sums(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens 
             x, values.astype(x.dtype), (((1,), (1,)), ((), ())), precision=precision(x.dtype), preferred_element_type=wide
         )
 
-    if weight.values.dtype == PACKED:
+    if weight.convert is not None:
+        sums = dot(x, weight.convert(weight.values))
+    elif weight.values.dtype == PACKED:
         even, odd = (half.astype(jnp.int8) - jnp.int8(ZERO if centred else 0) for half in halves(weight.values))
         sums = dot(x[:, 0::2], even) + dot(x[:, 1::2], odd)
     else:
         sums = dot(x, weight.values)
     return sums if grouped else sums * weight.scales.astype(wide).T
+
+
+def _float8(values: UInt8[Array, "out in"]) -> Float32[Array, "out in"]:
+    """float8_e4m3fn (no NaN) from its bits."""
+    bits = values.astype(jnp.int32)
+    size = bits & 0x7F
+    normal = lax.bitcast_convert_type((size << 20) + (120 << 23), jnp.float32)  # exponents count from 7 and from 127
+    magnitude = jnp.where(size < 8, size.astype(jnp.float32) * 2.0**-9, normal)
+    return jnp.where(bits > 0x7F, -magnitude, magnitude)
 
 
 def _in_blocks(part: Callable[[Array, int], Array], tokens: int, outputs: int, block: int) -> Float[Array, "tokens out"]:

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -46,3 +47,9 @@ def test_candidates_run_from_the_heuristic():
     for platform in ("cpu", "gpu", "tpu"):
         assert xla.heuristic(platform, key) in xla.candidates(platform, key)
     assert xla.heuristic("gpu", key) == {"outputs": 8192}
+
+
+def test_float8_by_its_bits_is_exact():
+    bits = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    values = np.where((bits & 0x7F) == 0x7F, 0, bits).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(jax.jit(xla._float8)(jnp.asarray(values.view(np.uint8))), values.astype(np.float32))
