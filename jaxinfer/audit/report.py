@@ -14,6 +14,7 @@ from jaxinfer.audit.statistics import Agreement, Divergence, Estimate
 from jaxinfer.audit.task import Score
 
 MIB = 1 << 20
+BUSY = 0.2  # share of the processors that others may use before times mean little
 SHOWN = 60  # characters of a context on the terminal
 
 
@@ -152,6 +153,8 @@ class Report:
             )
         if data.cut:
             found.append(f"{data.cut:,} tokens of completions did not fit in the context and were cut off.")
+        if any(scheme.speed is not None for scheme in self.schemes) and (self.stamp.get("host_busy") or 0) > BUSY:
+            found.append(f"Other programs used {percent(self.stamp['host_busy'], 0)} of the processors: the tokens per second mean little.")
         return found + [f"{name} was left out: {reason}" for name, reason in self.left_out.items()]
 
 

@@ -43,6 +43,7 @@ def test_notes_say_what_was_scored_cut_and_left_out(made):
     notes = " ".join(made.notes())
     assert "own greedy continuation" in notes and "over the whole vocabulary" in notes
     assert "7 tokens of completions did not fit" in notes and "fp9 was left out: no such device" in notes
+    assert "mean little" not in notes and "50 % of the processors" in " ".join(replace(made, stamp={"host_busy": 0.5}).notes())
     assert "did not fit" not in " ".join(replace(made, data=replace(made.data, cut=0)).notes())
 
 
