@@ -24,13 +24,14 @@ from jaxinfer import devices
 from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
-from jaxinfer.checkpoint import hub, read
+from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Demand, MemoryPlan, check_programs, plan_memory
+from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 from jaxinfer.step.buckets import Bucket, buckets, fixed
@@ -109,6 +110,7 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
     model = _describe(config)
+    _require_audit(config, model)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
     defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
@@ -196,6 +198,14 @@ def _graph(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:
     if stored is not graph:
         raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
     return Graph.of(graph.module, graph.config, graph.dtype, Quantization.parse(config.model.quantize))
+
+
+def _require_audit(config: EngineConfig, model: _Model) -> None:
+    """Refuse numbers that nobody has audited, if the user wants that."""
+    if config.model.require_audit is not None:
+        stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
+        scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
+        audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 
 def _dtype(name: str) -> np.dtype:

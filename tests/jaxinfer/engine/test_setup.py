@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfer.checkpoint import audit_record
 from jaxinfer.checkpoint.convert import convert
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
@@ -87,6 +88,21 @@ def test_unknown_policies_are_refused(early, folder):
 def test_more_devices_than_there_are(early, folder):
     with pytest.raises(ConfigError, match="--mesh data=3,tensor=4: the mesh needs 12 devices, but 8 cpu"):
         early(settings(folder, mesh=MeshShape(3, 4)))
+
+
+def test_quantised_numbers_need_an_audit_if_the_user_wants_one(early, folder, tmp_path):
+    model = write_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"--require-audit kl=0.02: .* with int8 has no recorded audit; run: python"):
+        early(settings(model, quantize="int8", require_audit="kl=0.02"))
+    audit_record.write(model, {"int8": {"weights": audit_record.fingerprint(model), "kl_mean": 0.01}})
+    for passes in ({"quantize": "int8", "require_audit": "kl=0.02"}, {"require_audit": "kl=0.02"}, {"quantize": "int8"}):
+        with pytest.raises(AssertionError, match="too late"):
+            early(settings(model, **passes))
+    wanted = settings(model, quantize="int8", require_audit="kl=0.02")
+    with pytest.raises(ConfigError, match=r"with int8\+kv-fp8 has no recorded audit"):
+        early(replace(wanted, cache=replace(wanted.cache, kv_dtype="fp8")))
+    with pytest.raises(ConfigError, match="has an audit over it"):
+        early(settings(model, quantize="int8", require_audit="kl=0.001"))
 
 
 def test_longer_than_the_model_was_made_for(early, folder):
