@@ -182,21 +182,9 @@ def _describe(config: EngineConfig) -> _Model:
     else:
         folder = hub.resolve(config.model.model, config.model.revision)
         values = read.read_config(folder)
-    found = sizing.described(read.of_model(values), config, devices.platform())
-    graph = found.graph if folder is None else _graph(config, folder, found.graph)
+    found = sizing.described(values, config, devices.platform(), folder)
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
-    return _Model(folder, name, graph, graph.dtype, found.max_tokens, str(values.get("model_type")))
-
-
-def _graph(config: EngineConfig, folder: Path, graph: Graph) -> Graph:
-    """The model's description with its weights quantised as the checkpoint has them, or as was asked for."""
-    plain = graph if config.model.quantize is None else Graph.of(graph.module, graph.config, graph.dtype)
-    stored = read.as_stored(folder, plain)
-    if stored is plain:
-        return graph
-    if config.model.quantize is not None:
-        raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
-    return stored
+    return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
 
 
 def _require_audit(config: EngineConfig, model: _Model) -> None:

@@ -156,14 +156,14 @@ class Program:
         return self.bytes_beside
 
     @property
-    def leaves(self) -> tuple[Array, ...]:
-        """The weights, in the graph's order; empty before `load`."""
-        return self._leaves
-
-    @property
     def sizes(self) -> dict[Any, ProgramSize]:
         """What each compiled program takes on a device, as the compiler says."""
         return {key: ProgramSize.of(compiled) for key, compiled in self._compiled.items()}
+
+    @property
+    def leaves(self) -> tuple[Array, ...]:
+        """The weights, in the graph's order; empty before `load`."""
+        return self._leaves
 
     @property
     def bytes_beside(self) -> int:
