@@ -91,7 +91,7 @@ def codes() -> list[Case]:
     found = []
     for number, kv_dtype in enumerate(LARGEST):
         for index, head_dim in enumerate((64, 96, 128)):
-            changes = {"page_size": PAGES[1 + index + number], "decode_tokens": (1, 3)[(index + number) % 2]}
+            changes = {"page_size": PAGES[2 + index + number], "decode_tokens": (1, 3)[(index + number) % 2]}
             changes |= {"extras": (ROPE, BOTH)[number], "window": 200 if index == 1 else None}
             found.append(replace(MIXED, name=f"{kv_dtype} {head_dim}", head_dim=head_dim, kv_dtype=kv_dtype, **changes))
     return found

@@ -56,17 +56,17 @@ def shapes() -> list[Case]:
     base = Case("base", page_size=64, pages_per_row=8, kv_heads=2, group=4, head_dim=128, dtype="bfloat16")
     found = []
     for kv_dtype in (None, *LARGEST):
-        kind = replace(base, kv_dtype=kv_dtype)
+        kind, small = replace(base, kv_dtype=kv_dtype), 32 if kv_dtype else 16
         found += [
             replace(kind, name="decode", decode_rows=9),
             replace(kind, name="decode long", decode_rows=2, pages_per_row=60, extras=SINKS),
             replace(kind, name="decode many", decode_rows=200, pages_per_row=3, head_dim=64, extras=NOTHING),
-            replace(kind, name="tokens 2", decode_rows=7, decode_tokens=2, page_size=16, pages_per_row=24, head_dim=64, extras=BOTH),
+            replace(kind, name="tokens 2", decode_rows=7, decode_tokens=2, page_size=small, pages_per_row=12, head_dim=64, extras=BOTH),
             replace(kind, name="tokens 4", decode_rows=6, decode_tokens=4, group=3, page_size=128, pages_per_row=5, window=70),
             replace(kind, name="tokens 8", decode_rows=5, decode_tokens=8, group=8, soft_cap=20.0),
             replace(kind, name="tokens 8 group 16", decode_rows=5, decode_tokens=8, group=16, kv_heads=1, extras=SINKS),
             replace(kind, name="prefill", prefill_rows=4, prefill_tokens=700, extras=BOTH),
-            replace(kind, name="prefill window", prefill_rows=3, prefill_tokens=500, page_size=16, pages_per_row=30, head_dim=64, window=9),
+            replace(kind, name="prefill window", prefill_rows=3, prefill_tokens=500, page_size=small, pages_per_row=16, window=70),
             replace(kind, name="mixed", decode_rows=5, prefill_rows=3, prefill_tokens=300, group=5, head_dim=96, soft_cap=20.0),
         ]
     float16 = [replace(case, dtype="float16") for case in found if case.kv_dtype is None and case.name in ("decode", "tokens 4", "prefill")]

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 MAX_GROUP = 16
 MAX_TOKENS = 8  # of a decode row
 MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
+LEAST_CODES_PAGE = 32  # tokens whose scales fill the 128 bytes at which a copy into shared memory may begin
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
 
 kv_layout = xla.kv_layout
@@ -82,6 +83,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
 def _refused_codes(key: dispatch.Key) -> str | None:
     if int(key.get("head_dim", 64)) > MAX_CODES_DIM:
         return f"its kernels read {key['kv_dtype']} keys and values of head_dim up to {MAX_CODES_DIM} (registers), not {key['head_dim']}"
+    if int(key.get("page_size", LEAST_CODES_PAGE)) < LEAST_CODES_PAGE:
+        return f"its kernels read {key['kv_dtype']} keys and values in pages of {LEAST_CODES_PAGE} tokens and more, not {key['page_size']}"
     if key.get("dtype", "bfloat16") != "bfloat16":
         return f"its kernels read {key['kv_dtype']} keys and values for bfloat16 activations only, not for {key['dtype']}"
     return None
@@ -109,7 +112,7 @@ def paged_attention(  # noqa: PLR0913
         parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
     if work.tiles is not None:
         out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
-        parts.append(gpu_write.collect(out, work.line[decode:], group=group))
+        parts.append(gpu_write.collect(out, work.line, first=decode, group=group))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return PagedResult(out.reshape(q.shape), placed.kv)
 
@@ -194,7 +197,7 @@ def _place(
     if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
         q, k = rotate(q, table), rotate(k, table)
         table = _table(positions, None, AttentionSpec(1.0), head_dim)
-    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
+    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim, page_size)
     qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
     row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
     page = packing.take(metadata.page_tables, row, number)

@@ -38,6 +38,7 @@ class Heads(NamedTuple):
     kv_heads: int
     group: int
     head_dim: int
+    page_size: int
 
     @property
     def unit(self) -> int:
@@ -46,14 +47,14 @@ class Heads(NamedTuple):
 
     @property
     def segments(self) -> tuple[tuple[int, int, int], ...]:
-        """Where a kv head's queries, then its key and value, stand: first head in memory, first row in shared memory, how many."""
-        return (0, 0, self.group), (self.group, self.group + -self.group % self.unit, 2)
+        """Where a kv head's queries, its key and its value stand: first head in memory, first row in shared memory, how many."""
+        key = self.group + -self.group % self.unit
+        return (0, 0, self.group), (self.group, key, 1), (self.group + 1, key + self.unit, 1)
 
     @property
     def pitch(self) -> int:
         """Rows in shared memory of each kv head."""
-        first, count = self.segments[1][1:]
-        return first + count + -count % self.unit
+        return self.segments[-1][1] + self.unit
 
     @property
     def half(self) -> int:
@@ -95,34 +96,37 @@ def rotate_and_write(
     rows = heads.kv_heads * heads.pitch
     scratch = (
         plgpu.SMEM((2, rows + -rows % heads.at_once, heads.half), qkv.dtype),
-        plgpu.Barrier(num_arrivals=2 * (1 if heads.unit == 1 else 2 * heads.kv_heads)),
+        plgpu.Barrier(num_arrivals=2 * (1 if heads.unit == 1 else len(heads.segments) * heads.kv_heads)),
     )
     out = jax.ShapeDtypeStruct((heads.kv_heads, room, heads.head_dim), qkv.dtype)
-    pool = jax.new_ref(kv)
+    pool = jax.new_ref(kv.reshape(-1, heads.head_dim))  # plain rows: a copy's window is then what it seems to be
     run = hopper.kernel(
         lambda *refs: _body(heads, _Refs(*refs[:-1]), *refs[-1]), scratch, out_type=out, grid={"token": qkv.shape[0]}, warpgroups=1
     )
-    return Placed(run(qkv, waves, slots, lines, pool), pool[...])
+    return Placed(run(qkv, waves, slots, lines, pool), pool[...].reshape(kv.shape))
 
 
 def collect(
-    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, group: int
-) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """Each token's outputs, from its first line on; zeros for a token that is NOWHERE."""
+    lines: Float[Array, "kv_heads lines head_dim"], line: Int32[Array, "tokens"], *, first: int, group: int
+) -> Float[Array, "prefill_tokens kv_heads group head_dim"]:
+    """The outputs of each token from the `first` one on, which begin at its line; zeros for a token that is NOWHERE.
+
+    `line` comes whole: XLA would hand over a part of it as a pointer into the middle, which kernels refuse unless it is aligned.
+    """
     kv_heads, _, head_dim = lines.shape
     scratch = (plgpu.SMEM((kv_heads, group, head_dim), lines.dtype), plgpu.Barrier())
 
     def body(lines: Any, line: Any, nothing: Any, out: Any, made: tuple[Any, Any]) -> None:
         token, (found, arrived) = lax.axis_index("token"), made
-        first = line[token]
-        pl.when(first >= 0)(lambda: plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(first, group)], found, arrived))
-        pl.when(first < 0)(lambda: plgpu.copy_gmem_to_smem(nothing, found, arrived))
+        own = line[first + token]
+        pl.when(own >= 0)(lambda: plgpu.copy_gmem_to_smem(lines.at[:, pl.ds(own, group)], found, arrived))
+        pl.when(own < 0)(lambda: plgpu.copy_gmem_to_smem(nothing, found, arrived))
         plgpu.barrier_wait(arrived)
         plgpu.copy_smem_to_gmem(found, out.at[token])
         plgpu.wait_smem_to_gmem(0)
 
-    out = jax.ShapeDtypeStruct((line.shape[0], kv_heads, group, head_dim), lines.dtype)
-    run = hopper.kernel(body, scratch, out_type=out, grid={"token": line.shape[0]}, warpgroups=1)
+    out = jax.ShapeDtypeStruct((line.shape[0] - first, kv_heads, group, head_dim), lines.dtype)
+    run = hopper.kernel(body, scratch, out_type=out, grid={"token": out.shape[0]}, warpgroups=1)
     return run(lines, line, jnp.zeros((kv_heads, group, head_dim), lines.dtype))
 
 
@@ -147,16 +151,20 @@ def _body(heads: Heads, refs: _Refs, halves: Any, arrived: Any) -> None:
         _rotate(heads, halves, first, cosine, sine)
     plgpu.commit_smem()
     slot, line = refs.slots[token], refs.lines[token]
-    page, place = lax.div(slot, jnp.int32(refs.kv.shape[3])), lax.rem(slot, jnp.int32(refs.kv.shape[3]))
+    page_size = jnp.int32(heads.page_size)
+    page, place = lax.div(slot, page_size), lax.rem(slot, page_size)
     for head, number in itertools.product(range(heads.kv_heads), range(2)):
-        queries, both = (halves.at[number].at[pl.ds(head * heads.pitch + row, count)] for _, row, count in heads.segments)
+        part = parts[number]
+        queries, *both = (halves.at[number].at[pl.ds(head * heads.pitch + row, count)] for _, row, count in heads.segments)
 
         @pl.when(slot >= 0)
-        def _pool(head: int = head, part: Any = parts[number], both: Any = both) -> None:
-            plgpu.copy_smem_to_gmem(both, refs.kv.at[page, head, :, place, part])
+        def _pool(head: int = head, part: Any = part, both: list[Any] = both) -> None:
+            for which, rows in enumerate(both):
+                row = ((page * heads.kv_heads + head) * 2 + which) * page_size + place
+                plgpu.copy_smem_to_gmem(rows, refs.kv.at[pl.ds(row, 1), part])
 
         @pl.when(line >= 0)
-        def _tile(head: int = head, part: Any = parts[number], queries: Any = queries) -> None:
+        def _tile(head: int = head, part: Any = part, queries: Any = queries) -> None:
             plgpu.copy_smem_to_gmem(queries, refs.out.at[head, pl.ds(line, heads.group), part])
 
     plgpu.wait_smem_to_gmem(0)
@@ -178,7 +186,7 @@ def _rotate(heads: Heads, halves: Any, first: int, cosine: Any, sine: Any) -> No
     """Rotate some heads in place (Su et al., arXiv 2104.09864, in the half-split form); values stay as they are."""
     rows = [halves.at[number].at[pl.ds(first, heads.at_once)] for number in range(2)]
     head = plgpu.broadcasted_iota(jnp.int32, (heads.at_once, heads.half), 0, layout=heads.layout) + first
-    turns = lax.rem(head, jnp.full_like(head, heads.pitch)) != heads.segments[1][1] + 1
+    turns = lax.rem(head, jnp.full_like(head, heads.pitch)) != heads.segments[2][1]
     low, high = (hopper.load(row, heads.layout).astype(jnp.float32) for row in rows)
     rows[0][...] = jnp.where(turns, low * cosine - high * sine, low).astype(halves.dtype)
     rows[1][...] = jnp.where(turns, high * cosine + low * sine, high).astype(halves.dtype)
