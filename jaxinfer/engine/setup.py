@@ -181,14 +181,23 @@ def _describe(config: EngineConfig) -> _Model:
         values = read.read_config(folder)
     module = find.find(values.get("model_type"))
     dtype = _dtype(config.model.dtype)
-    model_config = module.Config.from_hf(values)
-    quantization = Quantization.parse(config.model.quantize) if config.model.quantize else None
-    graph = Graph.of(module, model_config, dtype, quantization)
+    model_config = module.Config.from_hf(read.of_model(values))
+    graph = _graph(config, folder, Graph.of(module, model_config, dtype))
     longest = model_config.max_positions
     if config.model.max_model_len is not None and config.model.max_model_len > longest:
         raise ConfigError(f"--max-model-len {config.model.max_model_len} exceeds the {longest} tokens the model was made for; lower it")
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
     return _Model(folder, name, graph, dtype, config.model.max_model_len or longest, str(values.get("model_type")))
+
+
+def _graph(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:
+    """The model's description with its weights quantised as the checkpoint has them, or as was asked for."""
+    stored = graph if folder is None else read.as_stored(folder, graph)
+    if config.model.quantize is None:
+        return stored
+    if stored is not graph:
+        raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
+    return Graph.of(graph.module, graph.config, graph.dtype, Quantization.parse(config.model.quantize))
 
 
 def _require_audit(config: EngineConfig, model: _Model) -> None:

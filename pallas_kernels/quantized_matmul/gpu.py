@@ -26,9 +26,11 @@ from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
+from pallas_kernels.quantized_matmul.gpu_convert import converted, permute
 
 BY_NAME = "it has been timed alone but not in whole steps; ask for it by name"
 MOST = 64  # tokens
+DIRECT = True
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
 STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups of 64
 
@@ -186,6 +188,8 @@ def _parts(
     interpreted only keeps traces for the interpreter apart.
     """
     outputs = weight.shape[0]
+    if DIRECT:
+        x = permute(x, 4 if weight.dtype == PACKED else 8)
     if weight.dtype == PACKED:
         weight = lax.bitcast_convert_type(weight, jnp.int4).reshape(outputs, -1)
     scratch = (
@@ -293,7 +297,7 @@ def _multiply(accumulator: Any, scratch: Scratch, slot: Any, inputs: Any) -> Non
     """Start the products of some inputs of a block; what was started before may still be running."""
     warpgroup = lax.axis_index("wg")
     stored = scratch.weight.at[slot].at[pl.ds(warpgroup * TILE, TILE), inputs]
-    values = _converted(stored, scratch.x.dtype)
+    values = converted(stored, scratch.x.dtype) if DIRECT else _converted(stored, scratch.x.dtype)
     x = scratch.x.at[slot].at[:, inputs].transpose((1, 0))
     if scratch.spilled is not None:
         scratch.spilled.at[warpgroup][...] = values

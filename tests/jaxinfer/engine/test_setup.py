@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from jaxinfer.checkpoint import audit_record
+from jaxinfer.checkpoint.convert import convert
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
 from jaxinfer.engine import setup
 from jaxinfer.engine.setup import build, use_compilation_cache
+from jaxinfer.models.graph import Quantization
 from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
+from tests.quantised_files import tiny_model
 
 
 @pytest.fixture
@@ -189,3 +192,13 @@ def test_the_compilation_cache_is_switched_on_and_off():
 def test_a_checkpoint_without_weights(early, tmp_path):
     with pytest.raises(CheckpointError, match="safetensors"):
         early(settings(write_folder(tmp_path), load_format="auto"))
+
+
+def test_weights_that_are_quantised_already(early, tmp_path):
+    folder, out = tiny_model(tmp_path / "model"), tmp_path / "out"
+    convert(folder, out, Quantization.parse("int8,lm_head=keep"))
+    model = setup._describe(EngineConfig(ModelConfig(str(out), dtype="float32")))
+    asked = setup._describe(EngineConfig(ModelConfig(str(folder), dtype="float32", quantize="int8,lm_head=keep")))
+    assert model.graph == asked.graph and model.parameters == asked.parameters
+    with pytest.raises(ConfigError, match=r"--quantize int8: the weights in .*out are quantised already; leave --quantize out"):
+        early(settings(out, quantize="int8", load_format="auto"))
