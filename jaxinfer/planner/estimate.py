@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from pallas_kernels import dispatch
 @dataclass(frozen=True)
 class Wish:
     """What is planned for. context: tokens of a sequence at its end, of which `output` are generated. concurrency: sequences at once that
-    must fit, all replicas together (None: as many as do). price: of one chip for one hour."""
+    must fit, all replicas together (None: as many as do). price: of one chip for one hour. folder: the checkpoint's,
+    if it is there."""
 
     values: dict[str, Any]
     config: EngineConfig
@@ -37,6 +39,7 @@ class Wish:
     concurrency: int | None
     goal: str
     price: float | None
+    folder: Path | None = None
 
     def on(self, mesh: MeshShape) -> EngineConfig:
         """The engine's settings on a mesh."""
@@ -77,7 +80,8 @@ class Choice:
         """The engine's own way to a pool and its programs, for this choice."""
         config, platform = self.wish.on(self.mesh), self.piece.platform
         placement = Placement(self.arranged, DEFAULT_RULES, config.execution.implementation)
-        return Sizing(config, described(self.wish.values, config, platform), placement, Machine(platform, self.usable_memory))
+        model = described(self.wish.values, config, platform, self.wish.folder)
+        return Sizing(config, model, placement, Machine(platform, self.usable_memory))
 
     def target(self) -> Any:
         """Inside, kernels are chosen for the described devices (a context manager)."""
