@@ -95,7 +95,7 @@ def matmuls() -> list[MatmulCase]:
         for tokens in (1, 256 if "w4" in name else 2048):
             features, outputs = ((4096, 6144), (14336, 4096), (4096, 28672))[number % 3]
             found.append(MatmulCase(f"{name} {tokens}", tokens, features, outputs, "bfloat16", **changes))
-    return [*found, MatmulCase("logits", 16, 4096, 128256, "bfloat16"), MatmulCase("w8 float32", 3, 384, 1024)]
+    return [*found, MatmulCase("logits", 16, 4096, 16032, "bfloat16"), MatmulCase("w8 float32", 3, 384, 1024)]
 
 
 def described(case: Any) -> Any:

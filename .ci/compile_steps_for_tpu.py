@@ -74,23 +74,23 @@ def held(key: Bucket, program: Any, sizing: Any) -> list[str]:
         wrong.append(f"{memory.alias_size_in_bytes} bytes are updated in place, the pool has {pool}")
     found = copies(text, least=1 << 20)
     shape = sizing.model.graph.config.heads
-    known = f"bf16[{sizing.model.graph.config.hidden_size},{shape.kv_heads // mesh_size * shape.group},{shape.head_dim}]"
+    known = _kind_of("bf16", f"{sizing.model.graph.config.hidden_size},{shape.kv_heads // mesh_size},{shape.group},{shape.head_dim}")
     if found.pop(known, 0) > layers:
         wrong.append(f"{known} is copied more than once a layer")
     wrong += [f"{array} is copied {count} times" for array, count in found.items()]
     return wrong
 
 
-def copies(text: str, least: int) -> Counter[str]:
+def copies(text: str, least: int) -> Counter[Any]:
     """Arguments of at least so many bytes (weights, pools) that the program makes again in another order, and how often."""
     entry = text[text.index("\nENTRY ") :]
     given = {_kind_of(match["dtype"], match["shape"]) for match in ARGUMENT.finditer(entry)}
-    found: Counter[str] = Counter()
+    found: Counter[Any] = Counter()
     for match in COPIED.finditer(text):
         size = collectives.SIZES.get(match["dtype"], 1) * prod(_sizes(match["shape"]))
         in_hbm = "S(" not in match["layout"]  # another memory space: copied ahead of use
         if in_hbm and size >= least and _kind_of(match["dtype"], match["shape"]) in given:
-            found[f"{match['dtype']}[{match['shape']}]"] += 1
+            found[_kind_of(match["dtype"], match["shape"])] += 1
     return found
 
 

@@ -91,7 +91,8 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     outputs = int(key["out"])
     if outputs > LANES:
         most = max(min(WEIGHT_BYTES // stored, 1024) // LANES * LANES, LANES)
-        outputs = next(size for size in range(most, 0, -LANES) if int(key["out"]) % size == 0)
+        whole = [size for size in range(most, 0, -LANES) if int(key["out"]) % size == 0]
+        outputs = whole[0] if whole else most  # else the last tile is shorter
     step = next(size for size in (512, 384, 256, LANES) if stored % size == 0)
     return Sizes(tokens, outputs, step)._asdict()
 
@@ -99,7 +100,7 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring."""
     base = Sizes(**heuristic(platform, key))
-    outputs = [size for size in (base.outputs // 2, base.outputs * 2) if size % LANES == 0 and int(key["out"]) % size == 0 and size]
+    outputs = [size for size in (base.outputs // 2, base.outputs * 2) if size and size % LANES == 0 and size <= int(key["out"])]
     steps = [size for size in (LANES, 256, 1024) if _stored(key) % size == 0 and size != base.step]
     return [sizes._asdict() for sizes in (base, *(base._replace(outputs=o) for o in outputs), *(base._replace(step=s) for s in steps))]
 
@@ -110,8 +111,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     if reason is not None or "in" not in key:
         return reason
     stored, outputs, group = _stored(key), int(key["out"]), int(key["group"])
-    if stored % LANES or (outputs % LANES and (outputs > LANES or outputs % ROWS)):
-        return f"its kernel needs stored inputs and outputs in multiples of {LANES}, not {stored} and {outputs}"
+    if stored % LANES or outputs % ROWS:
+        return f"its kernel needs stored inputs in multiples of {LANES} and outputs of {ROWS}, not {stored} and {outputs}"
     own = group // 2 if key["weight"] == "int4" else group
     if own and own % LANES and LANES % own:
         return f"its kernel needs groups that fill or share vectors of {LANES} stored inputs, not of {own}"
@@ -139,6 +140,7 @@ def quantized_matmul(
         return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     final = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     per_row = jnp.repeat(scales.astype(jnp.float32), kind.outputs, axis=0).T
+    per_row = jnp.pad(per_row, ((0, 0), (0, plan.tiles * plan.sizes.outputs - weight.shape[0])))
     inputs, per_token = x, None
     if plan.integers:
         inputs, per_token = round_tokens(x)
@@ -148,7 +150,7 @@ def quantized_matmul(
     if per_token is not None:
         per_token = jnp.pad(jnp.broadcast_to(per_token, (tokens, LANES)), ((0, padded), (0, 0)))
     exact = zeros is not None
-    found = _run(Arrays(halves, per_token, weight, per_row), jnp.dtype(jnp.float32) if exact else final, plan)[:tokens]
+    found = _run(Arrays(halves, per_token, weight, per_row), jnp.dtype(jnp.float32) if exact else final, plan)[:tokens, : weight.shape[0]]
     return (found - _shifted(x, zeros, scales, kind, activations)).astype(final) if exact else found
 
 
@@ -160,7 +162,7 @@ def _plan(sizes: Sizes, kind: Format, weight: Shaped[Array, "out stored"], token
     chip = tensorcore.generation(target.device) or tensorcore.GENERATIONS[0][1]
     block = min(sizes.tokens, ceil_to(tokens, ROWS))
     own = Sizes(block, sizes.outputs, step if stored % step == 0 else LANES)
-    return Plan(own, -(-tokens // block), outputs // own.outputs, parts, bool(group), packed, kind.activations == "int8", chip.cores)
+    return Plan(own, -(-tokens // block), -(-outputs // own.outputs), parts, bool(group), packed, kind.activations == "int8", chip.cores)
 
 
 def _shifted(
@@ -195,7 +197,7 @@ def _run(arrays: Arrays, dtype: Any, plan: Plan) -> Float[Array, "padded_tokens 
     def body(copies: Copies, _: Any, hbm: Any, __: Any, outputs: Any, own: Any) -> None:
         _core(Kernel(plan, copies, jax.tree.unflatten(tree, hbm), outputs[0], jax.tree.unflatten(made, own)))
 
-    shape = (plan.blocks * sizes.tokens, arrays.weight.shape[0])
+    shape = (plan.blocks * sizes.tokens, plan.tiles * sizes.outputs)
     moved = arrays.x.nbytes + plan.blocks * (arrays.weight.nbytes + arrays.scales.nbytes) + shape[0] * shape[1] * dtype.itemsize
     cost = pl.CostEstimate(flops=2 * shape[1] * arrays.x.size * plan.parts, transcendentals=0, bytes_accessed=moved)
     out = jax.ShapeDtypeStruct(shape, dtype)
@@ -245,7 +247,18 @@ def _copy_inputs(kernel: Kernel, block: Any, *, start: bool) -> None:
 def _copy_weight(kernel: Kernel, tile: Any, slot: Any, *, start: bool) -> None:
     act, scratch, outputs = kernel.copies.start if start else kernel.copies.wait, kernel.scratch, kernel.plan.sizes.outputs
     place = pl.ds(pl.multiple_of(tile * outputs, outputs), outputs)
-    act(kernel.arrays.weight.at[place, :], scratch.weight.at[slot], scratch.weight_done.at[slot])
+    rest = kernel.arrays.weight.shape[0] % outputs
+
+    def rows(count: int) -> None:
+        some = pl.ds(pl.multiple_of(tile * outputs, outputs), count)
+        act(kernel.arrays.weight.at[some, :], scratch.weight.at[slot, :count], scratch.weight_done.at[slot])
+
+    if rest:  # the last tile is shorter; what its other rows give is cut off in the end
+        last = tile == kernel.plan.tiles - 1
+        pl.when(last)(lambda: rows(rest))
+        pl.when(jnp.logical_not(last))(lambda: rows(outputs))
+    else:
+        rows(outputs)
     act(kernel.arrays.scales.at[:, place], scratch.scales.at[slot], scratch.weight_done.at[slot])
 
 

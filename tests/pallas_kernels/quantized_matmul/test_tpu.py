@@ -8,7 +8,7 @@ from pallas_kernels.quantized_matmul.cases import TUNING, Case
 V5E = Target("tpu", "TPU v5 lite")
 SOON = [
     Case("rows", 5, 384, 256, "bfloat16"),
-    Case("both", 3, 256, 128, "bfloat16", activations="int8"),
+    Case("both", 3, 256, 160, "bfloat16", activations="int8"),  # the second tile is short
     Case("packed", 3, 512, 256, "bfloat16", "int4", 128, zeros="given"),
 ]
 LATER = [
@@ -53,9 +53,9 @@ def test_refusals_and_sizes():
     for case in TUNING:
         key = case.tuning_key()
         assert tpu.heuristic("tpu", key) in tpu.candidates("tpu", key)
-        assert int(key["out"]) % tpu.heuristic("tpu", key)["outputs"] == 0
     key = TUNING[1].tuning_key()
     assert dispatch.choose("quantized_matmul", "auto", V5E, key) == "tpu"
-    assert "not 96 and 28672" in tpu.refusal(V5E, key | {"in": 96})
+    assert "not 96 and" in tpu.refusal(V5E, key | {"in": 96})
     assert "not 4096 and 200" in tpu.refusal(V5E, key | {"out": 200})
+    assert tpu.refusal(V5E, key | {"out": 16032}) is None
     assert "not of 96" in tpu.refusal(V5E, key | {"in": 768, "group": 96})
