@@ -83,8 +83,13 @@ CASES = (
     Case("both_few", tokens=6, features=256, outputs=128, dtype="bfloat16", activations="int8"),
 )
 
+_8B = (("qkv", 4096, 6144), ("out", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
 TUNING = (
     Case("demo_one", tokens=1, features=384, outputs=1024),
-    Case("8b_gate_up_one", tokens=1, features=4096, outputs=28672, dtype="bfloat16"),
-    Case("8b_gate_up_16", tokens=16, features=4096, outputs=28672, dtype="bfloat16"),
+    *(
+        Case(f"8b_{name}_{weight}_{tokens}", tokens, features, outputs, "bfloat16", weight, group=128 if weight == "int4" else 0)
+        for name, features, outputs in _8B
+        for weight in ("int8", "int4")
+        for tokens in (1, 16, 64)
+    ),
 )

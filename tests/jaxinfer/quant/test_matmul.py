@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -92,21 +93,21 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("extras", ["plain", "zeros and smooth"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_blocks_on_a_mesh_compute_what_the_oracle_says(layout, extras):
+def test_any_blocks_on_a_mesh_compute_what_the_oracle_says(layout):
     shape, axes, contracting, dtype, blocks = LAYOUTS[layout]
     values = RANDOM.integers(0, 100, shape).astype(np.float32).astype(dtype)
     weight = QArray(
         jnp.asarray(values[..., : shape[-1] // 2] if dtype == PACKED else values),
         jnp.asarray(RANDOM.uniform(0.5, 1.5, counts(shape, blocks)), jnp.float32),
-        jnp.asarray(RANDOM.integers(0, 17, counts(shape, blocks)), jnp.uint8) if dtype == PACKED and extras != "plain" else None,
-        None if extras == "plain" else jnp.asarray(RANDOM.uniform(0.5, 1.5, shape[-contracting:]), jnp.float32),
+        jnp.asarray(RANDOM.integers(0, 17, counts(shape, blocks)), jnp.uint8) if dtype == PACKED else None,
+        jnp.asarray(RANDOM.uniform(0.5, 1.5, shape[-contracting:]), jnp.float32),
     )
     x = jnp.asarray(RANDOM.normal(size=(4, *shape[-contracting:])), jnp.float32)
-    exact = np.tensordot(x, dequantize(weight), (tuple(range(1, x.ndim)), tuple(range(-contracting, 0))))
+    exact = np.tensordot(x, jax.jit(dequantize)(weight), (tuple(range(1, x.ndim)), tuple(range(-contracting, 0))))
     for mesh in (make_mesh({}), make_mesh({"data": 2, "tensor": 4})):
-        found = sharded_matmul(x, weight, axes, mesh=mesh, rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
+        run = partial(sharded_matmul, axes=axes, mesh=mesh, rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
+        found = jax.jit(run)(x, weight)
         assert np.allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
 
 
