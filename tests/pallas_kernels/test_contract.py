@@ -32,7 +32,7 @@ def draws(implementation, request):
     """How many; kernels for another platform run in its interpreter, which takes its time."""
     if implementation in FIXTURES:
         request.getfixturevalue(FIXTURES[implementation])
-    return INTERPRETED_DRAWS if implementation == "gpu" else DRAWS
+    return INTERPRETED_DRAWS if implementation in FIXTURES else DRAWS
 
 
 @pytest.mark.parametrize(("op", "implementation", "case"), ALL)
