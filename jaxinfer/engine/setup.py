@@ -24,13 +24,14 @@ from jaxinfer import devices
 from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
-from jaxinfer.checkpoint import hub, read
+from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Demand, MemoryPlan, check_programs, plan_memory
+from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 from jaxinfer.step.buckets import Bucket, buckets, fixed
@@ -109,6 +110,7 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
     model = _describe(config)
+    _require_audit(config, model)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
     defaults = _sampling_defaults(model.folder)
     memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
@@ -179,14 +181,31 @@ def _describe(config: EngineConfig) -> _Model:
         values = read.read_config(folder)
     module = find.find(values.get("model_type"))
     dtype = _dtype(config.model.dtype)
-    model_config = module.Config.from_hf(values)
-    quantization = Quantization.parse(config.model.quantize) if config.model.quantize else None
-    graph = Graph.of(module, model_config, dtype, quantization)
+    model_config = module.Config.from_hf(read.of_model(values))
+    graph = _graph(config, folder, Graph.of(module, model_config, dtype))
     longest = model_config.max_positions
     if config.model.max_model_len is not None and config.model.max_model_len > longest:
         raise ConfigError(f"--max-model-len {config.model.max_model_len} exceeds the {longest} tokens the model was made for; lower it")
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
     return _Model(folder, name, graph, dtype, config.model.max_model_len or longest, str(values.get("model_type")))
+
+
+def _graph(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:
+    """The model's description with its weights quantised as the checkpoint has them, or as was asked for."""
+    stored = graph if folder is None else read.as_stored(folder, graph)
+    if config.model.quantize is None:
+        return stored
+    if stored is not graph:
+        raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
+    return Graph.of(graph.module, graph.config, graph.dtype, Quantization.parse(config.model.quantize))
+
+
+def _require_audit(config: EngineConfig, model: _Model) -> None:
+    """Refuse numbers that nobody has audited, if the user wants that."""
+    if config.model.require_audit is not None:
+        stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
+        scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
+        audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 
 def _dtype(name: str) -> np.dtype:

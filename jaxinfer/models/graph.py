@@ -11,7 +11,7 @@ A graph knows which weights are quantised and how they would be sharded; it know
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -97,12 +97,12 @@ class Graph:
             for name, spec in zip(self.names, self.specs, strict=True)
         }
 
-    def bind(self, leaves: Sequence[Array]) -> nnx.Module:
-        """The model with these arrays as its weights; for use inside a trace."""
+    def bind(self, leaves: Sequence[Array], wrap: Callable[[str, Weight], Any] | None = None) -> nnx.Module:
+        """The model with these arrays as its weights, each as `wrap` gives it back; for use inside a trace."""
         model = self.module.Model(self.config, self.dtype)
         weights = self.weights(leaves)
         for name, parameter in _parameters(model):
-            parameter.set_value(weights[name])
+            parameter.set_value(weights[name] if wrap is None else wrap(name, weights[name]))
         return model
 
     def structs(self, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[jax.ShapeDtypeStruct, ...]:

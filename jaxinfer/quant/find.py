@@ -16,7 +16,7 @@ from types import ModuleType
 
 from jaxinfer.config import ConfigError
 
-NOT_SCHEMES = frozenset({"__init__", "blocks", "find", "matmul", "qarray", "quantise", "rules"})
+NOT_SCHEMES = frozenset({"__init__", "blocks", "find", "matmul", "observe", "qarray", "quantise", "rules"})
 
 
 def schemes() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from jaxinfer.quant import blocks
+from jaxinfer.quant.observe import Observed
 from jaxinfer.quant.qarray import QArray
 from jaxinfer.sharding import Axes, Rules, partition
 from pallas_kernels import dense_matmul, quantized_matmul
@@ -48,7 +49,7 @@ def matmul(
 
 def sharded_matmul(
     x: Float[Array, "tokens *into"],
-    weight: Weight,
+    weight: Weight | Observed,
     axes: Axes,
     *,
     mesh: Mesh,
@@ -60,6 +61,10 @@ def sharded_matmul(
 
     The result is sharded like the weight's output dimensions; shards of contracted dimensions are summed, in out_dtype.
     """
+    if isinstance(weight, Observed):
+        weight.note(x)
+        inner: Weight = weight.weight
+        return sharded_matmul(x, inner, axes, mesh=mesh, rules=rules, out_dtype=out_dtype, implementation=implementation)
     if mesh.size == 1:
         return matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
     cuts = weight.units if isinstance(weight, QArray) else weight.shape

@@ -147,6 +147,11 @@ class Program:
         return self.bytes_beside
 
     @property
+    def leaves(self) -> tuple[Array, ...]:
+        """The weights, in the graph's order; empty before `load`."""
+        return self._leaves
+
+    @property
     def bytes_beside(self) -> int:
         """What compiled programs take on each device beside weights, pool and slots, as the compiler says: the largest forward's
         temporaries, two steps' outputs (one is computed while the other is read), and the largest sampler's temporaries."""

@@ -233,7 +233,9 @@ class Checked(NamedTuple):
 
 def check(case: Case, implementation: str, seeds: Array) -> Checked:
     """Play and judge a shape's steps, one program for each of the two."""
-    steps = jax.jit(lambda seeds: lax.map(partial(play, case, implementation), seeds))(seeds)
+    # XLA may make a kernel part of the slice update around it, which moves what it writes (see gpu_write)
+    options = {"xla_gpu_enable_dynamic_slice_fusion": False} if jax.default_backend() == "gpu" else None
+    steps = jax.jit(lambda seeds: lax.map(partial(play, case, implementation), seeds), compiler_options=options)(seeds)
     with jax.enable_x64(True):
         errors = jax.jit(lambda steps: jax.tree.map(partial(jnp.max, axis=0), lax.map(partial(judge, case), steps)))(steps)
     return Checked(case, Errors(*(jax.device_get(x) for x in errors)))

@@ -4,6 +4,9 @@ the outputs of prefill tiles back to their tokens.
 One warpgroup takes one token: its heads come into shared memory by halves (TMA), are rotated in registers and leave again (TMA), each
 kv head's queries as consecutive lines, its new key and value straight into the donated pool. So rope, the write and the layout of the
 queries are one pass over the projections. Knows no rows: where a token goes is said by two integers.
+
+It writes into the pool that it is given. XLA on GPUs may fuse such a call with an update of a slice around it (the results of lax.map or
+lax.scan) and hand it another output: what compiles `place` inside one sets xla_gpu_enable_dynamic_slice_fusion to False.
 """
 
 import itertools
@@ -18,18 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper
-from pallas_kernels.paged_attention.pool import Pool
+from pallas_kernels.attention import AttentionSpec, rope_table, rotate
+from pallas_kernels.paged_attention import packing
+from pallas_kernels.paged_attention.api import PagedMetadata
+from pallas_kernels.paged_attention.gpu_lines import NOWHERE, Lines, Placed
+from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
 THREADS = 128
 ALIGNMENT = 128  # bytes: of a copy's shared memory
-NOWHERE = -1
-
-
-class Placed(NamedTuple):
-    """The queries as lines, and the pool with the new keys and values."""
-
-    q: Float[Array, "kv_heads lines head_dim"]
-    kv: Pool
 
 
 class Heads(NamedTuple):
@@ -70,6 +69,47 @@ class Heads(NamedTuple):
     def layout(self) -> Any:
         """How they are spread over the threads."""
         return plgpu.Layout.WG_STRIDED((self.at_once, self.half), vec_size=1)
+
+
+def place(  # noqa: PLR0913
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    lines: Lines,
+    spec: AttentionSpec,
+    rope: Float[Array, "half_rotary"] | None,
+) -> Placed:
+    """As `gpu_lines.place`; XLA writes a quantised pool. Donates kv."""
+    table = _table(positions, rope, spec, k.shape[2])
+    (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
+    if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
+        q, k = rotate(q, table), rotate(k, table)
+        table = _table(positions, None, AttentionSpec(1.0), head_dim)
+    heads = Heads(kv_heads, q.shape[1] // kv_heads, head_dim, page_size)
+    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
+    row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
+    page = packing.take(metadata.page_tables, row, number)
+    slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), NOWHERE)
+    qkv, turns = qkv.reshape(tokens, -1, head_dim), waves(table, heads)
+    if not isinstance(kv, QuantizedKV):
+        return rotate_and_write(qkv, turns, slots, lines.line, kv, heads=heads, room=lines.room)
+    nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
+    nowhere = jnp.full_like(slots, NOWHERE)
+    placed = rotate_and_write(qkv, turns, nowhere, lines.line, nothing, heads=heads, room=lines.room)
+    return Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
+
+
+def _table(
+    positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"] | None, spec: AttentionSpec, head_dim: int
+) -> Float[Array, "tokens head_dim"]:
+    """`rope_table` for all features: what is not rotated turns by nothing."""
+    if rope is None:
+        return jnp.concatenate([jnp.ones((len(positions), head_dim // 2)), jnp.zeros((len(positions), head_dim // 2))], axis=1)
+    return rope_table(positions, rope, spec.rope_scale)
 
 
 def waves(table: Float[Array, "tokens rotary"], heads: Heads) -> Float[Array, "tokens 2 at_once half"]:

@@ -135,7 +135,7 @@ BROKEN = {
         "expected shape [32, 64]",
     ),
     "whole numbers": (lambda t: t.update({DOWN: t[DOWN].astype(np.int32)}), "expected a floating dtype, found int32"),
-    "quantised": (lambda t: t.update({DOWN: t[DOWN].astype(np.int8)}), "quantised checkpoints are not read yet"),
+    "quantised": (lambda t: t.update({DOWN: t[DOWN].astype(np.int8)}), "config.json has no quantization_config that says"),
     "renamed": (
         lambda t: t.update({"model.embed.weight": t.pop("model.embed_tokens.weight")}),
         "tensor 'model.embed_tokens.weight': expected shape [128, 64]",

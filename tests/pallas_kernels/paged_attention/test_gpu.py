@@ -52,9 +52,9 @@ def run_of(case, sizes=SMALL):
         return jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(case.make(0, "gpu")).compile()
 
 
-def close(case, seeds):
+def close(case, seeds, write=gpu.BY_XLA):
     """Against XLA in float32 on the same 16-bit numbers."""
-    run, wide = run_of(case), dataclasses.replace(case, dtype="float32")
+    run, wide = run_of(case, SMALL._replace(write=write)), dataclasses.replace(case, dtype="float32")
     oracle = jax.jit(lambda inputs: wide.run(inputs, "xla"))
     for seed in seeds:
         inputs = case.make(seed, "gpu")
@@ -71,10 +71,16 @@ def test_close_to_xla(interpreted, case):
     close(case, range(2))
 
 
+@pytest.mark.parametrize("case", SOON[3:], ids=lambda case: case.name)
+def test_close_to_xla_where_a_kernel_writes(interpreted, case):
+    close(case, range(1), gpu.BY_KERNEL)
+
+
 @pytest.mark.ci
+@pytest.mark.parametrize("write", [gpu.BY_XLA, gpu.BY_KERNEL])
 @pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_xla_many_draws(interpreted, case):
-    close(case, range(12))
+def test_close_to_xla_many_draws(interpreted, case, write):
+    close(case, range(6), write)
 
 
 def without(inputs, rows):
