@@ -8,10 +8,9 @@ program while the weights are read, then load. Nothing here runs again once the 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import devices
-from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
-from jaxinfer.models.graph import Graph, Quantization, random_weights
+from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.memory import Demand, MemoryPlan, check_programs, plan_memory
+from jaxinfer.planner import sizing
+from jaxinfer.planner.memory import GIB, MemoryPlan, check_programs
 from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
-from jaxinfer.step.buckets import Bucket, buckets, fixed
 from jaxinfer.step.program import Program, ProgramConfig
 from jaxinfer.tokenizer import Tokenizer
 
@@ -113,19 +111,25 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     _require_audit(config, model)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
     defaults = _sampling_defaults(model.folder)
-    memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
-    limits = _limits(config)
-    pools = [PagePool(memory.pool.pages, memory.pool.page_size, _prefix_index(config, model)) for _ in range(limits.replicas)]
-    scheduler = Scheduler(limits, pools, config.scheduler.policy)
+    sized = _sizing(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
+    memory, program = sized.sized()
+    scheduler = _scheduler(config, model, memory)
     if config.model.load_format != "random" and model.folder is not None:
         read.verify(model.folder, model.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
-        program.compile(progress)
-        memory = check_programs(memory, program.bytes_beside, config.cache)
+        memory, program = _compiled(sized, memory, program, progress)
         program.load(weights.result())
+    if scheduler.pools[0].size != memory.pool.pages:
+        scheduler = _scheduler(config, model, memory)
     info = _info(config, model, program.config, memory)
     return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
+
+
+def _scheduler(config: EngineConfig, model: _Model, memory: MemoryPlan) -> Scheduler:
+    limits = _limits(config)
+    pools = [PagePool(memory.pool.pages, memory.pool.page_size, _prefix_index(config, model)) for _ in range(limits.replicas)]
+    return Scheduler(limits, pools, config.scheduler.policy)
 
 
 def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
@@ -135,8 +139,7 @@ def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
 
 
 def _page_size(config: EngineConfig) -> int:
-    """Tokens of a page: on accelerators a whole block of the attention kernels."""
-    return config.cache.page_size or (32 if devices.platform() == "cpu" else 64)
+    return sizing.page_size(config, devices.platform())
 
 
 def use_compilation_cache(mode: str) -> None:
@@ -179,25 +182,9 @@ def _describe(config: EngineConfig) -> _Model:
     else:
         folder = hub.resolve(config.model.model, config.model.revision)
         values = read.read_config(folder)
-    module = find.find(values.get("model_type"))
-    dtype = _dtype(config.model.dtype)
-    model_config = module.Config.from_hf(read.of_model(values))
-    graph = _graph(config, folder, Graph.of(module, model_config, dtype))
-    longest = model_config.max_positions
-    if config.model.max_model_len is not None and config.model.max_model_len > longest:
-        raise ConfigError(f"--max-model-len {config.model.max_model_len} exceeds the {longest} tokens the model was made for; lower it")
+    found = sizing.described(values, config, devices.platform(), folder)
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
-    return _Model(folder, name, graph, dtype, config.model.max_model_len or longest, str(values.get("model_type")))
-
-
-def _graph(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:
-    """The model's description with its weights quantised as the checkpoint has them, or as was asked for."""
-    stored = graph if folder is None else read.as_stored(folder, graph)
-    if config.model.quantize is None:
-        return stored
-    if stored is not graph:
-        raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
-    return Graph.of(graph.module, graph.config, graph.dtype, Quantization.parse(config.model.quantize))
+    return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
 
 
 def _require_audit(config: EngineConfig, model: _Model) -> None:
@@ -208,41 +195,25 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
         audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 
-def _dtype(name: str) -> np.dtype:
-    chosen = {"auto": "float32" if devices.platform() == "cpu" else "bfloat16"}.get(name, name)
-    return jax.numpy.dtype(chosen)
-
-
 def _limits(config: EngineConfig) -> Limits:
-    accelerator = devices.platform() != "cpu"
-    sequences = config.scheduler.max_sequences or (256 if accelerator else 64)
-    tokens = config.scheduler.max_step_tokens or (2048 if accelerator else 512)
-    if config.execution.deterministic == "on":
-        tokens = config.scheduler.max_step_tokens or sequences  # every step pays for all of them
-    return Limits(sequences, tokens, _buckets(config, sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
+    sequences, tokens = sizing.widths(config, devices.platform())
+    rows = sizing.bucket_list(config, devices.platform())[-1].prefill_rows
+    return Limits(sequences, tokens, rows, config.execution.mesh.data)
 
 
-def _buckets(config: EngineConfig, sequences: int, tokens: int) -> tuple[Bucket, ...]:
-    return (fixed if config.execution.deterministic == "on" else buckets)(sequences, tokens)
+def _sizing(config: EngineConfig, model: _Model, placement: Placement) -> sizing.Sizing:
+    machine = sizing.Machine(devices.platform(), devices.memory_bytes(placement.mesh.devices.flat[0]))
+    return sizing.Sizing(config, sizing.Described(model.graph, model.max_tokens), placement, machine)
 
 
-def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple[MemoryPlan, Program]:
-    limits = _limits(config)
-
-    def planned(programs: int | None) -> tuple[MemoryPlan, Program]:
-        memory = plan_memory(
-            model.graph, PoolShape(2, _page_size(config), limits.replicas, CODES[config.cache.kv_dtype]),
-            Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
-            device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]), programs=programs,
-        )  # fmt: skip
-        program = ProgramConfig(
-            graph=model.graph, placement=placement, pool=memory.pool, buckets=_buckets(config, limits.sequences, limits.prefill_tokens),
-            max_sequences=limits.sequences, max_tokens=model.max_tokens, threads=config.execution.compile_threads or os.cpu_count() or 1,
-        )  # fmt: skip
-        return memory, Program(program)
-
-    memory, program = planned(None)
-    return planned(program.measure() * 9 // 8) if memory.tight else (memory, program)  # compiled again they may need a little more
+def _compiled(sized: sizing.Sizing, memory: MemoryPlan, program: Program, progress: Progress) -> tuple[MemoryPlan, Program]:
+    """Compile everything; once more for a smaller pool if the programs need more than they were taken to need."""
+    program.compile(progress)
+    if replace(memory, programs=program.bytes_beside).total > memory.limit:
+        logger.warning("programs need %.2f GiB, more than was left for them; the KV pool is made smaller", program.bytes_beside / GIB)
+        memory, program = sized.resized(program.bytes_beside)
+        program.compile(progress)
+    return check_programs(memory, program.bytes_beside, sized.config.cache), program
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:
