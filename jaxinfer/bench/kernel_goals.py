@@ -44,15 +44,18 @@ def _bandwidth(share: float, *names: str) -> dict[str, Goal]:
     return {name: Goal("share_of_bandwidth", least=share) for name in names}
 
 
-_LIKE_64X4096 = ("page16", "page128", "group1", "group8", "group16", "dim64", "dim256")
+_LIKE_64X4096 = (
+    *("page16", "page128", "group1", "group8", "group16", "dim64", "dim256"),
+    *("int8", "float8_e4m3fn", "tokens2", "tokens4", "tokens8"),
+)
 _CAUSAL = ("1x1024", "1x2048", "1x4096", "1x8192", "1x16384", "4x4096")
 GOALS: dict[str, dict[str, Goal]] = {
     "paged_attention": {
-        "decode_1x1024": Goal("microseconds", most=8.0),
+        **{f"decode_1x1024{codes}": Goal("microseconds", most=8.0) for codes in ("", "_int8", "_float8_e4m3fn")},
         **_bandwidth(0.80, "decode_16x1024"),
         **_bandwidth(0.90, "decode_64x1024", "decode_16x4096", "decode_1x65536", "decode_1x131072"),
         **_bandwidth(0.94, "decode_64x4096", "decode_256x1024", *(f"decode_64x4096_{which}" for which in _LIKE_64X4096)),
-        **{f"prefill_{size}": Goal("times_contiguous", least=0.92) for size in ("1x2048", "1x8192", "8x4096")},
+        **{f"prefill_{size}": Goal("times_contiguous", least=0.92) for size in ("1x2048", "1x8192", "8x4096", "8x4096_int8")},
     },
     "flash_attention": {
         **{f"causal_{size}_dim{head_dim}": Goal("times_peer", least=1.0) for size in _CAUSAL for head_dim in (64, 128, 256)},
