@@ -34,8 +34,9 @@ class Sequence:
     """One request on its way. Invariant: 0 <= computed <= length, and while it runs its pages hold the first `computed` tokens.
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
-    sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a
-    row of it. slot: -1 while it has none. reused: tokens found computed when it was admitted last.
+    sampled on the device and not known yet (one for each uncommitted batch at most, and the drafts, all of which may stand).
+    in_flight: launched, uncommitted batches with a row of it. drafts: those that are being verified: until it is known which of them
+    stand, nothing more of the sequence is scheduled. slot: -1 while it has none. reused: tokens found computed when it was admitted last.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Sequence:
     computed: int = 0
     pending: int = 0
     in_flight: int = 0
+    drafts: int = 0
     pages: array[int] = field(default_factory=lambda: array("i"))
     slot: int = -1
     replica: int = 0
@@ -98,6 +100,13 @@ class Sequence:
         """Who keeps its pages longest: by priority, then by arrival; who was preempted often enough goes before every priority."""
         return (float("-inf") if self.preemptions >= PATIENCE else self.request.priority, self.arrival)
 
+    def take_back(self, drafts: int) -> None:
+        """So many of its drafts do not stand: what the cache holds of them is written over by what comes in their places."""
+        self.drafts = 0
+        self.pending -= drafts
+        if self.running:
+            self.computed -= drafts
+
 
 @dataclass(eq=False)
 class Family:
@@ -133,6 +142,13 @@ class Step:
     copies: list[PageCopy] = field(default_factory=list)
     coming: dict[int, int] = field(default_factory=dict)
     headroom: dict[int, int] = field(default_factory=dict)
+
+    def drop_drafts(self) -> None:
+        """The decode rows of a step with prompts in it have no drafts."""
+        for number, sequence in enumerate(self.sequences[0]):
+            if sequence.drafts:
+                self.decodes[number] = self.decodes[number]._replace(tokens=self.decodes[number].tokens[:1])
+                sequence.take_back(sequence.drafts)
 
 
 @dataclass(frozen=True)
