@@ -32,6 +32,7 @@ from pallas_kernels.flash_attention import cases as flash_cases
 from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
+from pallas_kernels.paged_attention.pool import LARGEST
 
 H200 = """
 gpu_device_info {
@@ -71,6 +72,25 @@ def cases() -> list[Case]:
     found.append(replace(MIXED, name="decode alone", prefill_rows=0, prefill_tokens=0))
     found.append(replace(MIXED, name="many decode rows", decode_rows=512, prefill_rows=0, prefill_tokens=0, pages_per_row=4))
     found.append(replace(MIXED, name="prefill alone", decode_rows=0))
+    return [*found, *drafts(), *codes()]
+
+
+def drafts() -> list[Case]:
+    """Decode rows of several tokens, in one tile and in two."""
+    alone = replace(MIXED, prefill_rows=0, prefill_tokens=0)
+    shapes = ({"decode_tokens": 2}, {"decode_tokens": 8, "group": 16, "window": 200, "extras": SINKS}, {"decode_tokens": 5, "group": 3})
+    found = [replace(alone, name=f"drafts {changes}", **changes) for changes in shapes]
+    return [*found, replace(MIXED, name="drafts beside prefill", decode_tokens=4, head_dim=256, dtype="float16", page_size=16)]
+
+
+def codes() -> list[Case]:
+    """Quantised pools: each dtype with each head dimension that there is."""
+    found = []
+    for number, kv_dtype in enumerate(LARGEST):
+        for index, head_dim in enumerate((64, 96, 128)):
+            changes = {"page_size": PAGES[1 + index + number], "decode_tokens": (1, 3)[(index + number) % 2]}
+            changes |= {"extras": (ROPE, BOTH)[number], "window": 200 if index == 1 else None}
+            found.append(replace(MIXED, name=f"{kv_dtype} {head_dim}", head_dim=head_dim, kv_dtype=kv_dtype, **changes))
     return found
 
 
@@ -100,11 +120,12 @@ def flash() -> list[flash_cases.Case]:
 
 
 def kernels_of(case: Any) -> int:
-    """How many kernels of ours the program has: decode and merge (many short rows are never split), prefill; flash."""
+    """How many kernels of ours the program has: the write, decode and merge (many short rows are never split), tiles and their outputs;
+    flash."""
     if isinstance(case, flash_cases.Case):
         return 1
     merged = "sinks" in case.extras or case.decode_rows < 100
-    return (1 + merged) * (case.decode_rows > 0) + (case.prefill_rows > 0)
+    return 1 + (1 + merged) * (case.decode_rows > 0) + 2 * (case.prefill_rows > 0)
 
 
 def main() -> None:
@@ -134,6 +155,9 @@ def main() -> None:
             case = replace(base, name=f"{base.name}, candidates {head_dim}", head_dim=head_dim)
             for sizes in module.candidates("gpu", case.tuning_key()):
                 compile_case(case, sizes)
+    quantised = replace(MIXED, name="candidates int8", kv_dtype="int8")
+    for sizes in gpu.candidates("gpu", quantised.tuning_key()):
+        compile_case(quantised, sizes)
     for case in matmuls():
         shapes = {"x": (case.tokens, case.features), "weight": (case.outputs, case.features)}
         if compiled(case, {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}) != 1:

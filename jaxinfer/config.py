@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "random")
+KV_DTYPES = ("auto", "int8", "fp8")
 IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
 SWITCH = ("on", "off")
 SPECULATE = ("off", "lookup", "draft", "auto")
@@ -123,9 +124,11 @@ class CacheConfig:
     page_size: int | None = option(None, "tokens in one KV page (default: 32 on CPUs, 64 on accelerators)")
     memory_fraction: float = option(0.9, "share of the device's memory that weights, programs and KV pages may take")
     kv_tokens: int | None = option(None, "tokens in the KV pool, per data replica (default: what the memory holds)", parse=parse_count)
+    kv_dtype: str = option("auto", "numbers in the KV cache; int8 and fp8 about double its tokens; auto: as activations", choices=KV_DTYPES)
     prefix_caching: str = option("on", "share the KV pages of common beginnings", choices=SWITCH)
 
     def __post_init__(self) -> None:
+        _one_of("kv-dtype", self.kv_dtype, KV_DTYPES)
         _one_of("prefix-caching", self.prefix_caching, SWITCH)
         if self.page_size is not None and (self.page_size < 1 or self.page_size & (self.page_size - 1)):
             raise ConfigError(f"--page-size {self.page_size} is not a power of two; write for example 32 or 64")

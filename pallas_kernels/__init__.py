@@ -12,9 +12,12 @@ from pallas_kernels.attention import AttentionSpec as AttentionSpec
 from pallas_kernels.dense_matmul.api import dense_matmul as dense_matmul
 from pallas_kernels.flash_attention.api import SegmentIds as SegmentIds
 from pallas_kernels.flash_attention.api import flash_attention as flash_attention
-from pallas_kernels.paged_attention.api import KVLayout as KVLayout
 from pallas_kernels.paged_attention.api import PagedMetadata as PagedMetadata
 from pallas_kernels.paged_attention.api import PagedResult as PagedResult
 from pallas_kernels.paged_attention.api import kv_layout as kv_layout
 from pallas_kernels.paged_attention.api import paged_attention as paged_attention
+from pallas_kernels.paged_attention.pool import KVLayout as KVLayout
+from pallas_kernels.paged_attention.pool import Pool as Pool
+from pallas_kernels.paged_attention.pool import QuantizedKV as QuantizedKV
+from pallas_kernels.paged_attention.pool import code_dtype as code_dtype
 from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul

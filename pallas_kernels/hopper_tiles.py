@@ -2,11 +2,11 @@
 
 A tile has 2 x 64 lines, one for each query of some heads that share a kv head: two warpgroups' consecutive tokens. Blocks of threads
 stay for the whole kernel and take (tile, head) pairs in turn, head by head, each time from the caller's last tile to the first: those
-that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values. The two
-take turns on the tensor cores, so that one's softmax runs while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of
-keys that all queries of a warpgroup see need no mask. Keys and values in 8-bit codes go through a fourth warpgroup, a converter, on their
-way. A query's result depends on its row alone, bit for bit. Where queries, keys and values lie in memory is the caller's:
-`hopper_places` says how they say it.
+that run at the same time then read the same keys, and what is taken last is short. A third warpgroup copies keys and values, and where
+memory allows the next tile's queries while this one's are in use. The two take turns on the tensor cores, so that one's softmax runs
+while the other multiplies (FlashAttention-3, arXiv 2407.08608); blocks of keys that all queries of a warpgroup see need no mask. Keys and
+values in 8-bit codes go through a fourth warpgroup, a converter, on their way. A query's result depends on its row alone, bit for bit.
+Where queries, keys and values lie in memory is the caller's: `hopper_places` says how they say it.
 """
 
 from functools import partial
@@ -45,6 +45,12 @@ class Plan(NamedTuple):
     codes: Any = None
     raw_stages: int = 0
 
+    def slots(self, head_dim: int) -> int:
+        """Tiles whose queries are in shared memory at once."""
+        if self.codes is not None:
+            return 1
+        return 2 if shared_bytes(head_dim, self.keys, self.stages, slots=2) <= hopper.SHARED_BYTES else 1
+
 
 class Inputs(NamedTuple):
     """The kernel's arrays: `total` tiles are real, each TILE_FIELDS; results of the others' places are left as they are.
@@ -64,7 +70,7 @@ class Inputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers: queries once per consumer, keys and values once per stage."""
+    """Shared memory and barriers: queries once per slot and consumer, keys and values once per stage."""
 
     q: Any
     k: Any
@@ -103,9 +109,17 @@ class Kernel(NamedTuple):
     scratch: Scratch
 
 
-def shared_bytes(head_dim: int, keys: int, stages: int, *, codes: bool = False) -> int:
-    """Shared memory of a block of threads, for 16-bit data; for codes with as few raw stages as there can be."""
-    plain = 2 * head_dim * (LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * CONSUMERS + 4 * stages + 1)
+class Own(NamedTuple):
+    """One warpgroup's queries of a tile, its first token's position and its lines' segment ids, if there are any."""
+
+    q: Any
+    first: Any
+    ids: Any = None
+
+
+def shared_bytes(head_dim: int, keys: int, stages: int, *, slots: int = 1, codes: bool = False) -> int:
+    """Shared memory of a block of threads, for 16-bit data, with the queries of `slots` tiles at once; for codes with one raw stage."""
+    plain = 2 * head_dim * (slots * LINES + 2 * stages * keys) + 4 * stages * keys + 8 * (2 * slots * CONSUMERS + 4 * stages + 1)
     return plain + (2048 + 8 * keys * (stages + 1) + _raw_bytes(head_dim, keys) if codes else 0)  # 2048: alignment
 
 
@@ -138,21 +152,20 @@ def attend(inputs: Inputs, *, head_dim: int, plan: Plan) -> Float[Array, "..."]:
 
 
 def _scratch(plan: Plan, head_dim: int, dtype: Any, *, has_ids: bool) -> Scratch:
-    pieces = plan.source.copies(plan.keys)
+    pieces, queries, plain = plan.source.copies(plan.keys), (plan.slots(head_dim), CONSUMERS), plan.codes is None
 
     def blocks(stages: int, dtype: Any) -> Any:
         return hopper.swizzled((stages, plan.keys, head_dim), dtype)
 
-    def barriers(count: int, arrivals: int = 1) -> Any:
+    def barriers(count: Any, arrivals: int = 1) -> Any:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    plain = plan.codes is None
-    return Scratch(
-        q=hopper.swizzled((CONSUMERS, TILE, head_dim), dtype),
+    found = Scratch(
+        q=hopper.swizzled((*queries, TILE, head_dim), dtype),
         k=blocks(plan.stages, dtype),
         v=blocks(plan.stages, dtype),
-        q_full=barriers(CONSUMERS, plan.queries.copies),
-        q_free=barriers(CONSUMERS),
+        q_full=barriers(queries, plan.queries.copies),
+        q_free=barriers(queries),
         k_full=barriers(plan.stages, pieces + has_ids if plain else 1),
         v_full=barriers(plan.stages, pieces if plain else 1),
         k_free=barriers(plan.stages, CONSUMERS),
@@ -160,19 +173,20 @@ def _scratch(plan: Plan, head_dim: int, dtype: Any, *, has_ids: bool) -> Scratch
         turn=plgpu.Barrier(num_arrivals=CONSUMERS),
         ids=plgpu.SMEM((plan.stages, plan.keys), jnp.int32) if has_ids else None,
         spill=next(iter(hopper.spill(CONSUMERS, plan.keys, dtype)), None),
-        scales=None if plain else plgpu.SMEM((plan.stages + 1, 2 * plan.keys), jnp.float32),
-        raw=None
-        if plain
-        else Raw(
-            blocks(plan.raw_stages, plan.codes),
-            blocks(plan.raw_stages, plan.codes),
-            plgpu.SMEM((plan.raw_stages, 2 * plan.keys), jnp.float32),
-            barriers(plan.raw_stages, 3 * pieces),
-            barriers(plan.raw_stages, pieces),
-            barriers(plan.raw_stages),
-            barriers(plan.raw_stages),
-        ),
     )
+    if plain:
+        return found
+    raw = plan.raw_stages
+    codes = Raw(
+        k=blocks(raw, plan.codes),
+        v=blocks(raw, plan.codes),
+        scales=plgpu.SMEM((raw, 2 * plan.keys), jnp.float32),
+        k_full=barriers(raw, 3 * pieces),
+        v_full=barriers(raw, pieces),
+        k_free=barriers(raw),
+        v_free=barriers(raw),
+    )
+    return found._replace(scales=plgpu.SMEM((plan.stages + 1, 2 * plan.keys), jnp.float32), raw=codes)
 
 
 def _body(kernel: Kernel) -> None:
@@ -192,7 +206,7 @@ def _body(kernel: Kernel) -> None:
     @pl.when(warpgroup < CONSUMERS)
     def _consumer() -> None:
         plgpu.set_max_registers(232 if plan.codes is None else 208, action="increase")
-        lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), used), jnp.int32(0))
+        lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), turn, used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
@@ -200,14 +214,11 @@ def _body(kernel: Kernel) -> None:
         plgpu.set_max_registers(40 if plan.codes is None else 24, action="decrease")
         used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
 
-        @pl.when(mine > 0)
-        def _rest() -> None:
-            for consumer in range(CONSUMERS):
-                plgpu.barrier_wait(scratch.q_free.at[consumer])
-
-        ring = scratch if plan.codes is None else scratch.raw
+        for consumer in range(CONSUMERS):
+            hopper.drain(lambda slot, consumer=consumer: scratch.q_free.at[slot, consumer], mine, scratch.q.shape[0])
+        ring, stages = _ring(kernel)
         for free in (ring.k_free, ring.v_free):
-            hopper.drain(lambda slot, free=free: free.at[slot], used, plan.raw_stages or plan.stages)
+            hopper.drain(lambda slot, free=free: free.at[slot], used, stages)
 
     if plan.codes is not None:
 
@@ -220,14 +231,22 @@ def _body(kernel: Kernel) -> None:
                 hopper.drain(lambda slot, free=free: free.at[slot], used, plan.stages)
 
 
+def _ring(kernel: Kernel) -> tuple[Any, int]:
+    """Where the producer copies blocks to, and how many there are."""
+    plan, scratch = kernel.plan, kernel.scratch
+    return (scratch, plan.stages) if plan.codes is None else (scratch.raw, plan.raw_stages)
+
+
 def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
     """Copy a tile's queries and its blocks; `used` counts the blocks so far."""
     plan, refs, scratch = kernel.plan, kernel.refs, kernel.scratch
+    slots = scratch.q.shape[0]
+    at = lax.rem(turn, jnp.int32(slots))
     for consumer in range(CONSUMERS):
-        pl.when(turn > 0)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[consumer]))
-        plan.queries.load(refs.q, tile, consumer, scratch.q.at[consumer], scratch.q_full.at[consumer])
+        pl.when(turn >= slots)(lambda consumer=consumer: plgpu.barrier_wait(scratch.q_free.at[at, consumer]))
+        plan.queries.load(refs.q, tile, consumer, scratch.q.at[at, consumer], scratch.q_full.at[at, consumer])
 
-    ring, stages = (scratch, plan.stages) if plan.codes is None else (scratch.raw, plan.raw_stages)
+    ring, stages = _ring(kernel)
 
     def copy(block: Any, _: None) -> None:
         number = used + block - tile.begin
@@ -250,7 +269,7 @@ def _produce(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
 
 def _convert(kernel: Kernel, number: Any) -> None:
     """A block of codes becomes tiles that the consumers take, keys first; their scales come with the keys and are kept for the values."""
-    plan, _, _, scratch = kernel
+    plan, scratch = kernel.plan, kernel.scratch
     raw, slot, into = scratch.raw, lax.rem(number, jnp.int32(plan.raw_stages)), lax.rem(number, jnp.int32(plan.stages))
     for which, codes, tile in ((0, raw.k, scratch.k), (1, raw.v, scratch.v)):
         full, free = (raw.v_full, scratch.v_free) if which else (raw.k_full, scratch.k_free)
@@ -264,29 +283,29 @@ def _convert(kernel: Kernel, number: Any) -> None:
         plgpu.barrier_arrive((raw.v_free if which else raw.k_free).at[slot])
 
 
-def _consume(kernel: Kernel, tile: Tile, used: Any) -> Any:
+def _consume(kernel: Kernel, tile: Tile, turn: Any, used: Any) -> Any:
     """Attend with one warpgroup's queries of a tile and write the result; `used` counts the blocks so far."""
     (plan, refs, out, scratch), warpgroup = kernel, lax.axis_index("wg")
-    q, first = scratch.q.at[warpgroup], tile.first + warpgroup * plan.queries.tokens
-    state = hopper.start(q.shape[1])
+    at = lax.rem(turn, jnp.int32(scratch.q.shape[0]))
+    own = Own(scratch.q.at[at, warpgroup], tile.first + warpgroup * plan.queries.tokens)
+    state = hopper.start(own.q.shape[1])
     if refs.sinks is not None:
         sinks = hopper.load(refs.sinks.at[tile.head], ROWS, coalesced=False)
         state = state._replace(top=sinks, total=state.total + 1)
-    own = None
     if refs.query_ids is not None:
-        own = hopper.load(refs.query_ids.at[tile.number, pl.ds(warpgroup * TILE, TILE)], ROWS, coalesced=False)
-    plgpu.barrier_wait(scratch.q_full.at[warpgroup])
+        own = own._replace(ids=hopper.load(refs.query_ids.at[tile.number, pl.ds(warpgroup * TILE, TILE)], ROWS, coalesced=False))
+    plgpu.barrier_wait(scratch.q_full.at[at, warpgroup])
     pl.when(warpgroup == 1)(lambda: _take_turns(scratch))
-    absorb = partial(_absorb, kernel, tile, first, own, used)
-    for begin, end, masked in _ranges(plan, tile, first, has_ids=own is not None):
+    absorb = partial(_absorb, kernel, tile, own, used)
+    for begin, end, masked in _ranges(plan, tile, own.first, has_ids=own.ids is not None):
         state = lax.fori_loop(begin, end, partial(absorb, masked=masked), state)
     pl.when(warpgroup == 0)(lambda: _take_turns(scratch))
     total = jnp.where(state.total > 0, state.total, jnp.ones_like(state.total))
-    q[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
+    own.q[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(own.q.dtype)
     plgpu.commit_smem()
-    plan.queries.store(q, tile, warpgroup, out)
+    plan.queries.store(own.q, tile, warpgroup, out)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(scratch.q_free.at[warpgroup])
+    plgpu.barrier_arrive(scratch.q_free.at[at, warpgroup])
     return used + tile.end - tile.begin
 
 
@@ -310,25 +329,25 @@ def _take_turns(scratch: Scratch) -> None:
     plgpu.barrier_wait(scratch.turn)
 
 
-def _absorb(kernel: Kernel, tile: Tile, first: Any, own: Any, used: Any, block: Any, state: hopper.State, *, masked: bool) -> Any:
-    """One block of keys enters the softmax of a warpgroup whose first token is at position `first`; own: its lines' segment ids."""
+def _absorb(kernel: Kernel, tile: Tile, own: Own, used: Any, block: Any, state: hopper.State, *, masked: bool) -> Any:
+    """One block of keys enters the softmax of a warpgroup."""
     plan, scratch, warpgroup = kernel.plan, kernel.scratch, lax.axis_index("wg")
-    q, slot, at = scratch.q.at[warpgroup], lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
+    slot, at = lax.rem(used + block - tile.begin, jnp.int32(plan.stages)), block * plan.keys
     plgpu.barrier_wait(scratch.k_full.at[slot])
-    scores = hopper.products(q, scratch.k.at[slot], lambda: _take_turns(scratch))
+    scores = hopper.products(own.q, scratch.k.at[slot], lambda: _take_turns(scratch))
     scales = None
     if plan.codes is not None:
         scales = scratch.scales.at[lax.rem(used + block - tile.begin, jnp.int32(plan.stages + 1))]
         scores = scores * hopper_codes.columns(scales.at[pl.ds(0, plan.keys)], scores.shape)
     same = None
-    if own is not None:
+    if own.ids is not None:
         ids = hopper.load(scratch.ids.at[slot], COLUMNS, coalesced=False)
-        same = hopper.spread(own, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
+        same = hopper.spread(own.ids, scores.shape) == lax.broadcast_in_dim(ids, scores.shape, [1])
     plgpu.barrier_arrive(scratch.k_free.at[slot])
     scores, factor = hopper.shape_scores(scores, plan.spec)
     seen = None
     if masked:
-        seen = _seen(plan, tile, first, at)
+        seen = _seen(plan, tile, own.first, at)
         seen = seen if same is None else seen & same
         scores = jnp.where(seen, scores, -jnp.inf)
     share, decay, state = hopper.weights(state, scores, factor)
@@ -336,7 +355,7 @@ def _absorb(kernel: Kernel, tile: Tile, first: Any, own: Any, used: Any, block: 
         share = share * hopper_codes.columns(scales.at[pl.ds(plan.keys, plan.keys)], share.shape)
         share = share if seen is None else jnp.where(seen, share, jnp.zeros_like(share))
     # what follows may not be moved before the softmax: it is the other consumer's turn to multiply
-    share, decay, state = lax.optimization_barrier((share.astype(q.dtype), decay, state))
+    share, decay, state = lax.optimization_barrier((share.astype(own.q.dtype), decay, state))
     plgpu.barrier_arrive(scratch.turn)
     plgpu.barrier_wait(scratch.v_full.at[slot])
     plgpu.barrier_wait(scratch.turn)

@@ -7,6 +7,7 @@ Prompts are rows; with a data axis, row i belongs to replica i % replicas, and e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,23 +80,33 @@ def pack(chunks: Sequence[Chunk], replicas: int, *, decode: bool) -> Step:
 class Driver:
     """A graph with weights on a mesh, and the pool of a few rows."""
 
-    def __init__(self, graph: Graph, leaves: Sequence[jax.Array], mesh: Mesh | None = None, *, implementation: str = "auto") -> None:
+    def __init__(
+        self, graph: Graph, leaves: Sequence[jax.Array], mesh: Mesh | None = None, *, implementation: str = "auto", codes: str | None = None
+    ) -> None:
         self.graph, self.leaves, self.mesh = graph, tuple(leaves), make_mesh({}) if mesh is None else mesh
-        self.placement = Placement(self.mesh, implementation=implementation)
+        self.placement, self.codes = Placement(self.mesh, implementation=implementation), codes
         self.replicas = self.mesh.shape["data"]
         self.run = jax.jit(self.forward, donate_argnums=1)
 
     @classmethod
-    def golden(cls, name: str, mesh: Mesh | None = None, *, dtype: str = "float32", quantization: Quantization | None = None) -> "Driver":
+    def golden(
+        cls,
+        name: str,
+        mesh: Mesh | None = None,
+        *,
+        dtype: str = "float32",
+        quantization: Quantization | None = None,
+        codes: str | None = None,
+    ) -> "Driver":
         """A golden model, read by the loader."""
         graph, mesh = golden_graph(name, dtype, quantization), make_mesh({}) if mesh is None else mesh
-        return cls(graph, graph.leaves(read.load(GOLDEN / name, graph, mesh)), mesh)
+        return cls(graph, graph.leaves(read.load(GOLDEN / name, graph, mesh)), mesh, codes=codes)
 
-    def pool(self, rows: int) -> tuple[jax.Array, ...]:
+    def pool(self, rows: int) -> tuple[Any, ...]:
         """Empty pools, each replica with a guard page and PAGES_PER_ROW pages for each of its rows."""
         pages = self.replicas * (1 + -(-rows // self.replicas) * PAGES_PER_ROW)
-        specs = self.graph.kv_specs(pages, PAGE_SIZE, implementation=self.placement.implementation)
-        return tuple(zeros(spec, self.mesh) for spec in specs)
+        specs = self.graph.kv_specs(pages, PAGE_SIZE, implementation=self.placement.implementation, codes=self.codes)
+        return jax.tree.map(lambda spec: zeros(spec, self.mesh), specs)
 
     def forward(self, leaves, kv, tokens, positions, metadata):
         """One step: logits of every packed token, and the pools."""

@@ -60,6 +60,7 @@ class FakeInfo:
     device_count: int = 1
     mesh: str = "data=1,tensor=1"
     max_model_len: int = 256
+    kv_dtype: str = "float32"
     kv_tokens: int = 4096
     max_concurrency: int = 16
     programs: int = 1

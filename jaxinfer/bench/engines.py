@@ -54,7 +54,7 @@ def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
 
 def about(engine: Any) -> dict[str, Any]:
     """What a row says about an engine."""
-    return {"model": engine.info.model, "dtype": engine.info.dtype, "mesh": engine.info.mesh}
+    return {"model": engine.info.model, "dtype": engine.info.dtype, "kv_dtype": engine.info.kv_dtype, "mesh": engine.info.mesh}
 
 
 def vocabulary(engine: Any) -> int:

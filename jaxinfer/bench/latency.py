@@ -172,8 +172,10 @@ def _weights_read(engine: Any) -> int:
 
 def _kv_bytes(engine: Any) -> float:
     """Bytes of keys and values of one token, over all layers."""
+    import jax
+
     config = engine.program.config
-    return sum(spec.nbytes for spec in config.kv_specs) / (config.pool.all_pages * config.pool.page_size)
+    return sum(spec.nbytes for spec in jax.tree.leaves(config.kv_specs)) / (config.pool.all_pages * config.pool.page_size)
 
 
 def _prefill_operations(engine: Any, load: Load) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import devices
-from jaxinfer.cache.kv import PoolShape
+from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import hub, read
@@ -56,6 +56,7 @@ class EngineInfo:
     device_count: int
     mesh: str
     max_model_len: int
+    kv_dtype: str
     kv_tokens: int
     max_concurrency: int
     programs: int
@@ -126,7 +127,9 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
 
 
 def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
-    return PrefixIndex(_page_size(config), (model.name, str(model.dtype))) if config.cache.prefix_caching == "on" else None
+    if config.cache.prefix_caching == "off":
+        return None
+    return PrefixIndex(_page_size(config), (model.name, str(model.dtype), config.cache.kv_dtype))
 
 
 def _page_size(config: EngineConfig) -> int:
@@ -209,7 +212,7 @@ def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple
 
     def planned(programs: int | None) -> tuple[MemoryPlan, Program]:
         memory = plan_memory(
-            model.graph, PoolShape(pages=2, page_size=_page_size(config), replicas=limits.replicas),
+            model.graph, PoolShape(2, _page_size(config), limits.replicas, CODES[config.cache.kv_dtype]),
             Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
             device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]), programs=programs,
         )  # fmt: skip
@@ -237,7 +240,7 @@ def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: M
     return EngineInfo(
         model=model.name, architecture=model.architecture, parameters=model.parameters, dtype=str(model.dtype),
         device=devices.label(program.placement.mesh.devices.flat[0]), device_count=mesh.size, mesh=f"data={mesh.data},tensor={mesh.tensor}",
-        max_model_len=model.max_tokens, kv_tokens=tokens,
+        max_model_len=model.max_tokens, kv_dtype=memory.pool.codes or str(model.dtype), kv_tokens=tokens,
         max_concurrency=min(program.max_sequences * mesh.data, tokens // model.max_tokens), programs=len(program.keys),
         weight_bytes=memory.weights, program_bytes=memory.programs, kv_bytes=memory.pages,
     )  # fmt: skip

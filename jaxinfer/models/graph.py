@@ -111,11 +111,16 @@ class Graph:
         """What ahead-of-time lowering takes in place of `leaves`."""
         return tuple(struct(array, mesh, rules) for array in self.arrays)
 
-    def kv_specs(self, pages: int, page_size: int, *, implementation: str = "auto", dtype: Any = None) -> tuple[ArraySpec, ...]:
-        """Each layer's pool of `pages` pages (of all replicas together), in the layout that the attention implementation wants."""
-        shapes = self.config.attention_shapes
-        layouts = [kv_layout(implementation, kv_heads=it.kv_heads, head_dim=it.head_dim, dtype=dtype or self.dtype) for it in shapes]
-        return tuple(kv_spec(layout, pages, page_size) for layout in layouts)
+    def kv_specs(self, pages: int, page_size: int, *, implementation: str = "auto", codes: str | None = None) -> tuple[Any, ...]:
+        """Each layer's pool of `pages` pages (of all replicas together), in the layout that the attention implementation wants.
+
+        An ArraySpec for each layer, or for each array of a quantised pool with codes of the dtype `codes`: go through them with jax.tree.
+        """
+        layouts = [
+            kv_layout(implementation, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=self.dtype, kv_dtype=codes)
+            for shape in self.config.attention_shapes
+        ]
+        return tuple(jax.tree.map(lambda array: kv_spec(array, pages, page_size), layout) for layout in layouts)
 
 
 def arrays_of(spec: Spec) -> tuple[ArraySpec, ...]:

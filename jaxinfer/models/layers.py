@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int32
 from jaxinfer.models.rope import Rope
 from jaxinfer.quant.matmul import sharded_matmul
 from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules, constrain
-from pallas_kernels import AttentionSpec, KVLayout, PagedMetadata, PagedResult, kv_layout, paged_attention
+from pallas_kernels import AttentionSpec, KVLayout, PagedMetadata, PagedResult, Pool, code_dtype, kv_layout, paged_attention
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AttentionResult(NamedTuple):
     """A layer's output for the packed tokens and its pool with this step's keys and values."""
 
     hidden: Float[Array, "tokens embed"]
-    kv: Float[Array, "..."]
+    kv: Pool
 
 
 def describe(dims: Sequence[Dim], dtype: np.dtype, *, contracting: int = 0) -> nnx.Param[Any]:
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         self.shape = shape
         self.rope = rope
 
-    def __call__(self, x: Float[Array, "tokens embed"], kv: Float[Array, "..."], context: StepContext) -> AttentionResult:
+    def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
         """The attention's contribution to the residual stream. Writes this step's keys and values into kv, which the caller donates."""
         shape, tokens = self.shape, x.shape[0]
         qkv = self.qkv(x, context.placement)
@@ -194,7 +194,7 @@ def attend(
     q: Float[Array, "tokens heads head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
-    kv: Float[Array, "..."],
+    kv: Pool,
     context: StepContext,
     *,
     spec: AttentionSpec,
@@ -208,16 +208,17 @@ def attend(
     placement = context.placement
     frequencies = jnp.asarray(rope.frequencies(q.shape[2]))
 
-    def local(q: Array, k: Array, v: Array, positions: Array, kv: Array, metadata: PagedMetadata) -> PagedResult:
+    def local(q: Array, k: Array, v: Array, positions: Array, kv: Pool, metadata: PagedMetadata) -> PagedResult:
         return _traced_once(q, k, v, positions, kv, metadata, spec=spec, rope=frequencies, implementation=placement.implementation)
 
     if placement.mesh.size == 1:
         return local(q, k, v, context.positions, kv, context.metadata)
-    layout = kv_layout(placement.implementation, kv_heads=k.shape[1], head_dim=k.shape[2], dtype=kv.dtype)
+    layout = kv_layout(placement.implementation, kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype, kv_dtype=code_dtype(kv))
     data = placement.rules.mesh_axis("tokens")
-    _check_divides(placement.mesh.shape.get(data, 1), q.shape[0], context.metadata, kv.shape[layout.axes().index("pages")])
+    pages = jax.tree.leaves(jax.tree.map(lambda array, pool: pool.shape[array.axes().index("pages")], layout, kv))[0]
+    _check_divides(placement.mesh.shape.get(data, 1), q.shape[0], context.metadata, pages)
     heads = _heads_axis(k.shape[1], placement)
-    of_tokens, of_pool = PartitionSpec(data, heads, None), _pool_partition(layout, heads, data)
+    of_tokens, of_pool = PartitionSpec(data, heads, None), jax.tree.map(lambda array: _pool_partition(array, heads, data), layout)
     inputs = (of_tokens, of_tokens, of_tokens, PartitionSpec(data), of_pool, PartitionSpec(data))
     outputs = PagedResult._make((of_tokens, of_pool))
     sharded = jax.shard_map(local, mesh=placement.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
@@ -225,7 +226,7 @@ def attend(
 
 
 def kv_spec(layout: KVLayout, pages: int, page_size: int) -> ArraySpec:
-    """One layer's pool of `pages` pages (all replicas' together, each with its guard page)."""
+    """One array of a layer's pool of `pages` pages (all replicas' together, each with its guard page)."""
     return ArraySpec(layout.shape(pages, page_size), np.dtype(layout.dtype), layout.axes())
 
 

@@ -20,6 +20,7 @@ from jaxinfer.models.layers import Attention, AttentionResult, Embedding, GatedM
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
 from jaxinfer.sharding import constrain
+from pallas_kernels import Pool
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ModelOutput(NamedTuple):
     """Hidden states after the final norm, and each layer's pool with this step's keys and values."""
 
     hidden: Float[Array, "tokens embed"]
-    kv: tuple[Array, ...]
+    kv: tuple[Pool, ...]
 
 
 class Block(nnx.Module):
@@ -89,7 +90,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
 
-    def __call__(self, x: Float[Array, "tokens embed"], kv: Array, context: StepContext) -> AttentionResult:
+    def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
         """The residual stream after this layer. Writes to kv, which the caller donates."""
         placement = context.placement
         attended = self.attention(self.attention_norm(x), kv, context)
@@ -107,7 +108,7 @@ class Model(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.lm_head = None if config.tied_embeddings else Head(config.vocab_size, config.hidden_size, dtype)
 
-    def __call__(self, tokens: Int32[Array, "tokens"], kv: tuple[Array, ...], context: StepContext) -> ModelOutput:
+    def __call__(self, tokens: Int32[Array, "tokens"], kv: tuple[Pool, ...], context: StepContext) -> ModelOutput:
         """Run one step's packed tokens; kv holds one pool per layer and is donated by the caller."""
         x, pools = self.embedding(tokens, context.placement), []
         for block, pool in zip(self.layers, kv, strict=True):

@@ -73,8 +73,8 @@ def plan_memory(
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
     slots = sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab)))
     needed = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
-    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation)
-    per_page = sum(device_bytes(spec, mesh, rules) for spec in one_page)
+    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
+    per_page = sum(device_bytes(spec, mesh, rules) for spec in jax.tree.leaves(one_page))
     left = int(device_memory * cache.memory_fraction) - weights - slots - needed
     row = -(-demand.tokens // pool.page_size)
     wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
@@ -107,5 +107,5 @@ def _too_small(cache: CacheConfig, page_size: int, *, pages: int, row: int, left
         return f"--kv-tokens {cache.kv_tokens} holds {fit} tokens, but one sequence may have {needed}; raise it or lower --max-model-len"
     return (
         f"KV cache: {max(left, 0) / GIB:.2f} GiB left after weights and programs; {fit} tokens fit, but one sequence may have {needed};"
-        f" use --max-model-len {max(page_size, fit)}, a larger mesh, a higher --memory-fraction, or --quantize int8"
+        f" use --max-model-len {max(page_size, fit)}, a larger mesh, a higher --memory-fraction, --quantize int8 or --kv-dtype int8"
     )

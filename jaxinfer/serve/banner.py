@@ -37,11 +37,12 @@ def lines(context: Context, port: int, seconds: float) -> list[str]:
     info, base = engine.info, url(config, port)
     defaults = {name: value for name, value in effective_defaults(engine.defaults).items() if name in ALWAYS or name in engine.defaults}
     mesh = f" x {info.device_count} ({info.mesh})" if info.device_count > 1 else ""
+    tokens = f"{info.kv_tokens:,} tokens in {info.kv_dtype}"
     facts = {
         "url": f"{base}   (a chat page; the API is under {base}/v1)",
         "model": f"{context.model}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters",
         "device": f"{info.device}{mesh}, {info.dtype}",
-        "KV cache": f"{info.kv_tokens:,} tokens; up to {info.max_concurrency} requests of {info.max_model_len:,} tokens at once",
+        "KV cache": f"{tokens}; up to {info.max_concurrency} requests of {info.max_model_len:,} tokens at once",
         "memory": f"{_gib(info.weight_bytes)} weights, {_gib(info.program_bytes)} programs, {_gib(info.kv_bytes)} KV cache",
         "sampling": ", ".join(f"{name} {_plain(value)}" for name, value in defaults.items()),
         "key": "clients must send it as a bearer token" if config.api_key else "",

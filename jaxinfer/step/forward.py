@@ -28,7 +28,7 @@ from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata
+from pallas_kernels import PagedMetadata, Pool
 
 
 @pytree
@@ -74,9 +74,9 @@ class Forward:
     draft: Graph | None = None
 
     def __call__(
-        self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"],
+        self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"],
         drafts: Int[Array, "rows drafts"] | None = None,
-    ) -> tuple[tuple[Array, ...], Computed]:  # fmt: skip
+    ) -> tuple[tuple[Pool, ...], Computed]:  # fmt: skip
         """(kv, computed) after the step's tokens went through the model. Donates `kv`. With a draft model its leaves and pools follow the
         model's; drafts: what it proposed for the decode rows."""
         inputs, bucket, replicas = unpack(buffer, self.shapes), self.shapes.bucket, self.shapes.replicas

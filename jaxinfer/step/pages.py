@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +17,39 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int32
 
-from jaxinfer.sharding import ArraySpec, Rules, partition
+from jaxinfer.sharding import Rules, partition
 
 AT_ONCE = 16  # pages that one launch edits
 
 
 @dataclass(frozen=True)
 class PageEdit:
-    """Static: the pools of all layers and where they live."""
+    """Static: the pools of all layers, an ArraySpec for each of their arrays, and where they live."""
 
-    specs: tuple[ArraySpec, ...]
+    specs: tuple[Any, ...]
     mesh: Mesh
     rules: Rules
 
     def copy(
-        self, kv: tuple[Array, ...], sources: Int32[Array, "replicas pages"], targets: Int32[Array, "replicas pages"]
-    ) -> tuple[Array, ...]:
+        self, kv: tuple[Any, ...], sources: Int32[Array, "replicas pages"], targets: Int32[Array, "replicas pages"]
+    ) -> tuple[Any, ...]:
         """Every layer's `targets` become what `sources` are; unused pairs name the guard page twice. Donates `kv`."""
         return self._on_each(
             lambda pool, axis, source, target: _put(pool, axis, target, jnp.take(pool, source, axis)), kv, sources, targets
         )
 
-    def wipe(self, kv: tuple[Array, ...], pages: Int32[Array, "replicas pages"]) -> tuple[Array, ...]:
+    def wipe(self, kv: tuple[Any, ...], pages: Int32[Array, "replicas pages"]) -> tuple[Any, ...]:
         """Every layer's pages become zeros; unused entries name the guard page. Donates `kv`."""
         return self._on_each(lambda pool, axis, page: _put(pool, axis, page, jnp.zeros((), pool.dtype)), kv, pages)
 
-    def _on_each(self, edit: Callable[..., Array], kv: tuple[Array, ...], *ids: Int32[Array, "replicas pages"]) -> tuple[Array, ...]:
-        def local(kv: tuple[Array, ...], *ids: Array) -> tuple[Array, ...]:
+    def _on_each(self, edit: Callable[..., Array], kv: tuple[Any, ...], *ids: Int32[Array, "replicas pages"]) -> tuple[Any, ...]:
+        def local(kv: tuple[Any, ...], *ids: Array) -> tuple[Any, ...]:
             own = [values[0] for values in ids]
-            return tuple(edit(pool, spec.axes.index("pages"), *own) for pool, spec in zip(kv, self.specs, strict=True))
+            return jax.tree.map(lambda spec, pool: edit(pool, spec.axes.index("pages"), *own), self.specs, kv)
 
         if self.mesh.size == 1:
             return local(kv, *ids)
-        pools = tuple(PartitionSpec(*partition(spec.shape, spec.axes, self.mesh, self.rules)) for spec in self.specs)
+        pools = jax.tree.map(lambda spec: partition(spec.shape, spec.axes, self.mesh, self.rules), self.specs)
         by_replica = (PartitionSpec("data", None),) * len(ids)
         return jax.shard_map(local, mesh=self.mesh, in_specs=(pools, *by_replica), out_specs=pools, check_vma=False)(kv, *ids)
 

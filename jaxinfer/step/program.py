@@ -26,7 +26,7 @@ from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement
 from jaxinfer.sampling import Sampled
-from jaxinfer.sharding import ArraySpec, struct
+from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
 from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
@@ -97,12 +97,11 @@ class ProgramConfig:
         return (self.graph,) if self.draft is None else (self.graph, self.draft)
 
     @property
-    def kv_specs(self) -> tuple[ArraySpec, ...]:
-        """The pool of every layer."""
-        implementation = self.placement.implementation
-        return tuple(
-            spec for graph in self.graphs for spec in graph.kv_specs(self.pool.all_pages, self.pool.page_size, implementation=implementation)
-        )
+    def kv_specs(self) -> tuple[Any, ...]:
+        """The pool of every layer: an ArraySpec for each of its arrays."""
+        pool, implementation = self.pool, self.placement.implementation
+        specs = (graph.kv_specs(pool.all_pages, pool.page_size, implementation=implementation, codes=pool.codes) for graph in self.graphs)
+        return tuple(spec for of_graph in specs for spec in of_graph)
 
     @property
     def vocab(self) -> int:
@@ -151,7 +150,7 @@ class Program:
         self.compile_seconds: dict[str, float] = {}
         self._compiled: dict[Any, Any] = {}
         self._leaves: tuple[Array, ...] = ()
-        self._kv: tuple[Array, ...] = ()
+        self._kv: tuple[Any, ...] = ()
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
         self._no_drafts: dict[Bucket, Array] = {}
@@ -208,8 +207,7 @@ class Program:
             return jax.jit(slot_state.admit, donate_argnums=0).lower(self._slot_structs, self._on_all(words))
         ids = jax.ShapeDtypeStruct((self.config.pool.replicas, AT_ONCE), np.int32, sharding=self._by_replica)
         edit, columns = {COPY: (self._edit.copy, 2), WIPE: (self._edit.wipe, 1)}[key]
-        shardings = tuple(spec.sharding for spec in self._pool_structs)
-        return jax.jit(edit, donate_argnums=0, out_shardings=shardings).lower(self._pool_structs, *(ids,) * columns)
+        return jax.jit(edit, donate_argnums=0, out_shardings=self._pool_shardings).lower(self._pool_structs, *(ids,) * columns)
 
     def load(self, leaves: Sequence[Array]) -> None:
         """Take the weights and make the KV pool and the slots."""
@@ -303,7 +301,7 @@ class Program:
         config = self.config
         leaves = tuple(leaf for graph in config.graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
-        out = (tuple(spec.sharding for spec in self._pool_structs), self._by_replica)
+        out = (self._pool_shardings, self._by_replica)
         step = Forward(config.graph, shapes, config.placement, config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
@@ -315,7 +313,7 @@ class Program:
         pools = self._pool_structs[len(config.graph.config.attention_shapes) :]
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
         step = Propose(draft, shapes, config.placement, config.vocab, key.greedy)
-        out = (tuple(spec.sharding for spec in pools), self._by_replica)
+        out = (self._pool_shardings[len(config.graph.config.attention_shapes) :], self._by_replica)
         return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, pools, self._slot_structs, buffer)
 
     def _lower_sampler(self, key: SamplerKey) -> Any:
@@ -351,8 +349,13 @@ class Program:
         self.compile_seconds[str(key)] = time.perf_counter() - begun
 
     @property
-    def _pool_structs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return tuple(struct(spec, self.config.placement.mesh, self.config.placement.rules) for spec in self.config.kv_specs)
+    def _pool_structs(self) -> tuple[Any, ...]:
+        placement = self.config.placement
+        return jax.tree.map(lambda spec: struct(spec, placement.mesh, placement.rules), self.config.kv_specs)
+
+    @property
+    def _pool_shardings(self) -> tuple[Any, ...]:
+        return jax.tree.map(lambda spec: spec.sharding, self._pool_structs)
 
     @property
     def _slot_structs(self) -> Any:

@@ -21,7 +21,7 @@ from jaxinfer.step import slots as slot_state
 from jaxinfer.step.forward import current_tokens
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata
+from pallas_kernels import PagedMetadata, Pool
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Propose:
     greedy: bool
 
     def __call__(
-        self, leaves: tuple[Array, ...], kv: tuple[Array, ...], slots: Slots, buffer: Int[Array, "replicas words"]
-    ) -> tuple[tuple[Array, ...], Int[Array, "rows drafts"]]:
+        self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"]
+    ) -> tuple[tuple[Pool, ...], Int[Array, "rows drafts"]]:
         """(kv, drafts) for every decode row of a packed step. Donates `kv`, the draft model's pools."""
         inputs, width = unpack(buffer, self.shapes), self.shapes.bucket.decode_tokens
         model: Any = self.graph.bind(leaves)

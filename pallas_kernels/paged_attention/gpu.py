@@ -6,7 +6,6 @@ from the metadata alone: all layers of a program ask for the same ones and XLA c
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
-from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.paged_attention import gpu_decode, gpu_plan, gpu_prefill, packing, xla
+from pallas_kernels.attention import AttentionSpec, rope_table, rotate
+from pallas_kernels.paged_attention import gpu_decode, gpu_plan, gpu_prefill, gpu_write, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
@@ -77,9 +76,13 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return f"its kernels have room for {MAX_GROUP} query heads per kv head, not for {group}"
     if int(key.get("decode_tokens", 1)) > MAX_TOKENS:
         return f"its kernels take up to {MAX_TOKENS} tokens of a decode row, not {key['decode_tokens']}; make longer rows prefill rows"
-    if "kv_dtype" in key and int(key.get("head_dim", 64)) > MAX_CODES_DIM:
+    return _refused_codes(key) if "kv_dtype" in key else None
+
+
+def _refused_codes(key: dispatch.Key) -> str | None:
+    if int(key.get("head_dim", 64)) > MAX_CODES_DIM:
         return f"its kernels read {key['kv_dtype']} keys and values of head_dim up to {MAX_CODES_DIM} (registers), not {key['head_dim']}"
-    if "kv_dtype" in key and key.get("dtype", "bfloat16") != "bfloat16":
+    if key.get("dtype", "bfloat16") != "bfloat16":
         return f"its kernels read {key['kv_dtype']} keys and values for bfloat16 activations only, not for {key['dtype']}"
     return None
 
@@ -98,8 +101,111 @@ def paged_attention(  # noqa: PLR0913
 ) -> PagedResult:
     """See api.paged_attention."""
     sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q)))
-    parts = partial(_decode, spec=spec, sinks=sinks, sizes=sizes), partial(_prefill, spec=spec, sinks=sinks, sizes=sizes)
-    return packing.in_parts(q, k, v, positions, kv, metadata, spec=spec, rope=rope, parts=parts)
+    decode, group = metadata.decode_size, q.shape[1] // k.shape[1]
+    work = _layout(positions, metadata, group)
+    placed = _place(q, k, v, positions, kv, metadata, lines=work, table=_table(positions, rope, spec, k.shape[2]))
+    parts = []
+    if decode:
+        parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
+    if work.tiles is not None:
+        out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
+        parts.append(gpu_write.collect(out, work.line[decode:], group=group))
+    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return PagedResult(out.reshape(q.shape), placed.kv)
+
+
+class RowLines(NamedTuple):
+    """Lines of a decode row: `tiles` tiles of the queries of `per_tile` of its `tokens` tokens, a group of each, padded to `padded` lines,
+    what one copy into shared memory can bring."""
+
+    group: int
+    tokens: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of a row; its keys are read once for each."""
+        return -(-self.tokens // (hopper.TILE // self.group))
+
+    @property
+    def per_tile(self) -> int:
+        """Tokens of a tile."""
+        return -(-self.tokens // self.tiles)
+
+    @property
+    def used(self) -> int:
+        """Lines of a tile that hold a query."""
+        return self.per_tile * self.group
+
+    @property
+    def padded(self) -> int:
+        """Lines of a tile."""
+        return self.used + -self.used % 8
+
+
+class Lines(NamedTuple):
+    """Where the tokens' queries lie: decode rows first, each with its tiles' lines, then whole tiles of the other rows."""
+
+    line: Int32[Array, "tokens"]
+    room: int
+    row: RowLines
+    tiles: packing.Blocks | None
+
+
+def _layout(positions: Int32[Array, "tokens"], metadata: PagedMetadata, group: int) -> Lines:
+    decode, row = metadata.decode_size, RowLines(group, metadata.decode_tokens)
+    index = jnp.arange(decode, dtype=jnp.int32)
+    token, tokens, per_tile = lax.rem(index, jnp.int32(row.tokens)), jnp.int32(row.tokens), jnp.int32(row.per_tile)
+    tile = lax.div(index, tokens) * row.tiles + lax.div(token, per_tile)
+    line = tile * row.padded + lax.rem(token, per_tile) * group
+    used = metadata.decode_rows * row.tiles * row.padded
+    tiles = None
+    if positions.shape[0] > decode:
+        per = hopper.TILE // group
+        tiles = packing.cut(metadata, positions[decode:], hopper_tiles.CONSUMERS * per, 1)
+        used += -used % hopper_tiles.LINES
+        own = lax.div(tiles.place, jnp.int32(per)) * hopper.TILE + lax.rem(tiles.place, jnp.int32(per)) * group
+        line = jnp.concatenate([line, used + own])
+        used += tiles.row.shape[0] * hopper_tiles.LINES
+    return Lines(jnp.where(positions >= 0, line, gpu_write.NOWHERE), used, row, tiles)
+
+
+def _table(
+    positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"] | None, spec: AttentionSpec, head_dim: int
+) -> Float[Array, "tokens head_dim"]:
+    """`rope_table` for all features: what is not rotated turns by nothing."""
+    if rope is None:
+        return jnp.concatenate([jnp.ones((len(positions), head_dim // 2)), jnp.zeros((len(positions), head_dim // 2))], axis=1)
+    return rope_table(positions, rope, spec.rope_scale)
+
+
+def _place(
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    kv: Pool,
+    metadata: PagedMetadata,
+    *,
+    lines: Lines,
+    table: Float[Array, "tokens rotary"],
+) -> gpu_write.Placed:
+    """Rotate everything, write keys and values into the pages, lay the queries out."""
+    (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
+    if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
+        q, k = rotate(q, table), rotate(k, table)
+        table = _table(positions, None, AttentionSpec(1.0), head_dim)
+    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
+    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
+    row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
+    page = packing.take(metadata.page_tables, row, number)
+    slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), gpu_write.NOWHERE)
+    waves, qkv = gpu_write.waves(table, heads), qkv.reshape(tokens, -1, head_dim)
+    if not isinstance(kv, QuantizedKV):
+        return gpu_write.rotate_and_write(qkv, waves, slots, lines.line, kv, heads=heads, room=lines.room)
+    nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
+    nowhere = jnp.full_like(slots, gpu_write.NOWHERE)
+    placed = gpu_write.rotate_and_write(qkv, waves, nowhere, lines.line, nothing, heads=heads, room=lines.room)
+    return gpu_write.Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
@@ -143,91 +249,82 @@ def cut_rows(
 
 
 def _decode(
-    q: Float[Array, "tokens kv_heads group head_dim"],
+    placed: gpu_write.Placed,
     positions: Int32[Array, "tokens"],
-    kv: Pool,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
+    row: RowLines,
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
-    """A few queries per row: each kv head's are lines of one tile, or of two where the group is large."""
-    shape, rows, tokens = q.shape, metadata.decode_rows, metadata.decode_tokens
-    _, kv_heads, group, head_dim = shape
+    """A few queries per row."""
+    (kv_heads, _, head_dim), rows, kv = placed.q.shape, metadata.decode_rows, placed.kv
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_plan.KEYS)
     stops, stop = packing.keys_seen(positions, metadata)
-    tiles = -(-tokens // (hopper.TILE // group))
-    tokens_of_tile = -(-tokens // tiles)
-    lines, heads, streams = tokens_of_tile * group, kv_heads * tiles, gpu_plan.streams(head_dim)
+    streams, heads, capacity = gpu_plan.streams(head_dim), kv_heads * row.tiles, pages.width * pages.page_size
     wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
-    capacity = pages.width * pages.page_size
-    items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=tokens)
-    padded = lines + -lines % 8
+    items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=row.tokens)
     plan = gpu_plan.Plan(
         spec=spec,
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
-        padded=padded,
+        padded=row.padded,
         stages=sizes.decode_stages,
         streams=streams,
         blocks=hopper.cores(),
-        group=group,
-        tokens=tokens_of_tile,
-        tiles=tiles,
+        group=row.group,
+        tokens=row.per_tile,
+        tiles=row.tiles,
         codes=kv.values.dtype if isinstance(kv, QuantizedKV) else None,
     )
-    q = packing.by_row(q, rows)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * lines - q.shape[2]), (0, 0))).reshape(rows, heads, lines, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - lines), (0, 0))).reshape(-1, head_dim)
-    given = q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total
     scales = kv.scales.reshape(-1) if isinstance(kv, QuantizedKV) else None
-    parts, sums = gpu_decode.decode(*given, scales, plan=plan)
+    given = placed.q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, scales
+    parts, sums = gpu_decode.decode(*given, rows=rows, plan=plan)
     if plan.max_chunks > 1 or sinks is not None:
-        own = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, group), (1, tiles * tokens_of_tile)).reshape(-1)
-        merged = combine(parts, sums, items.counts, own, kv_heads=heads, group=lines)
-        out = merged.reshape(rows, heads, -1, head_dim)[:, :, :lines]
+        own = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, -1), (1, row.tiles * row.per_tile)).reshape(-1)
+        merged = combine(parts, sums, items.counts, own, kv_heads=heads, group=row.used)
+        out = merged.reshape(rows, heads, -1, head_dim)[:, :, : row.used]
     else:
-        alone = parts.reshape(rows, heads, padded, head_dim)[:, :, :lines]
+        alone = parts.reshape(rows, heads, row.padded, head_dim)[:, :, : row.used]
         out = jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
-    out = packing.by_token(out.reshape(rows, kv_heads, tiles * lines, head_dim)[:, :, : tokens * group], shape)
-    return out if tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)
+    lines = out.reshape(rows, kv_heads, row.tiles * row.used, head_dim)[:, :, : row.tokens * row.group]
+    out = packing.by_token(lines, (len(positions), kv_heads, row.group, head_dim))
+    return out if row.tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)
 
 
 def _prefill(
-    q: Float[Array, "tokens kv_heads group head_dim"],
-    positions: Int32[Array, "tokens"],
-    kv: Pool,
+    placed: gpu_write.Placed,
+    work: Lines,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
-) -> Float[Array, "tokens kv_heads group head_dim"]:
+    group: int,
+) -> Float[Array, "kv_heads lines head_dim"]:
     """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
-    _, kv_heads, group, head_dim = q.shape
-    tables, pages = _tables(metadata.page_tables, kv, sizes.prefill_keys)
-    codes = kv.values.dtype if isinstance(kv, QuantizedKV) else None
-    own = gpu_prefill.Queries(group)
-    blocks = packing.cut(metadata, positions, hopper_tiles.CONSUMERS * own.tokens, 1)
-    places, first = blocks.row.shape[0], blocks.position[:, 0]
+    (kv_heads, lines, head_dim), blocks = placed.q.shape, work.tiles
+    assert blocks is not None  # noqa: S101
+    tables, pages = _tables(metadata.page_tables, placed.kv, sizes.prefill_keys)
+    codes = placed.kv.values.dtype if isinstance(placed.kv, QuantizedKV) else None
+    scales = [placed.kv.scales.reshape(-1)] if isinstance(placed.kv, QuantizedKV) else []
+    places = blocks.row.shape[0]
+    before = lines // hopper_tiles.LINES - places
     tokens = jnp.sum(blocks.position >= 0, axis=1, dtype=jnp.int32)
     stop = packing.take(metadata.kv_lengths, blocks.row)
-    fields = jnp.stack([jnp.arange(places, dtype=jnp.int32), blocks.row, first, tokens, stop], axis=1)
-    lines = packing.take(q, blocks.token).reshape(places, hopper_tiles.CONSUMERS, own.tokens, kv_heads, group, head_dim)
-    lines = lines.transpose(3, 0, 1, 2, 4, 5).reshape(kv_heads, places, hopper_tiles.CONSUMERS, -1, head_dim)
-    lines = jnp.pad(lines, ((0, 0), (0, 0), (0, 0), (0, hopper.TILE - lines.shape[3]), (0, 0)))
+    fields = jnp.stack([before + jnp.arange(places, dtype=jnp.int32), blocks.row, blocks.position[:, 0], tokens, stop], axis=1)
     inputs = hopper_tiles.Inputs(
-        q=lines.reshape(kv_heads, -1, head_dim),
-        kv=(values_of(kv).reshape(-1, head_dim), tables.reshape(-1), *([] if codes is None else [kv.scales.reshape(-1)])),
+        q=placed.q,
+        kv=(values_of(placed.kv).reshape(-1, head_dim), tables.reshape(-1), *scales),
         tiles=fields.reshape(-1),
         total=blocks.total[None],
         sinks=None if sinks is None else _sinks_of_lines(sinks, kv_heads),
     )
     plan = hopper_tiles.Plan(
         spec=spec,
-        queries=own,
+        queries=gpu_prefill.Queries(group),
         source=gpu_prefill.Keys(pages),
         heads=kv_heads,
         keys=sizes.prefill_keys,
@@ -236,12 +333,7 @@ def _prefill(
         codes=codes,
         raw_stages=0 if codes is None else hopper_tiles.raw_stages(head_dim, sizes.prefill_keys, sizes.prefill_stages),
     )
-    out = hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
-    per = jnp.int32(own.tokens)
-    line = lax.div(blocks.place, per) * hopper.TILE + lax.rem(blocks.place, per) * group
-    line = line[:, None] + jnp.arange(group, dtype=jnp.int32)[None]
-    out = packing.take(out.transpose(1, 0, 2), line).transpose(0, 2, 1, 3)
-    return jnp.where((positions >= 0)[:, None, None, None], out, 0)
+    return hopper_tiles.attend(inputs, head_dim=head_dim, plan=plan)
 
 
 def _sinks_of_lines(sinks: Float[Array, "heads"], kv_heads: int) -> Float[Array, "kv_heads lines"]:

@@ -24,22 +24,23 @@ from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, Feed, Item, Plan
 
 
 def decode(
-    q: Float[Array, "rows_heads_padded head_dim"],
+    q: Float[Array, "kv_heads lines head_dim"],
     kv: Array,
     tables: Int32[Array, "rows_width"],
     items: Int32[Array, "items_6"],
     count: Int32[Array, "1"],
     scales: Float[Array, "pool_rows"] | None = None,
     *,
+    rows: int,
     plan: Plan,
 ) -> tuple[Float[Array, "slots padded head_dim"], Float[Array, "slots padded"]]:
     """Output of each item, normalised, and the base 2 logarithm of the sum of its weights.
 
-    kv: the pool's numbers or codes [pool_rows, head_dim]. slots are rows x max_chunks x heads; those without an item hold anything. items:
-    ITEM for each, the first `count` are real.
+    q: `padded` lines for each tile of each of the rows, more may follow. kv: the pool's numbers or codes [pool_rows, head_dim]. slots are
+    rows x max_chunks x heads; those without an item hold anything. items: ITEM for each, the first `count` are real.
     """
-    head_dim, dtype = q.shape[1], q.dtype
-    slots = q.shape[0] // plan.padded * plan.max_chunks
+    head_dim, dtype = q.shape[2], q.dtype
+    slots = rows * plan.max_chunks * plan.heads
     given = [q, kv, tables, items, count, *([] if scales is None else [scales])]
     scratch = scratch_of(plan, head_dim, dtype)
     made, tree = jax.tree.flatten(scratch)
@@ -98,9 +99,10 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
 
 def _copy_queries(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item) -> None:
-    queries = (item.row * plan.heads + item.head) * plan.padded
+    tiles = jnp.int32(plan.tiles)
+    first = (item.row * tiles + lax.rem(item.head, tiles)) * plan.padded
     plgpu.copy_gmem_to_smem(
-        refs.q.at[pl.ds(pl.multiple_of(queries, plan.padded), plan.padded)],
+        refs.q.at[lax.div(item.head, tiles), pl.ds(pl.multiple_of(first, plan.padded), plan.padded)],
         scratch.q.at[stream].at[pl.ds(0, plan.padded)],
         scratch.q_full.at[stream],
     )

@@ -33,3 +33,5 @@ def test_blocks_without_a_mask_are_seen_whole(window):
 
 def test_shared_memory_counts_queries_keys_values_and_ids():
     assert hopper_tiles.shared_bytes(128, 128, 2) == 2 * 128 * (128 + 4 * 128) + 4 * 2 * 128 + 8 * 13
+    more = hopper_tiles.shared_bytes(128, 128, 2, slots=2) - hopper_tiles.shared_bytes(128, 128, 2)
+    assert more == 2 * 128 * 128 + 8 * 4  # queries of one more tile and their barriers

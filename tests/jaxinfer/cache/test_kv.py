@@ -5,6 +5,15 @@ import numpy as np
 
 from jaxinfer.cache.kv import PoolShape, allocate
 from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, make_mesh
+from pallas_kernels import QuantizedKV
+
+
+def test_a_quantised_pool_is_two_arrays():
+    codes = ArraySpec((6, 2, 4), np.dtype(np.int8), ("pages", "kv_heads", None))
+    layer = QuantizedKV(codes, ArraySpec((6, 2), np.dtype(np.float32), ("pages", "kv_heads")))
+    (pool,) = allocate([layer], make_mesh({"tensor": 2}), DEFAULT_RULES)
+    assert isinstance(pool, QuantizedKV) and pool.values.dtype == jnp.int8
+    assert {shard.data.shape for shard in pool.scales.addressable_shards} == {(6, 1)}
 
 
 def test_sizes_leave_the_guard_pages_out():

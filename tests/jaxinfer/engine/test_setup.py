@@ -50,6 +50,17 @@ def test_what_is_running(plain, folder):
     assert info.weight_bytes == 4 * info.parameters
 
 
+def test_what_is_cached_in_other_numbers_is_something_else(folder):
+    """Prefix caches of different KV dtypes never take each other's pages; and the pool is of the dtype that was asked for."""
+    wanted = settings(folder)
+    model = setup._describe(wanted)
+    changed = [replace(wanted, cache=replace(wanted.cache, kv_dtype=name)) for name in ("auto", "int8", "fp8")]
+    assert len({setup._prefix_index(config, model)._model for config in changed}) == 3
+    placement = setup.Placement(setup._mesh(wanted))
+    codes = [setup._program(config, model, placement)[1].config.kv_specs[0] for config in changed]
+    assert [jax.tree.leaves(spec)[0].dtype.name for spec in codes] == ["float32", "int8", "float8_e4m3fn"]
+
+
 def test_a_mesh_counts_all_its_replicas(meshed):
     info = meshed.info
     assert (info.device_count, info.mesh, info.kv_tokens, info.max_concurrency) == (4, "data=2,tensor=2", 2 * 64, 2)

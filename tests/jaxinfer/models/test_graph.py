@@ -96,6 +96,8 @@ def test_kv_specs_come_from_the_attention_ops_layout():
     assert len(specs) == 3 and specs[0].axes[:2] == ("pages", "kv_heads")
     assert specs[0].nbytes == 10 * 2 * 2 * 4 * 8 * 4
     assert golden_graph("grouped", "bfloat16").kv_specs(10, 4)[0].dtype == jnp.bfloat16
+    quantised = golden_graph("grouped").kv_specs(10, 4, codes="int8")
+    assert [spec.nbytes for spec in jax.tree.leaves(quantised)[:2]] == [10 * 2 * 2 * 4 * 8, 10 * 2 * 2 * 4 * 4]
 
 
 def test_a_quantised_model_runs_and_stays_near():

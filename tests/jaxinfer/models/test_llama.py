@@ -50,6 +50,15 @@ def test_logits_of_ragged_prompts_are_hugging_faces(name, mesh):
         assert (mine.argmax(-1) == theirs.argmax(-1)).all()
 
 
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
+def test_a_quantised_cache_stays_near(codes):
+    """With KV heads sharded and replicas of their own, prompts in chunks and tokens one by one."""
+    prompts, logits, _ = expected("grouped")
+    ours = Driver.golden("grouped", make_mesh({"data": 2, "tensor": 2}), codes=codes).logits(prompts, PREFILL)
+    off = np.concatenate(ours) - np.concatenate(logits)
+    assert 1e-5 < np.sqrt(np.mean(off**2)) / np.std(np.concatenate(logits)) < (0.01 if codes == "int8" else 0.05)
+
+
 def test_bfloat16_stays_near():
     prompts, logits, _ = expected("grouped")
     ours = Driver.golden("grouped", dtype="bfloat16").logits(prompts, ([len(prompt) for prompt in prompts],))

@@ -1,10 +1,11 @@
 """The pool's size is arithmetic: what is left of the memory, up to what could ever be used, or a clear refusal."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from jaxinfer.cache.kv import PoolShape
+from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.config import CacheConfig, ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph, Quantization
@@ -19,7 +20,7 @@ TOKEN_BYTES = llama.TINY.layers * 2 * llama.TINY.heads.kv_heads * llama.TINY.hea
 
 def plan(*, memory=64 * MIB, sequences=8, tokens=256, mesh=None, graph=GRAPH, programs=None, **cache):
     mesh = make_mesh(mesh or {})
-    pool = PoolShape(pages=2, page_size=cache.get("page_size", 16), replicas=mesh.shape["data"])
+    pool = PoolShape(2, cache.get("page_size", 16), mesh.shape["data"], CODES[cache.get("kv_dtype", "auto")])
     return plan_memory(
         graph, pool, Demand(sequences, tokens), CacheConfig(**{"page_size": 16, **cache}), placement=Placement(mesh), device_memory=memory,
         programs=programs,
@@ -69,11 +70,21 @@ def test_quantised_weights_leave_room():
     assert quantised.pool.tokens > plan(memory=2 * MIB, sequences=64).pool.tokens
 
 
+def test_a_quantised_pool_holds_more_tokens():
+    """One byte and a share of a float32 scale for each number of 4 bytes."""
+    head_dim = llama.TINY.heads.head_dim
+    plain, quantised = plan(), plan(kv_dtype="int8")
+    assert quantised.pool == replace(plain.pool, codes="int8")
+    assert quantised.pages * 4 * head_dim == plain.pages * (head_dim + 4)
+    small = {"memory": 4 * MIB, "sequences": 64}
+    assert plan(**small, kv_dtype="fp8").pool.tokens > 2.5 * plan(**small).pool.tokens
+
+
 def test_too_little_memory_says_how_much_would_fit():
     with pytest.raises(ConfigError, match="KV cache") as caught:
         plan(memory=2 * MIB, tokens=16384)
     assert "16384" in str(caught.value)
-    assert all(flag in str(caught.value) for flag in ("--max-model-len", "--memory-fraction", "--quantize"))
+    assert all(flag in str(caught.value) for flag in ("--max-model-len", "--memory-fraction", "--quantize", "--kv-dtype"))
     suggested = int(str(caught.value).split("--max-model-len ")[1].split(",")[0])
     assert plan(memory=2 * MIB, tokens=suggested, sequences=8).pool.pages * 16 > suggested
 

@@ -36,7 +36,8 @@ def test_urls(host, url):
 def test_the_lines(client, live):
     text = "\n".join(banner.lines(context(info={"model": "demo", "device_count": 4, "mesh": "tensor=4"}), 8000, 1.25))
     facts = (
-        "ready after 1.2 s", "http://127.0.0.1:8000", "demo: echo", "cpu x 4 (tensor=4), float32", "4,096 tokens; up to 16 requests",
+        "ready after 1.2 s", "http://127.0.0.1:8000", "demo: echo", "cpu x 4 (tensor=4), float32",
+        "4,096 tokens in float32; up to 16 requests",
         "temperature 0.5", "top_p 1", "small demo model", "curl ",
     )  # fmt: skip
     for words in facts:

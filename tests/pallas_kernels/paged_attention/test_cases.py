@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ def test_rows_are_consistent(case):
             owned[tokens] += 1
             np.testing.assert_array_equal(positions[tokens], np.arange(lengths[row] - queries[row], lengths[row]))
             if row < case.decode_rows:
-                assert queries[row] == 0 or (queries[row] == 1 and starts[row] == row)
+                assert queries[row] <= case.decode_tokens and starts[row] == row * case.decode_tokens
             used = -(-lengths[row] // case.page_size)
             assert (tables[row, :used] > 0).all()
             assert (tables[row, used:] == 0).all()
@@ -31,6 +33,9 @@ def test_memory_of_no_row_is_poisoned():
     inputs = Case("x", decode_rows=3, prefill_rows=2, prefill_tokens=9).make(3)
     kv = np.asarray(inputs["kv"])
     assert np.isnan(kv[0]).all()
+    quantized = Case("x", decode_rows=3, prefill_rows=2, prefill_tokens=9, kv_dtype="float8_e4m3fn").make(3)["kv"]
+    for part in quantized:
+        assert np.array_equal(np.isnan(np.asarray(part, np.float32).reshape(*kv.shape[:4], -1)).any(-1), np.isnan(kv).any(-1))
     slots = ~np.isnan(kv).any(axis=(1, 2, 4))
     assert slots.sum() == np.asarray(inputs["metadata"].kv_lengths).sum()
     assert np.isnan(np.asarray(inputs["q"])).all(axis=(1, 2)).tolist() == (np.asarray(inputs["positions"]) < 0).tolist()
@@ -53,6 +58,7 @@ def test_tuning_cases_are_full():
         assert case.lengths == "full"
         assert case.prefill_tokens % max(case.prefill_rows, 1) == 0
         assert set(case.tuning_key()) == {"page_size", "kv_heads", "heads", "head_dim", "dtype"}
+    assert Case("x", kv_dtype="int8").tuning_key()["kv_dtype"] == "int8"
     lengths = np.asarray(Case("x", decode_rows=2, lengths="full").make(0)["metadata"].kv_lengths)
     assert (lengths == 8 * 16).all()
 
@@ -63,6 +69,8 @@ def test_cost_counts_what_is_seen():
     pairs = 2 * 20 + sum(min(position + 1, 20) for position in range(16, 32))
     assert cost.operations == 4 * 64 * 6 * pairs
     assert cost.bytes == 4 * 64 * (2 * 18 * 6 + 2 * 2 * (20 + 20 + 32))
+    quantized = dataclasses.replace(case, kv_dtype="int8").cost(case.make(0))
+    assert cost.bytes - quantized.bytes == (4 * 64 - 64 - 4) * 2 * 2 * (20 + 20 + 32)
 
 
 def test_large_pools_are_drawn_on_the_device(monkeypatch):
@@ -74,6 +82,8 @@ def test_large_pools_are_drawn_on_the_device(monkeypatch):
     assert not np.array_equal(kv, np.asarray(other["kv"], np.float32))
     assert np.isnan(np.asarray(Case("x", decode_rows=3).make(0)["kv"])).any(), "ragged ones are always poisoned"
     assert np.isfinite(np.asarray(case.run(inputs, "xla").out, np.float32)).all()
+    codes = dataclasses.replace(case, kv_dtype="float8_e4m3fn").make(0, "xla")["kv"]
+    assert all(np.isfinite(np.asarray(part, np.float32)).all() for part in codes)
     padded = Case("x", prefill_rows=2, prefill_tokens=9, lengths="full").make(0)
     assert np.isnan(np.asarray(padded["q"][8])).all() and np.isfinite(np.asarray(padded["q"][:8])).all(), "padding too"
 
@@ -82,5 +92,6 @@ def test_bench_cases_are_full():
     for case in BENCH:
         assert case.lengths == "full" and case.dtype == "bfloat16" and case.kv_heads == 8
         rows, keys = map(int, case.name.split("_")[1].split("x"))
+        assert case.kv_dtype is None or case.name.endswith(case.kv_dtype)
         assert case.decode_rows + case.prefill_rows == rows and case.page_size * case.pages_per_row == keys
         assert case.prefill_tokens == (rows * keys if case.prefill_rows else 0)

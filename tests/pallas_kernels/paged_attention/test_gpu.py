@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels import PagedMetadata, dispatch, hopper, paged_attention, tuning
 from pallas_kernels.dispatch import Target
-from pallas_kernels.paged_attention import gpu, gpu_decode, xla
+from pallas_kernels.paged_attention import gpu, gpu_plan, xla
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, TUNING, Case
 
 H200 = Target("gpu", "NVIDIA H200")
@@ -20,6 +20,9 @@ KEY = {"page_size": 64, "kv_heads": 8, "heads": 32, "head_dim": 128, "dtype": "b
 NEW = jax.__version_info__ >= (0, 11)
 SMALL = gpu.Sizes(decode_longest=64, decode_longest_many=64, decode_stages=2, prefill_keys=128, prefill_stages=2)
 SOON = [
+    Case("tokens", decode_rows=3, page_size=64, pages_per_row=5, kv_heads=1, group=16, dtype="bfloat16", decode_tokens=8, extras=SINKS),
+    Case("codes", decode_rows=3, page_size=64, pages_per_row=6, kv_heads=2, group=4, dtype="bfloat16", decode_tokens=2, kv_dtype="int8"),
+    Case("prefill_codes", prefill_rows=2, prefill_tokens=70, pages_per_row=18, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
     Case("decode_chunks", decode_rows=4, page_size=64, pages_per_row=6, kv_heads=1, group=4, dtype="bfloat16", extras=BOTH),
     Case("prefill_cap", prefill_rows=3, prefill_tokens=100, pages_per_row=18, kv_heads=1, dtype="float16", window=37, soft_cap=5.0),
 ]
@@ -28,6 +31,10 @@ LATER = [
     Case("middle", 3, 3, 90, page_size=32, pages_per_row=9, group=5, head_dim=96, dtype="bfloat16", window=77, extras=SINKS),
     Case("alone", 4, 2, 300, page_size=64, pages_per_row=5, group=1, head_dim=128, dtype="float16", soft_cap=8.0, extras=ROPE),
     Case("narrow", 5, 3, 120, page_size=8, pages_per_row=45, group=8, dtype="bfloat16", window=100, extras=BOTH),
+    Case("codes_mixed", 5, 2, 90, page_size=16, pages_per_row=24, dtype="bfloat16", kv_dtype="int8", window=90, extras=SINKS),
+    Case("codes_wide", 3, 2, 60, page_size=128, pages_per_row=3, head_dim=128, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=BOTH),
+    Case("codes_middle", 3, 2, 60, page_size=64, pages_per_row=5, head_dim=96, dtype="bfloat16", kv_dtype="int8", decode_tokens=4),
+    Case("tokens_window", 4, 1, 20, page_size=32, pages_per_row=9, group=5, dtype="float16", decode_tokens=3, window=70, soft_cap=8.0),
     Case("one_page", 2, 1, 20, page_size=256, pages_per_row=1, group=2, dtype="bfloat16"),
 ]
 
@@ -51,9 +58,10 @@ def close(case, seeds):
     oracle = jax.jit(lambda inputs: wide.run(inputs, "xla"))
     for seed in seeds:
         inputs = case.make(seed, "gpu")
-        widened = jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
+        widened = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, inputs)
         found, wanted = np.asarray(run(inputs).out, np.float32), np.asarray(oracle(widened).out)
-        np.testing.assert_allclose(found, wanted, atol=0.03 if case.dtype == "bfloat16" else 0.004, err_msg=f"seed {seed}")
+        tolerance = 0.004 if case.dtype == "float16" else 0.03 if case.kv_dtype is None else 0.06
+        np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=f"seed {seed}")
         padding = np.asarray(inputs["positions"]) < 0
         assert not found[padding].any()
 
@@ -78,14 +86,19 @@ def without(inputs, rows):
     for row in rows:
         positions[starts[row] : starts[row] + queries[row]] = -1
         queries[row] = lengths[row] = tables[row] = 0
-    metadata = PagedMetadata(*(jnp.asarray(x) for x in (tables, starts, queries, lengths)), metadata.decode_rows)
-    kv = inputs["kv"].at[garbage].set(jnp.nan) if garbage.size else inputs["kv"]
+    arrays = (jnp.asarray(x) for x in (tables, starts, queries, lengths))
+    metadata = PagedMetadata(*arrays, metadata.decode_rows, metadata.decode_tokens)
+    kv = inputs["kv"]
+    if garbage.size:
+        kv = jax.tree.map(lambda part: part.at[garbage].set(jnp.asarray(77 if part.dtype == jnp.int8 else jnp.nan, part.dtype)), kv)
     return inputs | {"metadata": metadata, "positions": jnp.asarray(positions), "kv": kv}
 
 
-def test_a_row_depends_on_itself_alone(interpreted):
+@pytest.mark.parametrize(("kv_dtype", "tokens"), [(None, 1), ("int8", 2)])
+def test_a_row_depends_on_itself_alone(interpreted, kv_dtype, tokens):
     """Bit for bit, whatever the neighbours' lengths."""
     case = Case("x", 3, 3, 60, page_size=16, pages_per_row=20, kv_heads=1, dtype="bfloat16", window=90, extras=SINKS)
+    case = dataclasses.replace(case, kv_dtype=kv_dtype, decode_tokens=tokens)
     run = run_of(case)
     inputs = case.make(5, "gpu")
     together, metadata = np.asarray(run(inputs).out), inputs["metadata"]
@@ -116,6 +129,13 @@ def test_padding_gives_nothing(interpreted):
     assert not np.asarray(result.out).any()
 
 
+def test_a_window_reaches_back_from_the_first_token():
+    """A row of 5 tokens whose first sees 66 keys, 3 at a time: from key 63 on, in two blocks, and there is room for both."""
+    stop, sees = jnp.array([70], jnp.int32), jnp.array([66], jnp.int32)
+    items = gpu.cut_rows(stop, sees, window=3, wanted=1, longest=4096, capacity=640, tokens=5)
+    assert items.fields[: int(items.total[0])].tolist() == [[0, 0, 0, 2, 70, 66]]
+
+
 @pytest.mark.parametrize(("wanted", "longest"), [(1, 4096), (3, 128), (33, 2048)])
 @pytest.mark.parametrize("window", [None, 1, 64, 5000])
 def test_rows_are_cut_whole(window, wanted, longest):
@@ -124,7 +144,7 @@ def test_rows_are_cut_whole(window, wanted, longest):
     stop = np.concatenate([[0, 1, 63, 64, 65, capacity, capacity - 1, 32 * 128, 32 * 128 + 1], rng.integers(0, capacity, 20)])
     stop = stop.astype(np.int32)
     cut = partial(gpu.cut_rows, window=window, wanted=wanted, longest=longest, capacity=capacity)
-    items = cut(jnp.asarray(stop))
+    items = cut(jnp.asarray(stop), jnp.asarray(stop))
     fields, counts = np.asarray(items.fields[: int(items.total[0])]), np.asarray(items.counts)
     assert int(items.total[0]) == counts.sum() <= len(items.fields)
     assert counts.max() <= gpu.MAX_CHUNKS
@@ -136,9 +156,9 @@ def test_rows_are_cut_whole(window, wanted, longest):
         assert mine[:-1, 3].min(initial=99999) >= mine[:, 3].max(initial=0), "chunks of one length, the last may be shorter"
         assert (mine[:, 4] == keys).all()
         floor = 0 if window is None else max(0, keys - window)
-        blocks = [block for _, _, first, count, _ in mine for block in range(first, first + count)]
-        assert blocks == list(range(floor // gpu_decode.KEYS, -(-keys // gpu_decode.KEYS)) if keys else [])
-        alone = cut(jnp.asarray(stop[row : row + 1]))
+        blocks = [block for _, _, first, count, _, _ in mine for block in range(first, first + count)]
+        assert blocks == list(range(floor // gpu_plan.KEYS, -(-keys // gpu_plan.KEYS)) if keys else [])
+        alone = cut(*(jnp.asarray(stop[row : row + 1]),) * 2)
         assert np.array_equal(np.asarray(alone.fields[: counts[row], 1:]), mine[:, 1:])
 
 
@@ -156,6 +176,10 @@ def test_rows_are_cut_whole(window, wanted, longest):
         (H200, {"page_size": 24}, "pages of 8, 16.*not of 24"),
         (H200, {"page_size": 4}, "not of 4"),
         (H200, {"heads": 17 * 8}, "16 query heads per kv head, not for 17"),
+        (H200, {"decode_tokens": 8, "kv_dtype": "int8"}, None),
+        (H200, {"decode_tokens": 9}, "up to 8 tokens of a decode row, not 9; make longer rows prefill rows"),
+        (H200, {"kv_dtype": "float8_e4m3fn", "head_dim": 256}, "float8_e4m3fn keys and values of head_dim up to 128.*not 256"),
+        (H200, {"kv_dtype": "int8", "dtype": "float16"}, "int8 keys and values for bfloat16 activations only, not for float16"),
     ],
 )
 def test_refusal(target, changes, reason, jax_is_new):
@@ -201,13 +225,14 @@ def test_others_never_import_mosaic():
 
 
 def test_candidates_fit():
-    for head_dim in hopper.HEAD_DIMS:
-        key = KEY | {"head_dim": head_dim}
+    quantized = [{"head_dim": head_dim, "kv_dtype": "int8"} for head_dim in (64, 96, 128)]
+    for changes in [*({"head_dim": head_dim} for head_dim in hopper.HEAD_DIMS), *quantized]:
+        key = KEY | changes
         first, *rest = gpu.candidates("gpu", key)
         assert first == gpu.heuristic("gpu", key)
         assert rest
         for sizes in (first, *rest):
-            assert gpu.fits(gpu.Sizes(**sizes), head_dim)
+            assert gpu.fits(gpu.Sizes(**sizes), key["head_dim"], codes="kv_dtype" in key)
     assert not gpu.fits(SMALL._replace(decode_stages=9), 128)
 
 

@@ -3,26 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.hopper import HEAD_DIMS
 from pallas_kernels.paged_attention import gpu_decode
-from pallas_kernels.paged_attention.gpu import cut_rows, heuristic
+from pallas_kernels.paged_attention.gpu import cut_rows
 from pallas_kernels.paged_attention.gpu_pages import Pages
+from pallas_kernels.paged_attention.gpu_plan import Plan
 
 DIM, HEADS, WIDTH = 64, 2, 16
-
-
-def test_shared_memory_suffices():
-    for head_dim in HEAD_DIMS:
-        assert gpu_decode.shared_bytes(head_dim, heuristic("gpu", {"head_dim": head_dim})["decode_stages"]) <= hopper.SHARED_BYTES
-    assert [gpu_decode.streams(head_dim) for head_dim in (64, 128, 256)] == [2, 2, 1]
-
-
-def test_one_copy_brings_keys_and_values_where_they_lie_together():
-    spec = AttentionSpec(1.0)
-    together = [gpu_decode.Plan(spec, Pages(2, page, 8), 1, 8, 3, 2, 2).together for page in (32, 64, 128)]
-    assert together == [False, True, False]
 
 
 @pytest.mark.parametrize(("page_size", "window", "soft_cap"), [(64, None, None), (16, 90, 4.0)])
@@ -37,17 +24,17 @@ def test_every_item_alone(interpreted, page_size, window, soft_cap):
     kv = rng.standard_normal((rows * width + 1, HEADS, 2, page_size, DIM), np.float32)
     kv = jnp.asarray(np.where(known[:, None, None, :, None], kv, np.float32(np.nan)), jnp.bfloat16)
     q = jnp.asarray(rng.standard_normal((rows * HEADS * 8, DIM), np.float32), jnp.bfloat16)
-    items = cut_rows(jnp.asarray(stop), window=window, wanted=2, longest=128, capacity=width * page_size)
+    items = cut_rows(jnp.asarray(stop), jnp.asarray(stop), window=window, wanted=2, longest=128, capacity=width * page_size)
     fields, total = np.asarray(items.fields), int(items.total[0])
     max_chunks = len(fields) // rows
     spec = AttentionSpec(0.2, window=window, soft_cap=soft_cap)
-    plan = gpu_decode.Plan(spec, Pages(HEADS, page_size, width), max_chunks, 8, 3, 2, 2)
+    plan = Plan(spec, Pages(HEADS, page_size, width), max_chunks, 8, 3, 2, 2, group=8)
     args = (q, kv.reshape(-1, DIM), jnp.asarray(tables.reshape(-1), jnp.int32), items.fields.reshape(-1), items.total)
     out, sums = (np.asarray(x, np.float64) for x in jax.jit(lambda *args: gpu_decode.decode(*args, plan=plan))(*args))
 
     q64, kv64 = np.asarray(q, np.float64).reshape(rows, HEADS, 8, DIM), np.asarray(kv, np.float64)
     assert total == sum(np.asarray(items.counts))
-    for row, chunk, first, blocks, length in fields[:total]:
+    for row, chunk, first, blocks, length, _ in fields[:total]:
         floor = 0 if window is None else max(0, length - window)
         seen = np.arange(max(first * 64, floor), min((first + blocks) * 64, length))
         for head in range(HEADS):

@@ -1,14 +1,16 @@
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import PagedMetadata, paged_attention, tuning
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cases import Case
-from pallas_kernels.paged_attention.xla import row_of_token
+from pallas_kernels.paged_attention.packing import row_of_token
 
 QUICK = {"xla_backend_optimization_level": 0}  # quick to compile
 SMALL = xla.Sizes(
@@ -26,31 +28,34 @@ def without(inputs, rows):
     """The same step in which other rows are empty and their pages are garbage."""
     metadata = inputs["metadata"]
     starts, queries, lengths = (np.array(x) for x in (metadata.query_starts, metadata.query_lengths, metadata.kv_lengths))
-    positions, kv, tables = np.array(inputs["positions"]), np.array(inputs["kv"]), np.array(metadata.page_tables)
+    positions, kv, tables = np.array(inputs["positions"]), jax.tree.map(np.array, inputs["kv"]), np.array(metadata.page_tables)
     for row in rows:
         positions[starts[row] : starts[row] + queries[row]] = -1
-        kv[tables[row][tables[row] > 0]] = np.nan
+        for part in jax.tree.leaves(kv):
+            part[tables[row][tables[row] > 0]] = 77 if part.dtype == np.int8 else np.nan
         queries[row] = lengths[row] = tables[row] = 0
-    metadata = PagedMetadata(*(jnp.asarray(x) for x in (tables, starts, queries, lengths)), metadata.decode_rows)
-    return inputs | {"metadata": metadata, "positions": jnp.asarray(positions), "kv": jnp.asarray(kv)}
+    arrays = (jnp.asarray(x) for x in (tables, starts, queries, lengths))
+    metadata = PagedMetadata(*arrays, metadata.decode_rows, metadata.decode_tokens)
+    return inputs | {"metadata": metadata, "positions": jnp.asarray(positions), "kv": jax.tree.map(jnp.asarray, kv)}
 
 
 def moved(inputs, rng):
     """The same step with every page somewhere else in the pool."""
-    metadata, kv = inputs["metadata"], np.array(inputs["kv"])
-    order = np.concatenate([[0], 1 + rng.permutation(len(kv) - 1)])
-    elsewhere = np.empty_like(kv)
-    elsewhere[order] = kv
+    metadata, pages = inputs["metadata"], len(jax.tree.leaves(inputs["kv"])[0])
+    order = np.concatenate([[0], 1 + rng.permutation(pages - 1)])
+    elsewhere = jax.tree.map(lambda part: part[np.argsort(order)], inputs["kv"])
     tables = jnp.asarray(order[np.array(metadata.page_tables)], jnp.int32)
     leaves = (tables, metadata.query_starts, metadata.query_lengths, metadata.kv_lengths)
-    return inputs | {"metadata": PagedMetadata(*leaves, metadata.decode_rows), "kv": jnp.asarray(elsewhere)}
+    return inputs | {"metadata": PagedMetadata(*leaves, metadata.decode_rows, metadata.decode_tokens), "kv": elsewhere}
 
 
-def test_a_row_depends_on_itself_alone():
+@pytest.mark.parametrize(("kv_dtype", "tokens"), [(None, 1), ("int8", 3)])
+def test_a_row_depends_on_itself_alone(kv_dtype, tokens):
     """Bit for bit: whatever the neighbours' lengths, and wherever the pages lie."""
     case = Case("x", decode_rows=3, prefill_rows=3, prefill_tokens=40, page_size=4, pages_per_row=20, head_dim=16, window=30)
+    case = dataclasses.replace(case, kv_dtype=kv_dtype, decode_tokens=tokens)
     run, rng = compiled(case), np.random.default_rng(0)
-    for seed in range(12):
+    for seed in range(6):
         inputs = case.make(seed)
         together = np.asarray(run(inputs).out)
         assert np.array_equal(together, run(moved(inputs, rng)).out), f"seed {seed}"
@@ -137,7 +142,7 @@ def test_scores_are_never_whole():
 
 def test_under_shard_map():
     """Rows, tokens and pages over data, heads over tensor: the same as one device after the other."""
-    case = Case("x", decode_rows=2, prefill_rows=1, prefill_tokens=12, page_size=4, pages_per_row=8, head_dim=16)
+    case = Case("x", decode_rows=2, prefill_rows=1, prefill_tokens=12, page_size=4, pages_per_row=8, head_dim=16, kv_dtype="int8")
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4], axis_types=(jax.sharding.AxisType.Auto,) * 2)
     first, second = case.make(1), case.make(2)
     heads, rows = P("data", "tensor"), P("data")
@@ -157,7 +162,8 @@ def test_under_shard_map():
     for index, one in enumerate((first, second)):
         alone = run(one)
         np.testing.assert_allclose(np.split(np.asarray(out), 2)[index], alone.out, atol=2e-6)
-        np.testing.assert_allclose(np.split(np.asarray(kv), 2)[index][1:], alone.kv[1:], atol=2e-6)
+        for part, own in zip(kv, alone.kv, strict=True):
+            assert np.array_equal(np.split(np.asarray(part), 2)[index][1:], own[1:], equal_nan=part.dtype == jnp.float32)
 
 
 def test_candidates_run_from_the_heuristic():
