@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -20,7 +21,11 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator: memory in bytes, bandwidth in bytes/s, peak rates in operations/s, on-chip memory in bytes."""
+    """One device as jax shows it (half a chip on TPU 7x): memory in bytes, bandwidth in bytes/s, peak rates in operations/s, memory on it.
+
+    usable: bytes that jax's runtime gives to arrays unless told otherwise (on GPUs 3/4 of the memory: XLA_PYTHON_CLIENT_MEM_FRACTION).
+    interconnect: bytes/s to its neighbours in one direction, over all links that one collective can use (NVLink; one ICI axis, both ways).
+    """
 
     name: str
     platform: str
@@ -30,18 +35,24 @@ class Chip:
     int8_rate: float
     on_chip: int = 0
     aliases: tuple[str, ...] = ()
+    fp8_rate: float = 0.0
+    usable: int = 0
+    interconnect: float = 0.0
 
 
 CHIPS = (
-    Chip("NVIDIA H200", "gpu", 141 * 10**9, 4.8e12, 989e12, 1979e12, 228 << 10),
-    Chip("NVIDIA H100", "gpu", 80 * 10**9, 3.35e12, 989e12, 1979e12, 228 << 10, ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")),
-    Chip("NVIDIA B200", "gpu", 180 * 10**9, 8.0e12, 2250e12, 4500e12, 228 << 10),
+    Chip("NVIDIA H200", "gpu", 141 * 10**9, 4.8e12, 989e12, 1979e12, 228 << 10, (), 1979e12, 112_600 * 10**6, 450e9),
+    Chip(
+        "NVIDIA H100", "gpu", 80 * 10**9, 3.35e12, 989e12, 1979e12, 228 << 10, ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"), 1979e12,
+        63_600 * 10**6, 450e9,
+    ),
+    Chip("NVIDIA B200", "gpu", 180 * 10**9, 8.0e12, 2250e12, 4500e12, 228 << 10, (), 4500e12, 143_600 * 10**6, 900e9),
     Chip("NVIDIA A100", "gpu", 80 * 10**9, 2.04e12, 312e12, 624e12, 164 << 10, ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB")),
-    Chip("TPU v5e", "tpu", 16 * GIB, 819e9, 197e12, 394e12, 128 << 20, ("TPU v5 lite",)),
-    Chip("TPU v5p", "tpu", 95 * GIB, 2765e9, 459e12, 918e12, 128 << 20, ("TPU v5",)),
-    Chip("TPU v6e", "tpu", 32 * GIB, 1640e9, 918e12, 1836e12, 128 << 20, ("TPU v6 lite",)),
-    Chip("TPU 7x", "tpu", 96 * GIB, 3690e9, 1154e12, 1154e12, 64 << 20, ("TPU7x",)),
-)
+    Chip("TPU v5e", "tpu", 16 * GIB, 819e9, 197e12, 394e12, 128 << 20, ("TPU v5 lite",), 0.0, 63 * GIB // 4, 90e9),
+    Chip("TPU v5p", "tpu", 95 * GIB, 2765e9, 459e12, 918e12, 128 << 20, ("TPU v5",), 0.0, 95 * GIB, 180e9),
+    Chip("TPU v6e", "tpu", 32 * GIB, 1640e9, 918e12, 1836e12, 128 << 20, ("TPU v6 lite",), 0.0, 125 * GIB // 4, 180e9),
+    Chip("TPU 7x", "tpu", 96 * GIB, 3690e9, 1154e12, 1154e12, 64 << 20, ("TPU7x",), 2307e12, 94 * GIB, 180e9),
+)  # fmt: skip
 
 
 def find_chip(kind: str) -> Chip | None:
@@ -76,6 +87,15 @@ def select(count: int) -> list[jax.Device]:
             " make it smaller, or build the engine before jax is first used"
         )
     return devices[:count]
+
+
+def environment_for_described(platform: str, package: Path) -> dict[str, str]:
+    """The environment of a process that compiles for devices that are not there: its own backend is the CPU. package: the folder that
+    holds our packages, in case they are not installed."""
+    quiet = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    own = {"tpu": {"TPU_SKIP_MDS_QUERY": "1", "TPU_STDERR_LOG_LEVEL": "3"}, "gpu": {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}}
+    path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, **quiet, "PYTHONPATH": path, **own.get(platform, {})}
 
 
 def platform() -> str:

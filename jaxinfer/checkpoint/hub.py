@@ -7,6 +7,7 @@ huggingface_hub keeps its own cache and obeys its own variables (HF_HUB_OFFLINE,
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfer.checkpoint.errors import CheckpointError
@@ -17,8 +18,9 @@ SKIPPED = ("original/*", "*/*", "consolidated*", "adapter_*")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
-def resolve(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: the embedded models by name, then folders, then Hugging Face repositories (at a revision).
+def resolve(name: str, revision: str | None = None, patterns: Sequence[str] = PATTERNS) -> Path:
+    """The folder of a model: the embedded models by name, then folders, then Hugging Face repositories (at a revision), of which files
+    that match `patterns` are fetched.
 
     Raises:
         CheckpointError: it does not exist, cannot be reached, or may not be read; the message says what to do.
@@ -34,7 +36,7 @@ def resolve(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{name}: no such folder, and not the name of a Hugging Face repository (owner/name); embedded: {', '.join(EMBEDDED)}"
         )
-    return _download(name, revision)
+    return _download(name, revision, patterns)
 
 
 def _embedded(name: str) -> Path:
@@ -46,14 +48,14 @@ def _embedded(name: str) -> Path:
     return found
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     at = f" at revision {revision!r}" if revision is not None else ""
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=list(SKIPPED))
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(SKIPPED))
         )
     except errors.GatedRepoError:
         why = "its owner asks for consent: accept the terms on its page and set HF_TOKEN"

@@ -53,9 +53,16 @@ def _text(found: dict[str, Any]) -> str:
         "Architectures (model_type of a Hugging Face config.json):", f"  {', '.join(found['architectures'])}",
         "", "Embedded (--model NAME works offline):", *(_line(model["name"], model) for model in found["embedded"]),
         "", "Shapes (--load-format random --model NAME, for benchmarks):", *(_line(name, size) for name, size in found["shapes"].items()),
+        *_waiting(),
         "", "Any other: --model FOLDER or --model OWNER/NAME (Hugging Face) of a supported architecture.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _waiting() -> list[str]:
+    """Shapes known by name that cannot run yet."""
+    waiting = find.shapes_without_model()
+    return ["", f"Known by name, not implemented yet: {', '.join(waiting)}"] if waiting else []
 
 
 def _line(name: str, size: Mapping[str, Any]) -> str:

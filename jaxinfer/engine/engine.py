@@ -35,7 +35,7 @@ from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, Built, EngineInfo, Progress, build
 from jaxinfer.engine.speculation import Candidate, Speculator
 from jaxinfer.engine.text import OutputText
-from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
+from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.forward import Computed, Demand
 from jaxinfer.step.inputs import Packed, pack

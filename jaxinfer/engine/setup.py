@@ -7,11 +7,11 @@ program while the weights are read, then load. Nothing here runs again once the 
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import devices
-from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
+from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
-from jaxinfer.models.graph import Graph, Quantization, random_weights
+from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.memory import Demand, MemoryPlan, check_programs, plan_memory
+from jaxinfer.planner import sizing
+from jaxinfer.planner.memory import GIB, MemoryPlan, check_programs
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
-from jaxinfer.step.buckets import Bucket, buckets, fixed
 from jaxinfer.step.program import Program, ProgramConfig
 from jaxinfer.tokenizer import Tokenizer
 
@@ -74,11 +74,13 @@ class Built:
     program: Program
     scheduler: Scheduler
     defaults: dict[str, Any]
+    costs: Costs
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model before its weights: where it lives (None with random weights of a known shape), what it is, how long it may run."""
+    """A model before its weights: where it lives (None with random weights of a known shape), what it is, how long it may run, its draft
+    model if it is to have one."""
 
     folder: Path | None
     name: str
@@ -86,6 +88,7 @@ class _Model:
     dtype: np.dtype
     max_tokens: int
     architecture: str
+    draft: _Model | None = None
 
     @property
     def parameters(self) -> int:
@@ -108,22 +111,58 @@ def build(config: EngineConfig, progress: Progress) -> Built:
 def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
-    model = _describe(config)
+    model = _with_draft(config, _describe(config))
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
+    _check_tokenizers(model, tokenizer)
     defaults = _sampling_defaults(model.folder)
-    memory, program = _program(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
-    limits = _limits(config)
-    pools = [PagePool(memory.pool.pages, memory.pool.page_size, _prefix_index(config, model)) for _ in range(limits.replicas)]
-    scheduler = Scheduler(limits, pools, config.scheduler.policy)
-    if config.model.load_format != "random" and model.folder is not None:
-        read.verify(model.folder, model.graph)  # before anything is compiled
+    sized = _sizing(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
+    memory, program = sized.sized()
+    scheduler = _scheduler(config, model, memory)
+    for of in _models(model):
+        if config.model.load_format != "random" and of.folder is not None:
+            read.verify(of.folder, of.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
-        program.compile(progress)
-        memory = check_programs(memory, program.bytes_beside, config.cache)
+        memory, program = _compiled(sized, memory, program, progress)
         program.load(weights.result())
+    if scheduler.pools[0].size != memory.pool.pages:
+        scheduler = _scheduler(config, model, memory)
     info = _info(config, model, program.config, memory)
-    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
+    costs = Costs() if config.speculation.speculate == "off" else measure(program)
+    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults, costs=costs)
+
+
+def _models(model: _Model) -> tuple[_Model, ...]:
+    return (model,) if model.draft is None else (model, model.draft)
+
+
+def _with_draft(config: EngineConfig, model: _Model) -> _Model:
+    """The model with its draft model: the one that was named, or the embedded model's own."""
+    speculation = config.speculation
+    if speculation.speculate in ("off", "lookup"):
+        return model
+    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
+    if name is None and speculation.speculate == "auto":
+        return model
+    if name is None:
+        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
+    small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
+    return replace(model, draft=_describe(small))
+
+
+def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:
+    """Refuse a draft model whose token ids mean something else: its drafts would never stand."""
+    if model.draft is None or model.draft.folder is None or tokenizer is None:
+        return
+    ours, theirs = (json.loads(of.to_json())["model"].get("vocab") for of in (tokenizer, Tokenizer.load(model.draft.folder)))
+    if ours != theirs:
+        raise ConfigError(f"--draft-model {model.draft.name} has another tokenizer than {model.name}; name one of the same family")
+
+
+def _scheduler(config: EngineConfig, model: _Model, memory: MemoryPlan) -> Scheduler:
+    limits = _limits(config)
+    pools = [PagePool(memory.pool.pages, memory.pool.page_size, _prefix_index(config, model)) for _ in range(limits.replicas)]
+    return Scheduler(limits, pools, config.scheduler.policy)
 
 
 def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
@@ -133,8 +172,7 @@ def _prefix_index(config: EngineConfig, model: _Model) -> PrefixIndex | None:
 
 
 def _page_size(config: EngineConfig) -> int:
-    """Tokens of a page: on accelerators a whole block of the attention kernels."""
-    return config.cache.page_size or (32 if devices.platform() == "cpu" else 64)
+    return sizing.page_size(config, devices.platform())
 
 
 def use_compilation_cache(mode: str) -> None:
@@ -177,61 +215,42 @@ def _describe(config: EngineConfig) -> _Model:
     else:
         folder = hub.resolve(config.model.model, config.model.revision)
         values = read.read_config(folder)
-    module = find.find(values.get("model_type"))
-    dtype = _dtype(config.model.dtype)
-    model_config = module.Config.from_hf(values)
-    quantization = Quantization(config.model.quantize) if config.model.quantize else None
-    graph = Graph.of(module, model_config, dtype, quantization)
-    longest = model_config.max_positions
-    if config.model.max_model_len is not None and config.model.max_model_len > longest:
-        raise ConfigError(f"--max-model-len {config.model.max_model_len} exceeds the {longest} tokens the model was made for; lower it")
+    found = sizing.described(values, config, devices.platform())
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
-    return _Model(folder, name, graph, dtype, config.model.max_model_len or longest, str(values.get("model_type")))
-
-
-def _dtype(name: str) -> np.dtype:
-    chosen = {"auto": "float32" if devices.platform() == "cpu" else "bfloat16"}.get(name, name)
-    return jax.numpy.dtype(chosen)
+    return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
 
 
 def _limits(config: EngineConfig) -> Limits:
-    accelerator = devices.platform() != "cpu"
-    sequences = config.scheduler.max_sequences or (256 if accelerator else 64)
-    tokens = config.scheduler.max_step_tokens or (2048 if accelerator else 512)
-    if config.execution.deterministic == "on":
-        tokens = config.scheduler.max_step_tokens or sequences  # every step pays for all of them
-    return Limits(sequences, tokens, _buckets(config, sequences, tokens)[-1].prefill_rows, config.execution.mesh.data)
+    sequences, tokens = sizing.widths(config, devices.platform())
+    rows = sizing.bucket_list(config, devices.platform())[-1].prefill_rows
+    return Limits(sequences, tokens, rows, config.execution.mesh.data)
 
 
-def _buckets(config: EngineConfig, sequences: int, tokens: int) -> tuple[Bucket, ...]:
-    return (fixed if config.execution.deterministic == "on" else buckets)(sequences, tokens)
+def _sizing(config: EngineConfig, model: _Model, placement: Placement) -> sizing.Sizing:
+    machine = sizing.Machine(devices.platform(), devices.memory_bytes(placement.mesh.devices.flat[0]))
+    draft = None if model.draft is None else model.draft.graph
+    return sizing.Sizing(config, sizing.Described(model.graph, model.max_tokens, draft), placement, machine)
 
 
-def _program(config: EngineConfig, model: _Model, placement: Placement) -> tuple[MemoryPlan, Program]:
-    limits = _limits(config)
-
-    def planned(programs: int | None) -> tuple[MemoryPlan, Program]:
-        memory = plan_memory(
-            model.graph, PoolShape(2, _page_size(config), limits.replicas, CODES[config.cache.kv_dtype]),
-            Demand(limits.sequences, model.max_tokens), config.cache, placement=placement,
-            device_memory=devices.memory_bytes(placement.mesh.devices.flat[0]), programs=programs,
-        )  # fmt: skip
-        program = ProgramConfig(
-            graph=model.graph, placement=placement, pool=memory.pool, buckets=_buckets(config, limits.sequences, limits.prefill_tokens),
-            max_sequences=limits.sequences, max_tokens=model.max_tokens, threads=config.execution.compile_threads or os.cpu_count() or 1,
-        )  # fmt: skip
-        return memory, Program(program)
-
-    memory, program = planned(None)
-    return planned(program.measure() * 9 // 8) if memory.tight else (memory, program)  # compiled again they may need a little more
+def _compiled(sized: sizing.Sizing, memory: MemoryPlan, program: Program, progress: Progress) -> tuple[MemoryPlan, Program]:
+    """Compile everything; once more for a smaller pool if the programs need more than they were taken to need."""
+    program.compile(progress)
+    if replace(memory, programs=program.bytes_beside).total > memory.limit:
+        logger.warning("programs need %.2f GiB, more than was left for them; the KV pool is made smaller", program.bytes_beside / GIB)
+        memory, program = sized.resized(program.bytes_beside)
+        program.compile(progress)
+    return check_programs(memory, program.bytes_beside, sized.config.cache), program
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:
-    if config.model.load_format == "random" or model.folder is None:
-        weights = random_weights(model.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
-    else:
-        weights = read.load(model.folder, model.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
-    return model.graph.leaves(weights)
+    leaves: tuple[jax.Array, ...] = ()
+    for of in _models(model):
+        if config.model.load_format == "random" or of.folder is None:
+            weights = random_weights(of.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
+        else:
+            weights = read.load(of.folder, of.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
+        leaves += of.graph.leaves(weights)
+    return leaves
 
 
 def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: MemoryPlan) -> EngineInfo:

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,20 +40,41 @@ def find(model_type: object) -> ModuleType:
 
 
 def known_shapes() -> dict[str, dict[str, Any]]:
-    """Well-known models by name, each like the config.json of its checkpoint."""
-    return json.loads(SHAPES.read_text(encoding="utf-8"))
+    """Well-known models that can run here by name, each like the config.json of its checkpoint."""
+    return {name: values for name, values in _all_shapes().items() if values["model_type"] in model_types()}
+
+
+def is_shape(name: str) -> bool:
+    """Whether a well-known model has this name, also one whose architecture is not implemented."""
+    return name in _all_shapes()
+
+
+def shapes_without_model() -> tuple[str, ...]:
+    """Names of well-known models whose architecture is not implemented."""
+    return tuple(name for name in _all_shapes() if name not in known_shapes())
 
 
 def find_shape(name: str) -> Mapping[str, Any]:
     """The config of a well-known model.
 
     Raises:
-        ConfigError: the name is not in the list; the message gives the list and the nearest name.
+        ConfigError: the name is not in the list, or its architecture is not implemented; the message says what there is.
     """
     shapes = known_shapes()
-    if name not in shapes:
-        raise ConfigError(f"no shape is known as {name!r}; there are: {', '.join(shapes)}{_nearest(name, tuple(shapes))}")
-    return shapes[name]
+    if name in shapes:
+        return shapes[name]
+    if is_shape(name):
+        model_type = _all_shapes()[name]["model_type"]
+        raise ConfigError(
+            f"{name} has model_type {model_type!r}, which is not implemented here yet (there are: {', '.join(model_types())});"
+            f" shapes that can run: {', '.join(shapes)}"
+        )
+    raise ConfigError(f"no shape is known as {name!r}; there are: {', '.join(shapes)}{_nearest(name, tuple(shapes))}")
+
+
+@cache
+def _all_shapes() -> dict[str, dict[str, Any]]:
+    return json.loads(SHAPES.read_text(encoding="utf-8"))
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

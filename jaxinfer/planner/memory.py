@@ -7,6 +7,7 @@ full length could ever use. Nothing is allocated here.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -24,7 +25,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on each device, and the pool that follows. `wanted`: pages (per replica) that could ever be used."""
+    """Bytes on each device, and the pool that follows. wanted: pages (per replica) of any use. limit: bytes that may be taken."""
 
     device: int
     weights: int
@@ -33,6 +34,7 @@ class MemoryPlan:
     pages: int
     pool: PoolShape
     wanted: int
+    limit: int
 
     @property
     def total(self) -> int:
@@ -44,6 +46,11 @@ class MemoryPlan:
         """Whether memory, not demand, sets the size of the pool."""
         return self.pool.pages - 1 < self.wanted
 
+    @property
+    def unsure(self) -> bool:
+        """Whether programs that need twice what they are taken to need would not fit beside this pool."""
+        return self.tight or self.limit - self.total < self.programs
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -51,6 +58,53 @@ class Demand:
 
     sequences: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a device's memory is asked for, before the pool has a size. Bytes per device; pages per replica.
+
+    page: one page of all layers. row: pages of one sequence of full length. guess: what programs may need, before a compiler has said it.
+    """
+
+    limit: int
+    weights: int
+    slots: int
+    page: int
+    row: int
+    wanted: int
+    guess: int
+
+    def pages(self, programs: int) -> int:
+        """Pages that fit (the guard page not counted), no more than wanted; below 0 where not even the rest fits."""
+        return min(self.wanted, (self.limit - self.weights - self.slots - programs) // self.page - 1)
+
+    def lacking(self, programs: int, sequences: int = 1) -> int:
+        """Bytes that are missing for so many sequences of full length; below 0 if some are left."""
+        return self.weights + self.slots + programs + (self.row * sequences + 1) * self.page - self.limit
+
+
+def account(
+    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int, draft: Graph | None = None
+) -> Account:
+    """Add up what is known from shapes; `pool` says the page size and the replicas, `draft` is a draft model. Allocates nothing."""
+    mesh, rules, graphs = placement.mesh, placement.rules, (graph,) if draft is None else (graph, draft)
+    vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
+    one_page = [
+        array for of in graphs for array in jax.tree.leaves(
+            of.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
+        )
+    ]  # fmt: skip
+    row = -(-demand.tokens // pool.page_size)
+    return Account(
+        limit=int(device_memory * cache.memory_fraction),
+        weights=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(array for of in graphs for array in of.arrays).items()),
+        slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
+        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(one_page).items()),
+        row=row,
+        wanted=row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size,
+        guess=device_memory // 32 + 4 * 4 * vocab * sequences,
+    )
 
 
 def plan_memory(
@@ -62,27 +116,22 @@ def plan_memory(
     placement: Placement,
     device_memory: int,
     programs: int | None = None,
+    draft: Graph | None = None,
 ) -> MemoryPlan:
-    """Size the pool (the given one's `pages` are replaced); `device_memory` and `programs` are bytes per device (None: not known yet).
+    """Size the pool (the given one's `pages` are replaced); `device_memory` and `programs` are bytes per device (None: not known yet). A
+    draft model has its own part of every page.
 
     Raises:
         ConfigError: not even one sequence of `demand.tokens` tokens fits, with what is there and what would help.
     """
-    mesh, rules = placement.mesh, placement.rules
-    weights = sum(device_bytes(spec, mesh, rules) for spec in graph.arrays)
-    vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
-    slots = sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab)))
-    needed = device_memory // 32 + 4 * 4 * vocab * sequences if programs is None else programs
-    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
-    per_page = sum(device_bytes(spec, mesh, rules) for spec in jax.tree.leaves(one_page))
-    left = int(device_memory * cache.memory_fraction) - weights - slots - needed
-    row = -(-demand.tokens // pool.page_size)
-    wanted = row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size
-    pages = min(wanted, left // per_page - 1)
-    if pages < row:
-        raise ConfigError(_too_small(cache, pool.page_size, pages=max(0, pages), row=row, left=left))
+    asked = account(graph, pool, demand, cache, placement=placement, device_memory=device_memory, draft=draft)
+    needed = asked.guess if programs is None else programs
+    pages = asked.pages(needed)
+    if pages < asked.row:
+        left = asked.limit - asked.weights - asked.slots - needed
+        raise ConfigError(_too_small(cache, pool.page_size, pages=max(0, pages), row=asked.row, left=left))
     sized = replace(pool, pages=pages + 1)
-    return MemoryPlan(device_memory, weights, slots, needed, sized.pages * per_page, sized, wanted)
+    return MemoryPlan(device_memory, asked.weights, asked.slots, needed, sized.pages * asked.page, sized, asked.wanted, asked.limit)
 
 
 def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> MemoryPlan:
@@ -92,7 +141,7 @@ def check_programs(plan: MemoryPlan, programs: int, cache: CacheConfig) -> Memor
         ConfigError: it is more than memory holds, with the flags that would help.
     """
     made = replace(plan, programs=programs)
-    if made.total <= plan.device * cache.memory_fraction:
+    if made.total <= plan.limit:
         return made
     raise ConfigError(
         f"programs need {programs / GIB:.2f} GiB beside {plan.weights / GIB:.2f} GiB of weights and {plan.pages / GIB:.2f} GiB of KV cache,"

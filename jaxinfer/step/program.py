@@ -34,10 +34,13 @@ from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.propose import Propose
 from jaxinfer.step.score import Score, Scored, pack_targets
+from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
 ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
+
+Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,14 @@ class ProgramConfig:
         """Everything that is compiled."""
         return (*self.buckets, *self.samplers, *self.proposers, *self.scorers, ADMIT, COPY, WIPE)
 
+    @property
+    def largest(self) -> tuple[Any, ...]:
+        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, sampler and scorer."""
+        most = max(self.buckets, key=lambda bucket: bucket.tokens)
+        widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.tokens))
+        scorer = max(self.scorers, key=lambda key: key.bucket.tokens, default=None)
+        return (*dict.fromkeys((most, widest)), self.samplers[-1], *(() if scorer is None else (scorer,)))
+
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
         page_size = self.pool.page_size
@@ -159,9 +170,10 @@ class Program:
         self._by_replica = NamedSharding(mesh, PartitionSpec("data"))
         self._edit = PageEdit(config.kv_specs, mesh, config.placement.rules)
 
-    def compile(self, progress: Callable[[str, int, int], None]) -> None:
-        """Lower every program here and compile them on `threads` threads; calls progress("compile", done, total) from any thread."""
-        work = self.config.keys
+    def compile(self, progress: Progress, keys: Sequence[Any] | None = None) -> None:
+        """Lower every program (or those of `keys`) here and compile them on `threads` threads; calls progress("compile", done, total)
+        from any thread."""
+        work = self.config.keys if keys is None else keys
         progress("compile", 0, len(work))
         with ThreadPoolExecutor(self.config.threads) as pool:
             futures = []
@@ -172,25 +184,23 @@ class Program:
                 future.result()
 
     def measure(self) -> int:
-        """Compile the largest forwards (most tokens, most decodes alone) and sampler only: `bytes_beside` before the pool has its size."""
-        buckets = self.config.buckets
-        largest = {max(buckets, key=lambda bucket: bucket.tokens), max(buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.tokens))}
-        for key in (*largest, self.config.samplers[-1]):
-            self._compile(key, self.lower(key))
+        """Compile the programs that set what memory programs need only: `bytes_beside` before the pool has its size."""
+        self.compile(lambda *_: None, self.config.largest)
         return self.bytes_beside
 
     @property
+    def sizes(self) -> dict[Any, ProgramSize]:
+        """What each compiled program takes on a device, as the compiler says."""
+        return {key: ProgramSize.of(compiled) for key, compiled in self._compiled.items()}
+
+    @property
     def bytes_beside(self) -> int:
-        """What compiled programs take on each device beside weights, pool and slots, as the compiler says: the largest forward's
-        temporaries, two steps' outputs (one is computed while the other is read), and the largest sampler's temporaries."""
-        forwards, others = [(0, 0)], [0]
-        for key, compiled in self._compiled.items():
-            sizes = compiled.memory_analysis()
-            if isinstance(key, Bucket):
-                forwards.append((sizes.temp_size_in_bytes, sizes.output_size_in_bytes - sizes.alias_size_in_bytes))
-            else:
-                others.append(sizes.temp_size_in_bytes)
-        return max(temporary for temporary, _ in forwards) + 2 * max(output for _, output in forwards) + max(others)
+        """What the programs take on each device beside weights, pool and slots (see sizes.py)."""
+        return beside(self.sizes, self.config.keys).total
+
+    def text(self, key: Any) -> str:
+        """The compiler's text of a compiled program."""
+        return self._compiled[key].as_text()
 
     def lower(self, key: Any) -> Any:
         """The lowered program of a bucket, a sampler, a scorer, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""

@@ -11,6 +11,8 @@ from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
 from jaxinfer.engine import setup
 from jaxinfer.engine.setup import build, use_compilation_cache
+from jaxinfer.planner import child
+from jaxinfer.planner.sizing import Machine
 from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
@@ -65,6 +67,38 @@ def test_a_mesh_counts_all_its_replicas(meshed):
     info = meshed.info
     assert (info.device_count, info.mesh, info.kv_tokens, info.max_concurrency) == (4, "data=2,tensor=2", 2 * 64, 2)
     assert info.weight_bytes < 4 * info.parameters
+
+
+@pytest.mark.parametrize("name", ["plain", "meshed"])
+def test_a_plan_says_what_a_start_reports(name, request, folder):
+    """The planner compiles few programs of the list, the engine all of them: within 3 % for programs, the same for the rest."""
+    engine = request.getfixturevalue(name)
+    info, config = engine.info, engine.program.config
+    mesh, sequences = config.placement.mesh, config.max_sequences * config.pool.replicas
+    asked = {
+        "model": "small", "slice": f"cpu-{mesh.size}", "values": json.loads((folder / "config.json").read_text()), "compile": True,
+        "config": {"page_size": 4, "max_step_tokens": 32, "dtype": "float32"}, "context": 64, "concurrency": sequences, "output": 16,
+        "goal": "throughput", "price": None, "mesh": tuple(mesh.shape.values()), "all": False,
+    }  # fmt: skip
+    plan = child.planned(asked, lambda *_: None)
+    found = plan.memory["weights"], plan.memory["kv_pool"], plan.capacity["kv_tokens"]
+    assert found == (info.weight_bytes, info.kv_bytes, info.kv_tokens)
+    assert plan.memory["programs"] == pytest.approx(info.program_bytes, rel=0.03)
+    assert {row["name"] for row in plan.programs["compiled"]} <= {str(key) for key in config.keys}
+    assert len(plan.programs["compiled"]) + plan.programs["derived"] == info.programs
+
+
+def test_programs_that_need_more_than_was_left_shrink_the_pool(plain, folder, monkeypatch):
+    """Seen first by what all of them need once they are compiled; then everything is compiled for the smaller pool."""
+    sized = setup._sizing(settings(folder), setup._describe(settings(folder)), plain.program.config.placement)
+    sized = replace(sized, machine=Machine("cpu", 400_000))
+    memory, program = sized.planned(40_000)
+    compiled = []
+    monkeypatch.setattr(Program, "compile", lambda self, progress, keys=None: compiled.append(self))
+    monkeypatch.setattr(Program, "bytes_beside", property(lambda self: 120_000))
+    smaller, again = setup._compiled(sized, memory, program, lambda *_: None)
+    assert compiled == [program, again] and again.config.pool == smaller.pool and smaller.pool.pages < memory.pool.pages
+    assert smaller.programs == 120_000 and smaller.total <= smaller.limit
 
 
 def test_defaults_come_from_the_models_authors(plain):

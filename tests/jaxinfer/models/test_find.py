@@ -38,3 +38,13 @@ def test_the_nearest_name_is_offered():
 def test_known_shapes_are_configs_of_models_that_exist(name):
     shape = find.find_shape(name)
     assert find.find(shape["model_type"]).Config.from_hf(shape).vocab_size == shape["vocab_size"]
+
+
+def test_shapes_of_architectures_that_are_missing_are_known_and_refused():
+    for name in find.shapes_without_model():
+        assert find.is_shape(name) and name not in find.known_shapes()
+        with pytest.raises(
+            ConfigError, match=rf"{name} has model_type '\w+', which is not implemented here yet .*shapes that can run: .*llama"
+        ):
+            find.find_shape(name)
+    assert find.is_shape("llama-3.1-8b") and not find.is_shape("abacus")

@@ -1,0 +1,166 @@
+"""Predicted time of a step: bytes and operations of one device over its peak rates, over the share of them that is reached.
+
+A decode step reads every weight once and each row's keys and values; a prefill multiplies every weight with every prompt token. Each part
+has its efficiency (efficiency.py); communication is a part of its own. What bounds a phase is the largest of its bare memory, compute and
+communication times. These are predictions: LOG.md says how they compared with what was measured.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+from jaxinfer.devices import Chip
+from jaxinfer.models.graph import Graph, arrays_of
+from jaxinfer.models.layers import Placement
+from jaxinfer.planner import collectives, efficiency
+from jaxinfer.sharding import ArraySpec, device_bytes, named
+
+
+class Phase(NamedTuple):
+    """Seconds of one phase and its parts; memory and compute are bare times at the chip's peak, the others with their efficiency."""
+
+    seconds: float
+    matmul: float
+    attention: float
+    small: float
+    communication: float
+    memory: float
+    compute: float
+
+    @property
+    def bound(self) -> str:
+        """What the phase is bound by."""
+        bare = {"memory": self.memory, "compute": self.compute, "communication": self.communication}
+        return max(bare, key=lambda name: bare[name])
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the time that the chip's peak rates would need."""
+        return max(self.memory, self.compute) / self.seconds
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations run, and what the weights are stored in."""
+
+    attention: str
+    matmul: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Times of one model on one mesh of one kind of chip. kv_token: bytes of keys and values of a token on one device, all layers."""
+
+    graph: Graph
+    placement: Placement
+    chip: Chip
+    kernels: Kernels
+    kv_token: float
+    step_tokens: int
+    correction: float = 1.0  # communication in the compiled text over what the sharding implies
+
+    def decode(self, rows: float, context: float) -> Phase:
+        """A step of one token for each of `rows` rows (of one data replica) of about so many tokens."""
+        weights, kv = self.weight_bytes, rows * context * self.kv_token
+        operations = 2.0 * (self.layer_weights + self.head_weights) * rows
+        attention_operations = sum(4.0 * self._heads(it) * it.head_dim * rows * context for it in self.graph.config.attention_shapes)
+        row = self._row("attention_decode", self.kernels.attention)
+        of_rows = self.graph.config.layers * row.number("row_us") * rows * 1e-6
+        attention = self._launches() + of_rows + kv / (self.chip.bandwidth * row.number("share"))
+        return self._phase(
+            weights + kv, operations + attention_operations, self._matmul(weights, operations, rows), attention,
+            self._small(rows), self._communication(rows, rows),
+        )  # fmt: skip
+
+    def prefill(self, tokens: int) -> Phase:
+        """One prompt of so many tokens, in chunks of what a step holds."""
+        parts = [self._chunk(start, min(self.step_tokens, tokens - start)) for start in range(0, tokens, self.step_tokens)]
+        return Phase(*(sum(values) for values in zip(*parts, strict=True)))
+
+    @cached_property
+    def weight_bytes(self) -> float:
+        """Bytes of weights that a step reads on one device: all but an embedding table of its own."""
+        arrays = Counter(self.graph.arrays)
+        names = dict(zip(self.graph.names, self.graph.specs, strict=True))
+        if "lm_head.weight" in names:
+            arrays.subtract(arrays_of(names["embedding.weight"]))
+        return sum(device_bytes(array, self.placement.mesh, self.placement.rules) * count for array, count in arrays.items())
+
+    @cached_property
+    def layer_weights(self) -> int:
+        """Numbers of one device that every token is multiplied with, the head's left out."""
+        found = zip(self.graph.names, self.graph.specs, self.graph.contracting, strict=True)
+        arrays = Counter(arrays_of(spec)[0] for name, spec, contracting in found if contracting and name != "lm_head.weight")
+        return sum(self._shard(array) * count for array, count in arrays.items())
+
+    @cached_property
+    def sharded(self) -> collectives.Sharded:
+        """How often shards talk in a forward pass."""
+        return collectives.sharded(self.graph, self.placement)
+
+    @cached_property
+    def head_weights(self) -> int:
+        """The head's: multiplied with the rows that sample only."""
+        names = dict(zip(self.graph.names, self.graph.specs, strict=True))
+        return self._shard(arrays_of(names.get("lm_head.weight", names["embedding.weight"]))[0])
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the efficiencies come from, one line for each."""
+        rows = [self._row("matmul", self.kernels.matmul), self._row("small")]
+        rows += [self._row(f"attention_{phase}", self.kernels.attention) for phase in ("decode", "prefill")]
+        rows += [self._row("link")] if self.placement.mesh.shape["tensor"] > 1 else []
+        return tuple(f"{row.values['what']}: {row.source}" for row in rows)
+
+    def _chunk(self, start: int, tokens: int) -> Phase:
+        weights, read = self.weight_bytes, (start + tokens) * self.kv_token
+        operations = 2.0 * (self.layer_weights * tokens + self.head_weights)
+        pairs = tokens * start + tokens * tokens / 2
+        attended = sum(4.0 * self._heads(it) * it.head_dim * pairs for it in self.graph.config.attention_shapes)
+        share = self._row("attention_prefill", self.kernels.attention).number("share")
+        attention = max(attended / (self.chip.bf16_rate * share), read / self.chip.bandwidth) + self._launches()
+        matmul, links = self._matmul(weights, operations, tokens), self._communication(tokens, 1)
+        return self._phase(weights + read, operations + attended, matmul, attention, self._small(1), links)
+
+    def _phase(self, moved: float, operations: float, matmul: float, attention: float, small: float, communication: float) -> Phase:
+        memory, compute = moved / self.chip.bandwidth, operations / self.chip.bf16_rate
+        return Phase(matmul + attention + small + communication, matmul, attention, small, communication, memory, compute)
+
+    def _matmul(self, weights: float, operations: float, rows: float) -> float:
+        share = self._row("matmul", self.kernels.matmul).at(rows)
+        return max(weights / self.chip.bandwidth, operations / self.chip.bf16_rate) / share
+
+    def _small(self, rows: float) -> float:
+        row = self._row("small")
+        fixed = row.at(1)
+        grown = (row.at(rows) - fixed) * self.graph.config.hidden_size / row.number("hidden")
+        return self.graph.config.layers * (fixed + grown) * 1e-6
+
+    def _launches(self) -> float:
+        """What a step's attention takes however little there is to do."""
+        return self.graph.config.layers * self._row("attention_decode", self.kernels.attention).number("base_us") * 1e-6
+
+    def _communication(self, tokens: float, rows: float) -> float:
+        shards = self.placement.mesh.shape["tensor"]
+        if shards == 1:
+            return 0.0
+        row = self._row("link")
+        made = collectives.implied(self.graph, self.sharded, round(tokens), round(rows))
+        bandwidth, hop = self.chip.interconnect * row.number("share"), row.number("hop_us") * 1e-6
+        return self.correction * sum(each.seconds(shards, bandwidth, hop) for each in made)
+
+    def _row(self, what: str, implementation: str = "*") -> efficiency.Row:
+        return efficiency.find(self.chip, what, implementation=implementation, weights=self.kernels.weights)
+
+    def _heads(self, shape: object) -> int:
+        heads, kv_heads = shape.heads, shape.kv_heads  # pyright: ignore[reportAttributeAccessIssue]
+        shards = self.placement.mesh.shape["tensor"]
+        return heads // shards if kv_heads % shards == 0 else heads
+
+    def _shard(self, spec: ArraySpec) -> int:
+        return prod(named(spec, self.placement.mesh, self.placement.rules).shard_shape(spec.shape))

@@ -1,0 +1,165 @@
+"""From settings to sized programs: what `auto` and defaults mean on a platform, and how large the KV pool may be.
+
+The engine at start-up and the planner use the same functions, so that a plan says what a start will do. Memory is arithmetic first
+(memory.py); where that leaves little room, the programs that set the peak are compiled and the pool is sized by what they need. This file
+does not know where devices come from: they may be described ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinfer.cache.kv import CODES, PoolShape
+from jaxinfer.config import ConfigError, EngineConfig
+from jaxinfer.models import find
+from jaxinfer.models.graph import Graph, Quantization
+from jaxinfer.models.layers import Placement
+from jaxinfer.planner.memory import Account, Demand, MemoryPlan, account, plan_memory
+from jaxinfer.step.buckets import Bucket, buckets, fixed, verifying
+from jaxinfer.step.program import Program, ProgramConfig
+
+MARGIN = (9, 8)  # programs that are compiled again, for another pool, may need a little more
+
+
+class Machine(NamedTuple):
+    """What is planned for: the platform ("cpu", "gpu" or "tpu") and the bytes that a device gives to arrays."""
+
+    platform: str
+    memory: int
+
+
+class Widths(NamedTuple):
+    """Per data replica: sequences at once, prompt tokens in a step."""
+
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model if there is one."""
+
+    graph: Graph
+    max_tokens: int
+    draft: Graph | None = None
+
+
+def with_margin(programs: int) -> int:
+    """What is set aside for programs that were seen to need so many bytes."""
+    return programs * MARGIN[0] // MARGIN[1]
+
+
+def page_size(config: EngineConfig, platform: str) -> int:
+    """Tokens of a page: on accelerators a whole block of the attention kernels."""
+    return config.cache.page_size or (32 if platform == "cpu" else 64)
+
+
+def dtype(name: str, platform: str) -> np.dtype:
+    """The dtype that `--dtype` means on a platform."""
+    return jax.numpy.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(name, name))
+
+
+def widths(config: EngineConfig, platform: str) -> Widths:
+    """How much a step may hold. In deterministic mode every step pays for all of it, so it is small."""
+    accelerator = platform != "cpu"
+    sequences = config.scheduler.max_sequences or (256 if accelerator else 64)
+    tokens = 2048 if accelerator else 512
+    if config.execution.deterministic == "on":
+        tokens = sequences
+    return Widths(sequences, config.scheduler.max_step_tokens or tokens)
+
+
+def bucket_list(config: EngineConfig, platform: str) -> tuple[Bucket, ...]:
+    """The list of step shapes that are compiled, run and planned."""
+    if config.execution.deterministic == "on":
+        return fixed(*widths(config, platform))
+    speculation, (sequences, tokens) = config.speculation, widths(config, platform)
+    wide = () if speculation.speculate == "off" else verifying(sequences, speculation.draft_tokens)
+    return tuple(sorted((*buckets(sequences, tokens), *wide)))
+
+
+def described(values: Mapping[str, Any], config: EngineConfig, platform: str) -> Described:
+    """A model from its config.json alone.
+
+    Raises:
+        ConfigError: an architecture that is not there, or a context longer than the model was made for.
+    """
+    module = find.find(values.get("model_type"))
+    model_config = module.Config.from_hf(values)
+    quantization = Quantization(config.model.quantize) if config.model.quantize else None
+    graph = Graph.of(module, model_config, dtype(config.model.dtype, platform), quantization)
+    longest, wanted = model_config.max_positions, config.model.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ConfigError(f"--max-model-len {wanted} exceeds the {longest} tokens the model was made for; lower it")
+    return Described(graph, wanted or longest)
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """One model under one set of settings on one mesh."""
+
+    config: EngineConfig
+    model: Described
+    placement: Placement
+    machine: Machine
+
+    @property
+    def demand(self) -> Demand:
+        """What the pool is for."""
+        return Demand(widths(self.config, self.machine.platform).sequences, self.model.max_tokens)
+
+    @property
+    def empty_pool(self) -> PoolShape:
+        """Page size and replicas of the pool that is to be sized."""
+        size, replicas = page_size(self.config, self.machine.platform), self.placement.mesh.shape["data"]
+        return PoolShape(pages=2, page_size=size, replicas=replicas, codes=CODES[self.config.cache.kv_dtype])
+
+    def account(self) -> Account:
+        """What memory is asked for."""
+        return account(
+            self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement,
+            device_memory=self.machine.memory, draft=self.model.draft,
+        )  # fmt: skip
+
+    def planned(self, programs: int | None = None) -> tuple[MemoryPlan, Program]:
+        """The pool beside programs of so many bytes (None: a guess), and the programs for it, not compiled yet.
+
+        Raises:
+            ConfigError: not even one sequence of full length fits.
+        """
+        memory = plan_memory(
+            self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement,
+            device_memory=self.machine.memory, programs=programs, draft=self.model.draft,
+        )  # fmt: skip
+        return memory, self.program(memory.pool)
+
+    def program(self, pool: PoolShape) -> Program:
+        """The programs for a pool."""
+        return Program(ProgramConfig(
+            graph=self.model.graph, placement=self.placement, pool=pool, buckets=bucket_list(self.config, self.machine.platform),
+            max_sequences=self.demand.sequences, max_tokens=self.model.max_tokens,
+            threads=self.config.execution.compile_threads or os.cpu_count() or 1, draft=self.model.draft,
+        ))  # fmt: skip
+
+    def sized(self) -> tuple[MemoryPlan, Program]:
+        """The pool and its programs; where the guess leaves little room, by what the compiler says the largest programs need.
+
+        Raises:
+            ConfigError: not even one sequence of full length fits.
+        """
+        memory, program = self.planned()
+        return self.resized(program.measure()) if memory.unsure else (memory, program)
+
+    def resized(self, programs: int) -> tuple[MemoryPlan, Program]:
+        """The pool beside programs that were seen to need so many bytes.
+
+        Raises:
+            ConfigError: not even one sequence of full length fits.
+        """
+        return self.planned(with_margin(programs))

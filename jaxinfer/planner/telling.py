@@ -1,0 +1,160 @@
+"""What a child found out becomes a `Plan`: plain numbers and words. This file reads estimates and compiled sizes and computes neither."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxinfer.config import MeshShape
+from jaxinfer.planner import advice, collectives, topology
+from jaxinfer.planner.estimate import Estimate
+from jaxinfer.planner.outcome import Plan
+from jaxinfer.planner.predict import Kernels, Phase
+from jaxinfer.step.program import Program
+from jaxinfer.step.sizes import ProgramSize, beside
+
+GUESS_NOTE = "programs were not compiled: their memory is a guess"
+FLAGS = ("quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling for a choice told: program sizes by key, texts' collectives by key, seconds."""
+
+    program: Program
+    collectives: Mapping[Any, tuple[collectives.Collective, ...]]
+    seconds: float
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the whole list of programs needs on a device."""
+        return beside(self.program.sizes, self.program.config.keys).total
+
+
+@dataclass(frozen=True)
+class Told:
+    """Everything that a plan is told from: the request, the meshes weighed (best first), what was compiled, and changes."""
+
+    request: Mapping[str, Any]
+    weighed: list[Estimate]
+    compiled: Mapping[MeshShape, Compiled]
+    kernels: Kernels
+    changes: list[advice.Change]
+
+    @property
+    def best(self) -> Estimate:
+        """The mesh that was chosen."""
+        return self.weighed[0]
+
+    @property
+    def own(self) -> Compiled | None:
+        """What was compiled for it."""
+        return self.compiled.get(self.best.choice.mesh)
+
+
+def tell(told: Told) -> Plan:
+    """The plan."""
+    best, own = told.best, told.own
+    changes = advice.next_steps(best, told.changes) if best.fits else advice.remedies(best, told.changes)
+    model = told.request["model"]
+    return Plan(
+        model=model, target=_target(best), settings=_settings(told), fits=best.fits, memory=_memory(best, own), capacity=_capacity(best),
+        phases={"decode": _phase(best.decode), "prefill": _phase(best.prefill)}, speed=_speed(best),
+        meshes=[_mesh(each, each.choice.mesh in told.compiled) for each in told.weighed], programs=_programs(own),
+        advice=[_advice(change, best, model) for change in changes], notes=[*([] if own else [GUESS_NOTE]), *best.predictor.sources],
+        command=_command(told.request, best),
+    )  # fmt: skip
+
+
+def name_of(mesh: MeshShape) -> str:
+    """A mesh as its flag is written."""
+    return f"data={mesh.data},tensor={mesh.tensor}"
+
+
+def _target(best: Estimate) -> dict[str, Any]:
+    piece, chip = best.choice.piece, topology.chip_of(best.choice.piece)
+    return {
+        "slice": piece.name, "topology": piece.topology, "chip": chip.name, "chips": piece.chips, "devices": piece.devices,
+        "device_memory": best.choice.usable_memory, "chip_memory": chip.memory, "jax": jax.__version__,
+    }  # fmt: skip
+
+
+def _settings(told: Told) -> dict[str, Any]:
+    best, kernels = told.best, told.kernels
+    wish = best.choice.wish
+    return {
+        "mesh": name_of(best.choice.mesh), "context": wish.context, "output": wish.output, "concurrency": wish.concurrency,
+        "goal": wish.goal, "price": wish.price, "weights": kernels.weights, "attention": kernels.attention, "matmul": kernels.matmul,
+        "memory_fraction": wish.config.cache.memory_fraction, "page_size": best.page_size,
+    }  # fmt: skip
+
+
+def _memory(best: Estimate, own: Compiled | None) -> dict[str, Any]:
+    account = best.account
+    pages = max(0, account.pages(best.reserved))
+    kv = (pages + 1) * account.page
+    parts = beside(own.program.sizes, own.program.config.keys) if own else None
+    return {
+        "limit": account.limit, "weights": account.weights, "slots": account.slots, "programs": best.programs,
+        "programs_from": "compiler" if own else "guess",
+        "programs_temporary": parts.forward + parts.others if parts else None, "programs_outputs": parts.outputs if parts else None,
+        "programs_code": parts.code if parts else None, "kv_pool": kv, "kv_token": account.page / best.page_size,
+        "total": account.weights + account.slots + best.programs + kv, "lacking": max(0, best.lacking),
+    }  # fmt: skip
+
+
+def _capacity(best: Estimate) -> dict[str, Any]:
+    return {"kv_tokens": best.kv_tokens, "concurrency": best.concurrency, "running": best.running}
+
+
+def _speed(best: Estimate) -> dict[str, Any]:
+    return {
+        "step": best.decode.seconds, "itl": best.decode.seconds, "itl_loaded": best.itl_loaded, "ttft": best.ttft,
+        "tokens_per_second": best.tokens_per_second, "cost_per_million": best.cost,
+    }  # fmt: skip
+
+
+def _phase(phase: Phase) -> dict[str, Any]:
+    return {**phase._asdict(), "bound": phase.bound, "utilisation": phase.utilisation}
+
+
+def _mesh(each: Estimate, compiled: bool) -> dict[str, Any]:
+    return {
+        "mesh": name_of(each.choice.mesh), "fits": each.fits, "compiled": compiled, "weights": each.account.weights,
+        "lacking": max(0, each.lacking), **_capacity(each), **_speed(each), "communication": each.decode.communication,
+    }  # fmt: skip
+
+
+def _programs(own: Compiled | None) -> dict[str, Any]:
+    if own is None:
+        return {"compiled": [], "derived": 0, "seconds": 0.0}
+
+    def row(key: Any, size: ProgramSize) -> dict[str, Any]:
+        return {
+            "name": str(key), "temporary": size.temporary, "output": size.output, "code": size.code,
+            "seconds": own.program.compile_seconds[str(key)],
+            "collectives": [vars(each) for each in own.collectives.get(key, ())],
+        }  # fmt: skip
+
+    rows = [row(key, size) for key, size in own.program.sizes.items()]
+    return {"compiled": rows, "derived": len(own.program.config.keys) - len(rows), "seconds": own.seconds}
+
+
+def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]:
+    return {
+        "change": change.words, "flags": change.flags, "effect": change.effect(best), "remark": change.remark.replace("MODEL", model),
+        "fits": change.made.fits, "concurrency": change.made.concurrency, "itl": change.made.decode.seconds,
+    }  # fmt: skip
+
+
+def _command(request: Mapping[str, Any], best: Estimate) -> str:
+    """How to start the server that was planned."""
+    wish, mesh, given = best.choice.wish, best.choice.mesh, request["config"]
+    flags = [f"--model {given.get('model', request['model'])}", f"--mesh {name_of(mesh)}", f"--max-model-len {wish.context}"]
+    if wish.concurrency is not None:
+        flags.append(f"--max-sequences {-(-wish.concurrency // mesh.data)}")
+    flags += [f"--{name.replace('_', '-')} {given[name]}" for name in FLAGS if given.get(name) is not None]
+    return " ".join(["python -m jaxinfer.serve", *flags])

@@ -1,0 +1,59 @@
+"""The process that plans one slice, driven in this one."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from jaxinfer.config import ConfigError
+from jaxinfer.planner import child, topology
+from jaxinfer.planner.outcome import MARK
+from tests.jaxinfer.conftest import CONFIG
+from tests.jaxinfer.planner.conftest import planned, request
+
+
+def test_the_best_mesh_for_the_goal_comes_first():
+    plan = planned("cpu-2")
+    assert plan.fits and plan.settings["mesh"] == plan.meshes[0]["mesh"]
+    assert plan.meshes[0]["tokens_per_second"] == max(row["tokens_per_second"] for row in plan.meshes)
+    quick = planned("cpu-2", goal="latency")
+    assert quick.meshes[0]["itl"] == min(row["itl"] for row in quick.meshes)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
+    monkeypatch.setattr(topology.devices, "memory_bytes", lambda device: 245_000)
+    plan = planned("cpu-1")
+    assert not plan.fits and 10_000 < plan.memory["lacking"] < 100_000
+    assert "int8 weights" in [each["change"] for each in plan.advice] and all(each["fits"] for each in plan.advice)
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"context": 65}, "--context 65 exceeds the 64 tokens"), ({"output": 64}, "--output 64 leaves no room"),
+    ({"mesh": [1, 3]}, "--mesh data=1,tensor=3 does not use the 4 devices of cpu-4"),
+    ({"values": {**CONFIG, "model_type": "mixtral"}}, "'mixtral' is not implemented"), ({"config": {"quantize": "int9"}}, "int9"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused(changed, words):
+    with pytest.raises(ConfigError, match=words):
+        planned(**changed)
+
+
+def test_defaults_of_context_and_output():
+    plan = planned(context=None, output=None, concurrency=None, values={**CONFIG, "max_position_embeddings": 32768})
+    assert (plan.settings["context"], plan.settings["output"]) == (8192, 256)
+    assert planned(context=16, output=None).settings["output"] == 4
+
+
+def test_the_result_is_written_and_refusals_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request("cpu-1"))))
+    child.main(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request("cpu-1", context=1000))))
+    child.main(tmp_path / "refused.json")
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused["refused"] and "--context 1000" in refused["failure"] and refused["fits"] is False
+
+
+def test_progress_is_marked(capsys):
+    child._report("compile", 1, 3)
+    assert capsys.readouterr().out == f'{MARK}["compile", 1, 3]\n'

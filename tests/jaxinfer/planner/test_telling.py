@@ -1,0 +1,50 @@
+"""A plan's numbers add up, and its words can be followed."""
+
+from math import prod
+
+import pytest
+
+from jaxinfer.config import EngineConfig, MeshShape
+from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, name_of
+from tests.jaxinfer.conftest import CONFIG
+from tests.jaxinfer.planner.conftest import planned
+
+
+def test_memory_adds_up(meshed_plan):
+    memory = meshed_plan.memory
+    assert memory["total"] == sum(memory[part] for part in ("weights", "slots", "programs", "kv_pool")) <= memory["limit"]
+    assert memory["programs"] == sum(memory[f"programs_{part}"] for part in ("temporary", "outputs", "code"))
+    assert memory["kv_token"] == 2 * 2 * 8 * 4  # keys and values of two layers, one kv head of two
+    assert memory["kv_pool"] == (2 * 16 + 1) * 4 * memory["kv_token"]
+    assert (memory["programs_from"], memory["lacking"]) == ("compiler", 0)
+
+
+def test_the_compiled_programs_stand_there_with_their_collectives(meshed_plan):
+    compiled = {row["name"]: row for row in meshed_plan.programs["compiled"]}
+    assert set(compiled) == {"decode2", "decode2-prefill32x2", "sample8-full", "score-decode2-prefill32x2"}
+    assert meshed_plan.programs["derived"] > 10
+    sums = [each for each in compiled["decode2"]["collectives"] if each["kind"] == "all-reduce"]
+    assert [(each["count"], each["bytes"]) for each in sums] == [(2 * 2 + 1, prod((2, CONFIG["hidden_size"], 4)))]
+
+
+def test_target_settings_and_speed(meshed_plan):
+    assert (meshed_plan.target["slice"], meshed_plan.target["devices"], meshed_plan.settings["mesh"]) == ("cpu-4", 4, "data=2,tensor=2")
+    assert meshed_plan.speed["itl"] == meshed_plan.phases["decode"]["seconds"] > 0
+    assert meshed_plan.speed["cost_per_million"] == pytest.approx(3.0 * 4 / 3600 / meshed_plan.speed["tokens_per_second"] * 1e6)
+    assert meshed_plan.capacity["concurrency"] == 4
+
+
+def test_the_command_starts_what_was_planned(meshed_plan):
+    wanted = "python -m jaxinfer.serve --model small --mesh data=2,tensor=2 --max-model-len 64 --max-sequences 2 --page-size 4"
+    assert meshed_plan.command.startswith(wanted)
+    assert {"kv_dtype"} >= set(FLAGS) - {item for section in vars(EngineConfig()).values() for item in vars(section)}
+
+
+def test_a_guess_is_called_one():
+    plan = planned()
+    assert plan.notes[0] == GUESS_NOTE and plan.memory["programs_from"] == "guess" and plan.programs["compiled"] == []
+    assert [row["mesh"] for row in plan.meshes].count(plan.settings["mesh"]) == 1 and len(plan.meshes) == 3
+
+
+def test_meshes_are_written_as_their_flag():
+    assert name_of(MeshShape(2, 4)) == "data=2,tensor=4"
