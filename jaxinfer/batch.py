@@ -1,8 +1,8 @@
 """What the scheduler hands to the compiled step: plain Python values that never reach jax.
 
-A step works on *rows*; each row is one sequence's next tokens. A prefill chunk (n tokens), a decode (1 token) and a
-verification (k + 1 tokens, of which k are drafts) differ only in how many tokens they carry. On a mesh with a data axis every replica has its own rows,
-pages and slots; `replica` says whose a row is, and page ids count within that replica's pool.
+A step works on *rows*; each row is one sequence's next tokens. A prefill chunk (n tokens), a decode (1 token) and a verification (k + 1
+tokens, of which k are drafts) differ only in how many tokens they carry. On a mesh with a data axis every replica has its own rows, pages
+and slots; `replica` says whose a row is, and page ids count within that replica's pool.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PageCopy(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: decode rows first (one token each, and drafts), then prefill rows; before it sequences enter their slots and pages are copied.
+    """One step: decode rows first (one token each, and drafts), then prefill rows; before it sequences enter slots and pages are copied.
 
     Within the step every row writes its K and V before any row reads: a row may read pages that another row of the step fills.
     """
@@ -79,6 +79,11 @@ class Batch:
     def decode_tokens(self) -> int:
         """Most tokens of a decode row: more than 1 when there are drafts."""
         return max((len(row.tokens) for row in self.decodes), default=1)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether drafts are among the tokens that the draft model has still to think of."""
+        return any(DRAFTED in row.tokens for row in self.decodes if len(row.tokens) > 1)
 
     def folded(self) -> Batch:
         """The same step with its decodes as prefill rows of one token."""

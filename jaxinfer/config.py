@@ -182,10 +182,10 @@ class SpeculationConfig:
     """Several tokens in a step: drafts that the model verifies. The tokens are the same as without."""
 
     speculate: str = option(
-        "off", "drafts from the text itself (lookup), from a smaller model (draft), or from whichever is better (auto); only while they pay",
+        "off", "drafts from the text itself (lookup), a smaller model (draft), or whichever is better (auto); only while they pay",
         choices=SPECULATE,
     )  # fmt: skip
-    draft_model: str | None = option(None, "smaller model with the same tokenizer: a folder or repository (default: the embedded model's own)")
+    draft_model: str | None = option(None, "smaller model of the same tokenizer: folder or repository (default: the embedded model's own)")
     draft_tokens: int = option(4, f"drafts of a sequence in one step, at most {MOST_DRAFTS}")
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.speculation.speculate != "off" and self.execution.deterministic == "on":
-            raise ConfigError("--speculate and --deterministic exclude each other: drafts are verified in steps of other shapes; leave one out")
+            raise ConfigError("--speculate and --deterministic exclude each other: drafts need steps of another shape; leave one out")
 
 
 @dataclass(frozen=True)

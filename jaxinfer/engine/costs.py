@@ -49,11 +49,6 @@ class Costs:
         return self._seconds[way, min(sizes)]
 
 
-def way_of(bucket: Bucket, *, from_model: bool) -> str:
-    """How a step of a bucket's program is run."""
-    return PLAIN if bucket.decode_tokens == 1 else MODEL if from_model else WIDE
-
-
 def measure(program: Program) -> Costs:
     """Time every step without prompts a few times, with rows that hold nothing: attention to a long context is not in it."""
     costs = Costs()

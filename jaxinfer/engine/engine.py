@@ -1,11 +1,11 @@
 """The one generation loop: schedule a batch, launch it on the devices, commit what the one before produced.
 
-`add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became
-final; `generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host
-commits the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is
-committed before the next is scheduled; the tokens are the same. With drafts (`speculation.py`) a step may give a sequence several tokens,
-and as how many there are decides where it goes on, it is committed before the next is scheduled. Each request has a wall around it: what goes wrong in its own text or
-numbers ends that request alone. This file does not know how arrays look or where requests come from.
+`add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became final;
+`generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host commits
+the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is committed
+before the next is scheduled; the tokens are the same. With drafts (`speculation.py`) a step may give a sequence several tokens, and as
+how many there are decides where it goes on, it is committed before the next is scheduled. Each request has a wall around it: what goes
+wrong in its own text or numbers ends that request alone. This file does not know how arrays look or where requests come from.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
-from jaxinfer.batch import DRAFTED, Admission, Batch
+from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import speculation, words
 from jaxinfer.engine.drawn import Drawn, fetch
-from jaxinfer.engine.costs import way_of
 from jaxinfer.engine.grammar import Grammars, Matcher, masks
 from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
-from jaxinfer.engine.setup import SAMPLING_DEFAULTS, Built, EngineInfo, Progress, build
-from jaxinfer.engine.speculation import Candidate, Speculator
+from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
+from jaxinfer.engine.speculation import Candidate
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import Sampled
@@ -76,8 +75,10 @@ class _Flight:
     @property
     def done(self) -> bool:
         """Whether its tokens can be read without waiting."""
+        if self.sampled is None:
+            return True
         drawn = self.sampled.drawn if isinstance(self.sampled, Verified) else self.sampled
-        return drawn is None or drawn.token.is_ready()
+        return drawn.token.is_ready()
 
 
 class Engine:
@@ -106,7 +107,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
         self._idle_since = 0.0
-        self.speculator = self._speculator(built)
+        self.speculator = speculation.make(config.speculation, built.program.config, built.costs, self.metrics)
 
     @property
     def has_work(self) -> bool:
@@ -182,18 +183,9 @@ class Engine:
                 matchers[index] = active.matcher, row.tokens[1:] if bucket.decode_tokens > 1 else ()
         return masks(matchers, (bucket.rows * packed.shapes.replicas, bucket.decode_tokens), self.program.config.vocab)
 
-    def _speculator(self, built: Built) -> Speculator | None:
-        settings, program = self.config.speculation, self.program.config
-        if settings.speculate == "off":
-            return None
-        return Speculator(
-            speculation.proposers(settings.speculate, model=program.draft is not None), settings.draft_tokens, program.vocab,
-            program.pool.replicas, built.costs, self.metrics,
-        )  # fmt: skip
-
     def _propose(self) -> tuple[list[Output], dict[Key, tuple[int, ...]]]:
-        """The drafts of the next step. While a step is on its way they are guessed from what is known, and if they seem to be worth it, it is
-        committed first and they are guessed again."""
+        """The drafts of the next step. While a step is on its way they are guessed from what is known, and if they seem to be worth it, that
+        step is committed first and they are guessed again."""
         outputs = self._land(0) if any(flight.batch.decode_tokens > 1 for flight in self._flights) else []
         drafts = self._guess()
         if drafts and self._flights:
@@ -214,8 +206,8 @@ class Engine:
             self._admit(admission)
         self.last_packed = packed = pack(batch, self.program.bucket_for(batch))
         idle = all(flight.done for flight in self._flights)
-        hidden = any(DRAFTED in row.tokens for row in batch.decodes) if batch.decode_tokens > 1 else False
-        computed = self.program.forward(packed, self.program.propose(packed, self._demand(packed)) if hidden else None)
+        drafts = self.program.propose(packed, self._demand(packed)) if batch.hidden else None
+        computed = self.program.forward(packed, drafts)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
 
@@ -377,10 +369,8 @@ class Engine:
         shapes, batch = flight.packed.shapes, flight.batch
         padded = shapes.bucket.tokens * shapes.replicas
         phase = "mixed" if batch.prefills else "decode"
-        if self.speculator is not None and not batch.prefills and self._idle_since:
-            hidden = any(DRAFTED in row.tokens for row in batch.decodes)
-            way = way_of(shapes.bucket, from_model=hidden)
-            self.speculator.costs.take(way, shapes.bucket.decode_rows, now - self._idle_since)
+        if self.speculator is not None and self._idle_since:
+            self.speculator.observe(batch, shapes.bucket, now - self._idle_since)
         self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 

@@ -154,7 +154,9 @@ class Matcher:
             self._core.rollback(taken)
 
 
-def masks(matchers: Mapping[int, tuple[Matcher, Sequence[int]]], shape: tuple[int, int], vocab: int) -> UInt32[np.ndarray, "rows words"] | None:
+def masks(
+    matchers: Mapping[int, tuple[Matcher, Sequence[int]]], shape: tuple[int, int], vocab: int
+) -> UInt32[np.ndarray, "rows words"] | None:
     """A fresh mask for a step's sampler (see `sampling.masked`): rows without a matcher allow everything. None if there is no matcher.
 
     matchers: with the drafts of the row. shape: rows and places of each; a row's places follow each other.

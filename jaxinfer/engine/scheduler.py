@@ -3,8 +3,8 @@
 Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a slot, pages for its whole prompt; pages whose content is
 cached already are taken as they are), computes its prompt in chunks beside the decodes of the others, then decodes one token a step;
 `append` takes the token that a step sampled; `finish` ends it at any moment. A decode may carry drafts: pages are planned for the case
-that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. On a mesh with a data axis every replica has its own
-pages and slots, and a sequence stays where it was admitted.
+that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. On a mesh with a data axis
+every replica has its own pages and slots, and a sequence stays where it was admitted.
 
 Steps overlap: `schedule` may be called while the batch before is not committed. What a launched step still uses (pages, a slot)
 comes free only when `commit` is told that the step is done, and a sequence whose last possible token is on its way rests until then.
@@ -154,9 +154,9 @@ class Scheduler:
         launched = self._launched.popleft()
         for replica, page in launched.sources:
             self.pools[replica].release((page,))
-        for row, sequence, count in zip(batch.decodes if batch.decode_tokens > 1 else (), launched.sequences, counts, strict=False):
+        for row, sequence, drawn in zip(batch.decodes if batch.decode_tokens > 1 else (), launched.sequences, counts, strict=False):
             if len(row.tokens) > 1:
-                sequence.take_back(len(row.tokens) - count)
+                sequence.take_back(len(row.tokens) - drawn)
         for sequence in launched.sequences:
             sequence.in_flight -= 1
             if not sequence.in_flight and sequence in self._leaving:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxinfer.batch import DRAFTED, Row
+from jaxinfer.batch import DRAFTED, Batch, Row
+from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs
 from jaxinfer.engine.history import History
 from jaxinfer.engine.metrics import EngineMetrics
@@ -21,6 +22,8 @@ from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
+from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.program import ProgramConfig
 
 MARGIN = 1.02  # what drafts must promise: their worth is an estimate
 PROBE = 0.01
@@ -77,6 +80,12 @@ class Speculator:
             self.metrics.accepted_tokens += accepted
             self.metrics.accepted_at.update(range(accepted))
 
+    def observe(self, batch: Batch, bucket: Bucket, seconds: float) -> None:
+        """Take in how long a step took, from the end of the one before."""
+        if not batch.prefills:
+            way = PLAIN if bucket.decode_tokens == 1 else MODEL if batch.hidden else WIDE
+            self.costs.take(way, bucket.decode_rows, seconds)
+
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
         self.history.forget(key)
@@ -119,10 +128,22 @@ class Speculator:
         return self._refused[size] > max(32.0, extra / PROBE)
 
 
+def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
+    """The speculator of an engine; None where speculation is off."""
+    if settings.speculate == "off":
+        return None
+    found = proposers(settings.speculate, model=program.draft is not None)
+    return Speculator(found, settings.draft_tokens, program.vocab, program.pool.replicas, costs, metrics)
+
+
 def proposers(kind: str, *, model: bool) -> list[Proposer]:
     """Those of a setting: "lookup", "draft" or "auto" (lookup, and the draft model if there is one)."""
-    found: list[Proposer] = [] if kind == "draft" else [LookupProposer()]
-    return [*found, DraftProposer()] if model and kind != "lookup" else found
+    found: list[Proposer] = []
+    if kind != "draft":
+        found.append(LookupProposer())
+    if kind != "lookup" and model:
+        found.append(DraftProposer())
+    return found
 
 
 def _best(guesses: Sequence[Guess], allowed: bool) -> Guess | None:

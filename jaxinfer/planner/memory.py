@@ -85,8 +85,9 @@ class Account:
 
 
 def account(
-    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int, draft: Graph | None = None
-) -> Account:
+    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int,
+    draft: Graph | None = None,
+) -> Account:  # fmt: skip
     """Add up what is known from shapes; `pool` says the page size and the replicas, `draft` is a draft model. Allocates nothing."""
     mesh, rules, graphs = placement.mesh, placement.rules, (graph,) if draft is None else (graph, draft)
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
@@ -98,7 +99,7 @@ def account(
     row = -(-demand.tokens // pool.page_size)
     return Account(
         limit=int(device_memory * cache.memory_fraction),
-        weights=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(array for of in graphs for array in of.arrays).items()),
+        weights=sum(device_bytes(spec, mesh, rules) * count for of in graphs for spec, count in Counter(of.arrays).items()),
         slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
         page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(one_page).items()),
         row=row,

@@ -1,7 +1,8 @@
 """The shapes that programs are compiled for: THE one list, read by the planner, the compiler and the runner.
 
 A step holds `decode_rows` rows of `decode_tokens` tokens (one, or with drafts to be verified a few), then `prefill_rows` rows that share
-`prefill_tokens` tokens; sizes count per data replica. Batches are padded to the smallest bucket that holds them. The number of programs grows with the logarithm of the limits.
+`prefill_tokens` tokens; sizes count per data replica. Batches are padded to the smallest bucket that holds them. The number of programs
+grows with the logarithm of the limits.
 """
 
 from __future__ import annotations

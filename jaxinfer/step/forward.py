@@ -1,10 +1,11 @@
 """What one step computes, as pure functions: packed tokens through the model, then one drawn token for each row that samples.
 
-`Forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the
-paged cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled
-programs, so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as
-many rows. Where decode rows have drafts, logits are made of each of their tokens and `verify.py` draws. A draft model, if there is one, runs
-over the same tokens, so that it has seen what the model has (`propose.py`). This file does not know about compilation, buffers on the host or requests.
+`Forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the paged
+cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled programs,
+so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as many rows.
+Where decode rows have drafts, logits are made of each of their tokens and `verify.py` draws. A draft model, if there is one, runs over
+the same tokens, so that it has seen what the model has (`propose.py`). This file does not know about compilation, buffers on the host or
+requests.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class SamplerKey:
     width: int = 1
 
     def __str__(self) -> str:
-        return f"sample{self.rows}-{self.demand.name.lower()}" if self.width == 1 else f"verify{self.rows}x{self.width}-{self.demand.name.lower()}"
+        name = f"sample{self.rows}" if self.width == 1 else f"verify{self.rows}x{self.width}"
+        return f"{name}-{self.demand.name.lower()}"
 
     @property
     def draws(self) -> int:

@@ -44,7 +44,7 @@ class Verifier:
         self, logits: Float[Array, "drawn vocab"], rows: DraftRows, mask: UInt32[Array, "drawn words"], slots: Slots
     ) -> tuple[Slots, Verified]:
         """(slots, verified). mask: one bit per token for each position, see `sampling.masked`. Donates `slots`."""
-        rows = jax.tree.map(lambda values: self._on_all(values), rows)
+        rows = jax.tree.map(self._on_all, rows)
         if self.demand is Demand.FULL:
             return self._one_by_one(logits, rows, mask, slots)
         return self._at_once(logits, rows, slots)
@@ -70,7 +70,7 @@ class Verifier:
         count, width = rows.tokens.shape
         sampler = Sampler(self.spare_slot, self.placement, self.demand)
         following = jnp.concatenate([rows.tokens[:, 1:], jnp.full((count, 1), -1, jnp.int32)], axis=1)
-        by_place = tuple(jnp.swapaxes(values.reshape(count, width, -1), 0, 1) for values in (logits, mask))
+        of_logits, of_mask = (jnp.swapaxes(values.reshape(count, width, -1), 0, 1) for values in (logits, mask))
 
         def draw(
             state: tuple[Slots, Bool[Array, " rows"]], at: tuple[Array, Array, Array, Array]
@@ -82,7 +82,7 @@ class Verifier:
             return (slots, open_rows & self._on_all(stands)), (sampled, open_rows)
 
         places = jnp.arange(width, dtype=jnp.int32)
-        (slots, _), (sampled, kept) = jax.lax.scan(draw, (slots, rows.lengths > 0), (places, *by_place, following.T))
+        (slots, _), (sampled, kept) = jax.lax.scan(draw, (slots, rows.lengths > 0), (places, of_logits, of_mask, following.T))
         drawn = jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1).reshape(count * width, *values.shape[2:]), sampled)
         return slots, Verified(drawn, jnp.sum(kept, axis=0, dtype=jnp.int32))
 

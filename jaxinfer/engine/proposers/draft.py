@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxinfer.batch import DRAFTED
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.sequence import Key, Sequence
@@ -10,7 +12,7 @@ from jaxinfer.engine.sequence import Key, Sequence
 class DraftProposer:
     """Always has an idea, never sees it."""
 
-    DEVICE = True
+    DEVICE: ClassVar[bool] = True
 
     def rest(self) -> None:
         """Nothing to do between steps."""

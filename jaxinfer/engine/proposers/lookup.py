@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.sequence import Key
@@ -66,9 +66,11 @@ class Lookup:
         self._remember()
         self.text.append(token)
         state, new = self._last, self._state(self._length[self._last] + 1, len(self.text))
-        while state != NONE and (found := self._next(state, token)) == NONE:
+        found = self._next(state, token)
+        while state != NONE and found == NONE:
             self._lead(state, token, new)
             state = self._link[state]
+            found = self._next(state, token) if state != NONE else NONE
         if state == NONE:
             self._link[new] = 0
         elif self._length[found] == self._length[state] + 1:
@@ -118,7 +120,7 @@ class Lookup:
 class LookupProposer:
     """Prompt lookup for every sequence, each in its own text."""
 
-    DEVICE = False
+    DEVICE: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._texts: dict[Key, Lookup] = {}

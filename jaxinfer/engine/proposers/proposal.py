@@ -6,7 +6,7 @@ A draft method is a class with the methods of `Proposer` in a file of this folde
 from __future__ import annotations
 
 from collections.abc import Sequence as Values
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxinfer.engine.sequence import Key, Sequence
 
@@ -18,10 +18,11 @@ class Proposal(NamedTuple):
     kind: str
 
 
+@runtime_checkable
 class Proposer(Protocol):
     """One way to draft. DEVICE: drafts are made on the device, where the host does not see them."""
 
-    DEVICE: bool
+    DEVICE: ClassVar[bool]
 
     def rest(self) -> None:
         """A new step begins."""
