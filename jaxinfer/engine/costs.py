@@ -37,6 +37,10 @@ class Costs:
         known = self._seconds.get((way, rows), seconds)
         self._seconds[way, rows] = known + NEW * (min(seconds, OUTLIER * known) - known)
 
+    def table(self) -> dict[tuple[str, int], float]:
+        """All that is known."""
+        return dict(self._seconds)
+
     def get(self, way: str, rows: int) -> float:
         """Seconds of a step that holds so many rows.
 

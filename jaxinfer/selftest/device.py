@@ -143,6 +143,7 @@ class Device:
         if tokens[:certain] != life.tokens[row.start : end] or (certain < len(tokens) and (certain != 1 or not row.samples)):
             raise Broken("a row computes tokens that are not its sequence's")
         marks = life.marks_along(row.start, tokens)
+        behind = [RUINED, *life.marks[: row.start], *marks]
         for number in range(row.start // size, (end - 1) // size + 1):
             page, first = row.pages[number], number * size
             place = (replica, page)
@@ -153,7 +154,7 @@ class Device:
             low, high = max(first, row.start), min(first + size, end)
             self.memory[replica][page][low - first : high - first] = marks[low - row.start : high - row.start]
             self.writers[replica][page] = key
-            self.before[replica][page] = life.marks[first - 1] if first else RUINED
+            self.before[replica][page] = behind[first]
 
     def _read(self, row: Row, life: Life) -> tuple[int, ...]:
         memory, length = self.memory[row.replica], min(row.kv_length, len(life.tokens))

@@ -65,7 +65,7 @@ def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
 
 def verifying(max_sequences: int, drafts: int) -> tuple[Bucket, ...]:
     """The shapes beside `buckets` in which each decode row may have so many drafts; steps with prompts in them have none."""
-    return tuple(Bucket(0, 0, rows, 1 + drafts) for rows in _powers(1, max_sequences, 2))
+    return tuple(Bucket(0, 0, rows, 1 + drafts) for rows in _powers(1, max_sequences, 4))
 
 
 def fixed(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:

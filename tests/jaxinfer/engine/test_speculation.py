@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from jaxinfer.batch import DRAFTED
-from jaxinfer.config import SpeculationConfig
+from jaxinfer.batch import DRAFTED, Row
 from jaxinfer.engine import speculation
 from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs
 from jaxinfer.engine.metrics import EngineMetrics
@@ -142,19 +141,18 @@ def candidates(count=1, **hidden):
     return [Candidate(line.add(Request(str(number), (1, 2, 3))), **hidden) for number in range(count)]
 
 
-class DraftedRow:
-    def __init__(self, name, drafts):
-        self.request, self.tokens = Request(name, (1,)), (1, *drafts)
+def drafted(name, drafts):
+    return Row(Request(name, (1,)), 0, 0, (1, *drafts), (1,), samples=True)
 
 
 def test_drafts_are_given_while_they_pay():
     made = speculator(Fixed((7, 8, 9)))
     assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (7, 8, 9)}
     for _ in range(60):
-        made.learn([(DraftedRow("0", (7, 8, 9)), 1)])
+        made.learn([(drafted("0", (7, 8, 9)), 1)])
     assert made.propose(candidates()) == {}
     for _ in range(60):
-        made.learn([(DraftedRow("0", (7, 8, 9)), 4)])
+        made.learn([(drafted("0", (7, 8, 9)), 4)])
     assert made.propose(candidates()) == {("0", 0): (7, 8, 9)}
     assert (made.metrics.drafts, made.metrics.draft_tokens, made.metrics.accepted_tokens) == (120, 360, 180)
     assert made.metrics.accepted_at == Counter({0: 60, 1: 60, 2: 60})
@@ -164,7 +162,7 @@ def test_a_wide_step_that_costs_too_much_is_not_made_but_tried_now_and_then():
     made = speculator(Fixed((7, 8, 9)), wide=4.2)
     given = [bool(made.propose(candidates())) for _ in range(700)]
     assert given.index(True) == 320  # (4.2 - 1) / 1 %
-    made.learn([(DraftedRow("0", (7, 8, 9)), 1)])
+    made.learn([(drafted("0", (7, 8, 9)), 1)])
     assert not made.propose(candidates())
     made.always = True
     assert made.propose(candidates())
@@ -195,5 +193,4 @@ def test_a_setting_names_its_proposers():
     assert names("lookup", model=True) == names("auto", model=False) == ["LookupProposer"]
     assert names("draft", model=True) == ["DraftProposer"]
     assert names("auto", model=True) == ["LookupProposer", "DraftProposer"]
-    assert speculation.make(SpeculationConfig(), None, Costs(), EngineMetrics()) is None
     assert isinstance(speculation.proposers("lookup", model=False)[0], LookupProposer)

@@ -4,7 +4,10 @@ import random
 
 import pytest
 
-from jaxinfer.engine.proposers.lookup import Lookup
+from jaxinfer.engine.proposers.lookup import AT_ONCE, Lookup, LookupProposer
+from jaxinfer.engine.scheduler import Limits
+from jaxinfer.request import Request
+from tests.jaxinfer.conftest import scheduler
 
 
 def longest(text):
@@ -61,3 +64,25 @@ def test_growing_costs_the_same_however_long_the_text_is():
     lookup = Lookup()
     lookup.extend([random.Random(3).randrange(50) for _ in range(20_000)])
     assert len(lookup._link) < 2 * len(lookup.text) + 2
+
+
+def sequence_of(*prompt):
+    return scheduler(Limits(1, 8, 1), 9).add(Request("a", prompt))
+
+
+def test_a_proposer_follows_a_sequence():
+    proposer, sequence = LookupProposer(), sequence_of(1, 2, 3, 4)
+    assert proposer.propose(sequence, 3) is None
+    sequence.tokens += [9, 1, 2]
+    assert proposer.propose(sequence, 3) == ((3, 4, 9), "lookup 2")
+    sequence.tokens += [3, 4]
+    assert proposer.propose(sequence, 2) == ((9, 1), "lookup 3-4")
+    proposer.forget(sequence.request.key)
+    assert proposer.propose(sequence, 1) is not None
+
+
+def test_a_long_prompt_is_read_in_parts():
+    proposer, sequence = LookupProposer(), sequence_of(*range(AT_ONCE), 0, 1, 2)
+    assert proposer.propose(sequence, 2) is None
+    proposer.rest()
+    assert proposer.propose(sequence, 2) == ((3, 4), "lookup 3-4")
