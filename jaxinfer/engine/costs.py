@@ -71,7 +71,7 @@ def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[str, Callable[[], 
         return
     yield WIDE, lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
     if program.config.draft is not None:
-        yield MODEL, lambda: program.verify(program.forward(packed, program.propose(packed, Demand.GREEDY)), Demand.GREEDY).counts
+        yield MODEL, lambda: program.verify(program.forward(packed, Demand.GREEDY), Demand.GREEDY).counts
 
 
 def _timed(run: Callable[[], Any]) -> float:

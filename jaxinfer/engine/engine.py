@@ -184,8 +184,8 @@ class Engine:
         return masks(matchers, (bucket.rows * packed.shapes.replicas, bucket.decode_tokens), self.program.config.vocab)
 
     def _propose(self) -> tuple[list[Output], dict[Key, tuple[int, ...]]]:
-        """The drafts of the next step. While a step is on its way they are guessed from what is known, and if they seem to be worth it, that
-        step is committed first and they are guessed again."""
+        """The drafts of the next step. While a step is on its way they are guessed from what is known, and if they seem to be worth it,
+        that step is committed first and they are guessed again."""
         outputs = self._land(0) if any(flight.batch.decode_tokens > 1 for flight in self._flights) else []
         drafts = self._guess()
         if drafts and self._flights:
@@ -204,10 +204,9 @@ class Engine:
         self.program.copy_pages([(copy.replica, copy.source, copy.target) for copy in batch.copies])
         for admission in batch.admissions:
             self._admit(admission)
-        self.last_packed = packed = pack(batch, self.program.bucket_for(batch))
+        self.last_packed = packed = pack(batch, self.program.config.bucket_for(batch))
         idle = all(flight.done for flight in self._flights)
-        drafts = self.program.propose(packed, self._demand(packed)) if batch.hidden else None
-        computed = self.program.forward(packed, drafts)
+        computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
 

@@ -1,10 +1,10 @@
 """A device without arithmetic: for every slot of every page it keeps which text the K and V there were computed from.
 
 The content of a position is a *mark*: a number that stands for the salt and all tokens up to that position, so equal marks mean equal
-beginnings. A batch is run as the compiled step runs it: pages are copied, sequences enter their slots, every row writes, then every
-row reads; what a row finds in its pages must be exactly its own text, aside from drafts: those may be wrong. Also refused: a write to a page that another row reads, in this
-batch or in one that is not committed. What the model draws is a function of the mark, so equal beginnings go on equally.
-This file does not know how batches are chosen.
+beginnings. A batch is run as the compiled step runs it: pages are copied, sequences enter their slots, every row writes, then every row
+reads; what a row finds in its pages must be exactly its own text, aside from drafts: those may be wrong. Also refused: a write to a page
+that another row reads, in this batch or in one that is not committed. What the model draws is a function of the mark, so equal beginnings
+go on equally. This file does not know how batches are chosen.
 """
 
 from __future__ import annotations

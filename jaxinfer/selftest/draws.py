@@ -53,7 +53,7 @@ class Context:
         admission = Admission(Request("context", prompt, params), 0, output)
         words = state.pack_admission(admission, Draws(0, [draw.randrange(VOCAB)], banned), LONGEST)
         one = jax.jit(state.admit)(state.neutral(1, VOCAB), words)
-        slots = jax.tree.map(lambda values: np.repeat(np.asarray(values), ROWS + 1, axis=0), one)
+        slots = jax.tree.map(lambda values: jnp.repeat(values, ROWS + 1, axis=0), one)
         masks = numbers.integers(0, 1 << 32, (2, sampling.mask_words(VOCAB)), np.uint32) | np.uint32(0x77777777)
         return cls(slots, numbers.normal(0, 1.5, (2, VOCAB)).astype(np.float32), masks, len(prompt) + len(output))
 

@@ -1,16 +1,17 @@
 """R5, drafts change nothing but speed: the same tokens as without under R4's schedules, and the same distribution where all rules apply.
 
 First every request runs alone on an engine without drafts, then under each schedule of R4 on one that drafts whatever it costs, from the
-text and from a draft model; tokens must be equal (`answers.py` says what rounding may explain; greedy tokens of float32 must be equal to the
-last one). Then the verifier alone: in each context, a request with all filters, penalties and rules and a draft, tokens are drawn often at
-the draft's place and behind it, and compared with as many draws of the plain sampler by a chi-square test of homogeneity, all p-values by
-Holm's method (1979). Drafts that are no token ids must be refused.
+text and from a draft model; tokens must be equal (`answers.py` says what rounding may explain; greedy tokens of float32 must be equal to
+the last one). Then the verifier alone: in each context, a request with all filters, penalties and rules and a draft, tokens are drawn
+often at the draft's place and behind it, and compared with as many draws of the plain sampler by a chi-square test of homogeneity, all
+p-values by Holm's method (1979). Drafts that are no token ids must be refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+
 from jaxinfer.selftest import r4, stand
 from jaxinfer.selftest.stand import Schedule, Stand, Verdict
 

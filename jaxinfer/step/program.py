@@ -153,6 +153,11 @@ class ProgramConfig:
         page_size = self.pool.page_size
         return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot)
 
+    def bucket_for(self, batch: Batch) -> Shapes:
+        """The layout that a batch is packed into."""
+        laid = batch if any(bucket.decode_rows for bucket in self.buckets) else batch.folded()
+        return self.shapes(choose(self.buckets, occupancy(laid, self.pool.replicas)))
+
 
 class Program:
     """Compiled steps over the arrays they need. One thread uses it."""
@@ -233,39 +238,27 @@ class Program:
             size = (config.pool.replicas * bucket.decode_rows, bucket.decode_tokens - 1)
             self._no_drafts[bucket] = jax.device_put(np.zeros(size, np.int32), self._by_replica)
 
-    def bucket_for(self, batch: Batch) -> Shapes:
-        """The layout that a batch is packed into."""
-        buckets = self.config.buckets
-        laid = batch if any(bucket.decode_rows for bucket in buckets) else batch.folded()
-        return self.config.shapes(choose(buckets, occupancy(laid, self.config.pool.replicas)))
-
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
 
-    def forward(self, packed: Packed, drafts: Array | None = None) -> Computed:
-        """Launch the forward pass of a step; drafts: what `propose` gave for it."""
-        buffer = self._send(packed.buffer, self._by_replica)
-        extra = self._drafts_of(packed, drafts)
-        self._kv, computed = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer, *extra)
+    def forward(self, packed: Packed, drafting: Demand | None = None) -> Computed:
+        """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
+        sampler."""
+        bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
+        extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
+        if drafting is not None:
+            extra = (self._propose(bucket, buffer, drafting),)
+        self._kv, computed = self._compiled[bucket](self._leaves, self._kv, self._slots, buffer, *extra)
         return computed
 
-    def propose(self, packed: Packed, demand: Demand) -> Array:
-        """Launch the draft model for the decode rows of a step that has drafts: [rows, drafts], to be given to `forward`."""
+    def _propose(self, bucket: Bucket, buffer: Array, demand: Demand) -> Array:
         weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
-        program = self._compiled[ProposeKey(packed.shapes.bucket, demand is Demand.GREEDY)]
-        buffer = self._send(packed.buffer, self._by_replica)
+        program = self._compiled[ProposeKey(bucket, demand is Demand.GREEDY)]
         own, drafts = program(self._leaves[weights:], self._kv[layers:], self._slots, buffer)
         self._kv = self._kv[:layers] + own
         return drafts
-
-    def _drafts_of(self, packed: Packed, drafts: Array | None) -> tuple[Array, ...]:
-        """What a forward program takes beside the usual: drafts where it may have some from a draft model."""
-        bucket = packed.shapes.bucket
-        if self.config.draft is None or bucket.decode_tokens == 1:
-            return ()
-        return (drafts if drafts is not None else self._no_drafts[bucket],)
 
     def sample(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
         """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`.

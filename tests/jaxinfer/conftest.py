@@ -30,14 +30,14 @@ def write_folder(folder, **config):
     return folder
 
 
-def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="off", speculation=SpeculationConfig(), **model):
+def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="off", speculation=None, **model):
     """Settings that compile few and small programs."""
     return EngineConfig(
         ModelConfig(**{"model": str(folder), "dtype": "float32", "load_format": "random", **model}),
         CacheConfig(page_size=4),
         SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=16, policy=policy),
         ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off", deterministic=deterministic),
-        speculation,
+        speculation or SpeculationConfig(),
     )
 
 

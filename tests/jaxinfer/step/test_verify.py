@@ -47,6 +47,11 @@ def step_by_step(params, demand, drafts, masks):
     return np.stack(tokens, 1), current
 
 
+def rows_of(position, drafts):
+    columns = (np.arange(SPARE, dtype=np.int32), np.full(SPARE, position, np.int32), LENGTHS, drafts)
+    return DraftRows(*map(jnp.asarray, columns))
+
+
 @pytest.mark.parametrize(("params", "demand"), [(GREEDY, Demand.GREEDY), (DRAWN, Demand.DRAWN), (RULED, Demand.FULL), (GREEDY, Demand.FULL)])
 def test_it_draws_what_plain_decoding_draws(params, demand):
     masks = np.full((SPARE, WIDTH, 1), ALL_ALLOWED)
@@ -58,7 +63,7 @@ def test_it_draws_what_plain_decoding_draws(params, demand):
         drafts[:, place] = np.maximum(found[:, place - 1], 0)
         drafts[1, place] += place == 2
     wanted, after = step_by_step(params, demand, drafts, masks)
-    rows = DraftRows(*(jnp.asarray(values) for values in (np.arange(SPARE, dtype=np.int32), np.full(SPARE, 5, np.int32), LENGTHS, drafts)))
+    rows = rows_of(5, drafts)
     run = jax.jit(Verifier(SPARE, PLACEMENT, demand))
     found, verified = run(LOGITS.reshape(-1, VOCAB), rows, masks.reshape(-1, 1), state(params))
     assert verified.counts.tolist() == [4, 2, 2, 1, 0]
@@ -74,7 +79,7 @@ def test_nothing_counts_behind_numbers_that_are_not_finite():
     for demand in Demand:
         drafts = np.tile(logits.argmax(2)[:, :1], (1, WIDTH)).astype(np.int32)
         drafts[:, 2:] = 0
-        rows = DraftRows(*(jnp.asarray(values) for values in (np.arange(SPARE, dtype=np.int32), np.full(SPARE, 9, np.int32), LENGTHS, drafts)))
+        rows = rows_of(9, drafts)
         masks = np.full((SPARE * WIDTH, 1), ALL_ALLOWED)
         _, verified = jax.jit(Verifier(SPARE, PLACEMENT, demand))(logits.reshape(-1, VOCAB), rows, masks, state(GREEDY))
         assert verified.counts[0] == 2
