@@ -184,8 +184,8 @@ class Engine:
         return masks(matchers, (bucket.rows * packed.shapes.replicas, bucket.decode_tokens), self.program.config.vocab)
 
     def _propose(self) -> tuple[list[Output], dict[Key, tuple[int, ...]]]:
-        """The drafts of the next step. While a step is on its way they are guessed from what is known, and if they seem to be worth it,
-        that step is committed first and they are guessed again."""
+        """The drafts of the next step. While a step is on its way they are guessed from what is known; if they seem to be worth it, that
+        step is committed first and they are guessed again."""
         outputs = self._land(0) if any(flight.batch.decode_tokens > 1 for flight in self._flights) else []
         drafts = self._guess()
         if drafts and self._flights:

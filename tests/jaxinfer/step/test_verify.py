@@ -52,7 +52,10 @@ def rows_of(position, drafts):
     return DraftRows(*map(jnp.asarray, columns))
 
 
-@pytest.mark.parametrize(("params", "demand"), [(GREEDY, Demand.GREEDY), (DRAWN, Demand.DRAWN), (RULED, Demand.FULL), (GREEDY, Demand.FULL)])
+KINDS = [(GREEDY, Demand.GREEDY), (DRAWN, Demand.DRAWN), (RULED, Demand.FULL), (GREEDY, Demand.FULL)]
+
+
+@pytest.mark.parametrize(("params", "demand"), KINDS)
 def test_it_draws_what_plain_decoding_draws(params, demand):
     masks = np.full((SPARE, WIDTH, 1), ALL_ALLOWED)
     if demand is Demand.FULL:
