@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxinfer.request import Request
@@ -75,7 +76,7 @@ class Batch:
         """All rows, decodes first."""
         return self.decodes + self.prefills
 
-    @property
+    @cached_property
     def decode_tokens(self) -> int:
         """Most tokens of a decode row: more than 1 when there are drafts."""
         return max((len(row.tokens) for row in self.decodes), default=1)
@@ -83,7 +84,7 @@ class Batch:
     @property
     def hidden(self) -> bool:
         """Whether drafts are among the tokens that the draft model has still to think of."""
-        return any(DRAFTED in row.tokens for row in self.decodes if len(row.tokens) > 1)
+        return self.decode_tokens > 1 and any(DRAFTED in row.tokens for row in self.decodes)
 
     def folded(self) -> Batch:
         """The same step with its decodes as prefill rows of one token."""

@@ -26,7 +26,7 @@ def test_what_holds_holds():
     ("match", "changes"),
     [
         ("more tokens computed", {"computed": 99}), ("draws more tokens", {"pending": 3}), ("draws more tokens", {"limit": 0}),
-        ("order of their standing", {"arrival": 7}), ("used twice", {"slot": 0}),
+        ("order of their standing", {"arrival": 7}), ("used twice", {"slot": 1}),
     ],
 )  # fmt: skip
 def test_what_is_broken_is_seen(match, changes):
