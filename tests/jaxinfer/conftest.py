@@ -92,6 +92,6 @@ def meshed(folder):
 @pytest.fixture(scope="session")
 def speculating(folder):
     """As the plain engine, with drafts whatever they cost: from the text, and from a draft model that is the model itself."""
-    engine = Engine(settings(folder, speculation=SpeculationConfig("auto", str(folder), 3)))
+    engine = Engine(settings(folder, speculation=SpeculationConfig("auto", str(folder), 2)))
     engine.speculator.always = True
     return engine
