@@ -442,10 +442,10 @@ def test_drafts_end_with_the_limit_and_cost_nobody_a_page():
     line = scheduler(pages=4)
     decoding(line, "a", limit=3)
     assert line.schedule({("a", 0): (5, 6, 9)}).decodes[0].tokens == (LAST_SAMPLED, 5)
-    line = scheduler(pages=3)
-    decoding(line, "a", "b")
+    line = scheduler(pages=2)
+    decoding(line, "a")
     batch = line.schedule({("a", 0): (5, 6, 9)})
-    assert [len(row.tokens) for row in batch.decodes] == [1, 1] and not line.preemptions
+    assert [len(row.tokens) for row in batch.decodes] == [1] and not line.preemptions
 
 
 def test_there_are_no_drafts_beside_prompts():
