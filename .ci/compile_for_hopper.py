@@ -5,7 +5,7 @@ Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, or the matmul of few tokens. A case that
+Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, or a matmul of few tokens. A case that
 does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter, and a card
 does.
 """
@@ -13,6 +13,7 @@ does.
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from pallas_kernels.flash_attention import gpu as flash_gpu
 from pallas_kernels.paged_attention import gpu
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 from pallas_kernels.paged_attention.pool import LARGEST
+from pallas_kernels.quantized_matmul import gpu as quantized_gpu
+from pallas_kernels.quantized_matmul.cases import Case as QuantizedCase
 
 H200 = (Path(__file__).parents[1] / "jaxinfer" / "planner" / "targets" / "h200.txtpb").read_text()
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
@@ -76,7 +79,7 @@ def codes() -> list[Case]:
     found = []
     for number, kv_dtype in enumerate(LARGEST):
         for index, head_dim in enumerate((64, 96, 128)):
-            changes = {"page_size": PAGES[1 + index + number], "decode_tokens": (1, 3)[(index + number) % 2]}
+            changes = {"page_size": PAGES[2 + index + number], "decode_tokens": (1, 3)[(index + number) % 2]}
             changes |= {"extras": (ROPE, BOTH)[number], "window": 200 if index == 1 else None}
             found.append(replace(MIXED, name=f"{kv_dtype} {head_dim}", head_dim=head_dim, kv_dtype=kv_dtype, **changes))
     return found
@@ -87,6 +90,16 @@ def matmuls() -> list[MatmulCase]:
     shapes = [(4096, 6144), (14336, 4096), (4096, 128256), (64, 64)]
     found = [MatmulCase("x", tokens, *shape) for shape in shapes for tokens in (2, 16, 17, 64, 65, 128)]
     return [*found, MatmulCase("x", 33, 448, 192, dtype="float16")]
+
+
+def quantized() -> list[QuantizedCase]:
+    """Every format with few and many tokens, an 8B model's weights and a small one; zeros, tiles and inputs rounded to int8."""
+    formats = ({"weight": "int8"}, {"weight": "int4", "group": 128}, {"weight": "int4", "group": 64, "zeros": "given"}, {"weight": "fp8"})
+    base = QuantizedCase("quantized", 16, 4096, 6144, dtype="bfloat16")
+    found = [replace(base, tokens=tokens, **form) for form in formats for tokens in (1, 16, 64)]
+    found += [replace(base, features=14336, outputs=4096, **form) for form in formats]
+    found += [replace(base, features=128, outputs=64, weight="int4"), replace(base, activations="int8"), replace(base, dtype="float16")]
+    return [*found, replace(base, weight="fp8", group=128, rows=128, outputs=128256)]
 
 
 def flash() -> list[flash_cases.Case]:
@@ -114,6 +127,17 @@ def kernels_of(case: Any) -> int:
         return 1
     merged = "sinks" in case.extras or case.decode_rows < 100
     return 1 + (1 + merged) * (case.decode_rows > 0) + 2 * (case.prefill_rows > 0)
+
+
+def compile_quantized(compiled: Callable[[Any, Any], int]) -> None:
+    """The quantised matmuls with the first sizes, one shape of each format with every candidate."""
+    for case in quantized():
+        every = quantized_gpu.candidates("gpu", case.tuning_key())[:-1]
+        for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[:1]:
+            with tuning.forced(sizes):
+                if compiled(case, jax.eval_shape(lambda case=case: case.make(0))) != 1:
+                    raise SystemExit(f"{case}: there should be one kernel of ours")
+            print(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs} {tuple(sizes.values())}", flush=True)
 
 
 def main() -> None:
@@ -151,6 +175,7 @@ def main() -> None:
         if compiled(case, {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}) != 1:
             raise SystemExit(f"matmul {case}: there should be one kernel of ours")
         print(f"matmul {case.tokens} x {case.features} x {case.outputs}", flush=True)
+    compile_quantized(compiled)
     print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
 
 

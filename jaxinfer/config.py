@@ -8,6 +8,7 @@ tuned sizes) and `JAXINFER_API_KEY` (twin of `--api-key`, so that a key need not
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -85,6 +86,22 @@ def parse_mesh(text: str) -> MeshShape:
     return MeshShape(**sizes)
 
 
+def parse_audit_budget(text: str) -> float:
+    """Read `kl=0.02`: the largest mean KL divergence, in nats per token, that a recorded audit may have.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    name, _, value = text.partition("=")
+    try:
+        bound = float(value) if name.strip() == "kl" else math.nan
+    except ValueError:
+        bound = math.nan
+    if not 0 <= bound < math.inf:
+        raise ConfigError(f"--require-audit {text!r}: write kl=NATS, for example kl=0.02")
+    return bound
+
+
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), parse: Callable[[str], Any] | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
     return field(default=default, metadata={"help": help, "choices": choices, "parse": parse})
@@ -107,14 +124,17 @@ class ModelConfig:
     model: str = option("demo", "folder, Hugging Face repository, 'demo' (the embedded model), or with --load-format random a known shape")
     revision: str | None = option(None, "branch, tag or commit of a Hugging Face repository")
     dtype: str = option("auto", "weights and activations; auto is bfloat16 on accelerators, float32 on CPUs", choices=DTYPES)
-    quantize: str | None = option(None, "quantise the weights at load, for example int8")
+    quantize: str | None = option(None, "quantise the weights at load: a scheme, and exceptions by name, as in int8,lm_head=keep")
     load_format: str = option("auto", "auto reads the weights; random makes them up (benchmarks)", choices=LOAD_FORMATS)
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (default: the model's own)", parse=parse_count)
+    require_audit: str | None = option(None, "refuse quantised numbers without a recorded audit within kl=NATS, as in kl=0.02")
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("load-format", self.load_format, LOAD_FORMATS)
         _at_least("max-model-len", self.max_model_len, 2)
+        if self.require_audit is not None:
+            parse_audit_budget(self.require_audit)
 
 
 @dataclass(frozen=True)

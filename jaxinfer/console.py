@@ -1,6 +1,6 @@
 """What the terminal commands share: flags for sampling and the bar that shows a model loading.
 
-Nothing here reaches jax, and everything speaks to stderr: stdout belongs to results.
+Nothing here reaches jax, and everything but `print_table` speaks to stderr: stdout belongs to results.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -75,6 +76,21 @@ def remark(text: str) -> None:
 def warn(text: str) -> None:
     """Tell on stderr what went wrong while the command goes on."""
     sys.stderr.write(f"jaxinfer: {text}\n")
+
+
+def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A result on stdout: the first row is the heading, the first column says what a row is. Not folded where nobody sits at a terminal."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+    for number, heading in enumerate(rows[0]):
+        table.add_column(Text(heading), justify="right" if number else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 240, highlight=False).print(table)
 
 
 def redact(text: str) -> str:

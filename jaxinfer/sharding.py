@@ -28,17 +28,28 @@ Axes = tuple[str | None, ...]
 class ArraySpec:
     """An array that does not exist yet: `axes` names each dimension for the rules; None is never sharded.
 
+    grain: how many elements of each dimension must stay together on one device; () is one of each.
+
     Raises:
-        ValueError: shape and axes differ in length.
+        ValueError: shape and axes differ in length, or a dimension is not a multiple of its grain.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     axes: Axes
+    grain: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
             raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+        whole = len(self.grain) == len(self.shape) and not any(size % grain for size, grain in zip(self.shape, self.grain, strict=True))
+        if self.grain and not whole:
+            raise ValueError(f"shape {self.shape} is not a multiple of grain {self.grain}")
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """How many pieces each dimension may be cut into at most."""
+        return tuple(size // grain for size, grain in zip(self.shape, self.grain or (1,) * len(self.shape), strict=True))
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +123,7 @@ def partition(shape: Sequence[int], axes: Axes, mesh: Mesh, rules: Rules = DEFAU
 
 def named(spec: ArraySpec, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
     """The sharding of a described array."""
-    return NamedSharding(mesh, partition(spec.shape, spec.axes, mesh, rules))
+    return NamedSharding(mesh, partition(spec.units, spec.axes, mesh, rules))
 
 
 def struct(spec: ArraySpec, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> jax.ShapeDtypeStruct:

@@ -205,13 +205,13 @@ def _body(kernel: Kernel) -> None:
 
     @pl.when(warpgroup < CONSUMERS)
     def _consumer() -> None:
-        plgpu.set_max_registers(232 if plan.codes is None else 208, action="increase")
+        plgpu.set_max_registers(232 if plan.codes is None else 200, action="increase")
         lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), turn, used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
     def _producer() -> None:
-        plgpu.set_max_registers(40 if plan.codes is None else 24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
         used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
 
         for consumer in range(CONSUMERS):

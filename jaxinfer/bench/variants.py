@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, add_arguments, engine_settings, from_arguments
 from jaxinfer.engine import policies
-from jaxinfer.quant import find as quantization
+from jaxinfer.quant.rules import Quantization
 
 BASE = "as given"
 
@@ -90,7 +90,7 @@ def _checked(values: Mapping[str, Any]) -> EngineConfig:
     config = from_arguments(EngineConfig, values)
     policies.find(config.scheduler.policy)
     if config.model.quantize:
-        quantization.find_scheme(config.model.quantize)
+        Quantization.parse(config.model.quantize)
     return config
 
 

@@ -10,9 +10,10 @@ What is not done here: downloading (hub.py), file formats (formats/), deciding n
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,17 +22,22 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
+from jaxinfer.checkpoint import manifest, orbax, stored
+from jaxinfer.checkpoint.assemble import Kept, assemble
 from jaxinfer.checkpoint.errors import CheckpointError, broken
+from jaxinfer.checkpoint.formats.find import FIELD, format_of
 from jaxinfer.checkpoint.formats.folder import WeightFiles
+from jaxinfer.checkpoint.formats.quantised import Format, Need
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.json_files import read_json
+from jaxinfer.checkpoint.stored import FLOATS, StoredLoader, check_need, loader_of
 from jaxinfer.models.graph import Graph, Weight
 from jaxinfer.models.weights import Slices, Transform, transform_of
 from jaxinfer.quant.find import find_scheme
 from jaxinfer.quant.qarray import QArray, QSpec
-from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules, named
+from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules
 
 THREADS = 4
 ROWS_BLOCK = 1 << 26  # bytes of whole rows that are looked at together to find their scales
@@ -40,12 +46,34 @@ Progress = Callable[[int, int], None]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """The folder's config.json. Where the folder has a manifest, this and the other small files are compared with it first.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    manifest.verify(folder, weights=False)
     return read_json(folder / "config.json")
+
+
+def of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of quantised weights, which is not the model's but this package's to read."""
+    return {name: value for name, value in config.items() if name != FIELD}
+
+
+def as_stored(folder: Path, graph: Graph) -> Graph:
+    """An unquantised graph with its weights as the folder's checkpoint has them: quantised, or as they are.
+
+    Raises:
+        CheckpointError: a format, or an option of it, that is not implemented; a model that does not fit it.
+    """
+    config = read_json(folder / "config.json")
+    if orbax.written_here(config):
+        return Graph.of(graph.module, graph.config, graph.dtype, orbax.quantization(config, folder / "config.json"))
+    form = _format(folder)
+    if form is None:
+        return graph
+    with WeightFiles(folder) as files:
+        return stored.describe(graph, form, files.tensors, folder)
 
 
 def verify(folder: Path, graph: Graph) -> None:
@@ -54,8 +82,10 @@ def verify(folder: Path, graph: Graph) -> None:
     Raises:
         CheckpointError: as `load`.
     """
+    if orbax.written_here(read_json(folder / "config.json")):
+        return orbax.verify(folder)
     with WeightFiles(folder) as files:
-        _plan(files.listing, graph, files.tensors)
+        _plan(files.listing, graph, files.tensors, _format(folder))
 
 
 def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, progress: Progress | None = None) -> dict[str, Weight]:
@@ -66,8 +96,11 @@ def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *
     Raises:
         CheckpointError: a missing, extra, misshapen or damaged tensor or file; one message names file, tensor, expected and found.
     """
+    if orbax.written_here(read_json(folder / "config.json")):
+        return orbax.load(folder, graph, mesh, rules, progress=progress)
+    manifest.verify(folder, weights=True)
     with WeightFiles(folder) as files:
-        loaders = _plan(files.listing, graph, files.tensors)
+        loaders = _plan(files.listing, graph, files.tensors, _format(folder))
         done, total = 0, graph.nbytes
         weights: dict[str, Weight] = {}
         with ThreadPoolExecutor(THREADS) as pool:
@@ -84,6 +117,17 @@ def load(folder: Path, graph: Graph, mesh: Mesh, rules: Rules = DEFAULT_RULES, *
         return weights
 
 
+def weights_of(graph: Graph, tensors: Mapping[str, LazyTensor], mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[Weight]:
+    """The weights of an unquantised checkpoint's tensors, quantised as the graph says, one after another in its order.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    listing = next(iter(tensors.values())).file.path
+    for loader in _plan(listing, graph, tensors, None):
+        yield loader.load(mesh, rules)
+
+
 @dataclass(frozen=True)
 class _Loader:
     """Makes one weight: its transform with the tensors it needs, and what it becomes."""
@@ -93,39 +137,43 @@ class _Loader:
     transform: Transform
     layer: str
     config: Any
-    contracting: int
     sources: Mapping[str, LazyTensor]
 
     def load(self, mesh: Mesh, rules: Rules) -> Weight:
         """The weight on the mesh, ready."""
         if isinstance(self.spec, QSpec):
             return jax.block_until_ready(self._quantised(self.spec, mesh, rules))
-        dtype, pieces = self.spec.dtype, _Kept(lambda index: self._cast(self._read(index), dtype))
-        return jax.block_until_ready(_assemble(self.spec, mesh, rules, pieces.get))
+        dtype, pieces = self.spec.dtype, Kept(lambda index: self._cast(self._read(index), dtype))
+        return jax.block_until_ready(assemble(self.spec, mesh, rules, pieces.get))
 
     def _quantised(self, spec: QSpec, mesh: Mesh, rules: Rules) -> QArray:
         """Scales come from whole rows, whatever slice of a row a device holds."""
-        scheme, shape = find_scheme(spec.scheme), spec.values.shape
-        scales = _Kept(lambda rows: self._scales(scheme, rows, shape))
-        out = len(shape) - self.contracting
-        values = _Kept(lambda index: scheme.values(self._read(index), scales.get(index[:out])))
-        return QArray(_assemble(spec.values, mesh, rules, values.get), _assemble(spec.scales, mesh, rules, scales.get))
+        scheme, blocks = find_scheme(spec.scheme), spec.blocks
+        ratio = spec.shape[-1] // spec.values.shape[-1]  # numbers in one stored value
+        scales = Kept(lambda index: self._scales(scheme, index, spec))
 
-    def _scales(self, scheme: ModuleType, rows: Slices, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
-        whole = tuple(slice(0, size) for size in shape[len(rows) :])
-        first, block = rows[0], max(ROWS_BLOCK // (4 * max(int(np.prod(shape[1:])), 1)), 1)
+        def make(index: Slices) -> Shaped[np.ndarray, "..."]:
+            whole = (*index[:-1], slice(index[-1].start * ratio, index[-1].stop * ratio))
+            touched = tuple(slice(part.start // block, -(-part.stop // block)) for part, block in zip(whole, blocks, strict=True))
+            return scheme.values(self._read(whole), scales.get(touched))
+
+        return spec.make([assemble(spec.values, mesh, rules, Kept(make).get), assemble(spec.scales, mesh, rules, scales.get)])
+
+    def _scales(self, scheme: ModuleType, index: Slices, spec: QSpec) -> Shaped[np.ndarray, "..."]:
+        """Scales of whole blocks, which are read a few rows at a time."""
+        first, *rest = (slice(part.start * block, part.stop * block) for part, block in zip(index, spec.blocks, strict=True))
+        bytes_of_row = 4 * max(math.prod(part.stop - part.start for part in rest), 1)
+        step = max(ROWS_BLOCK // bytes_of_row // spec.blocks[0], 1) * spec.blocks[0]
         found = []
-        for low in range(first.start, first.stop, block):
-            part = (slice(low, min(low + block, first.stop)), *rows[1:], *whole)
+        for low in range(first.start, first.stop, step):
             try:
-                found.append(scheme.scales(self._read(part), self.contracting))
+                found.append(scheme.scales(self._read((slice(low, min(low + step, first.stop)), *rest)), spec.blocks))
             except ValueError as error:
                 raise CheckpointError(f"{self._where()}: {error}") from None
         return np.concatenate(found)
 
     def _read(self, index: Slices) -> np.ndarray:
-        target = self.spec.values.shape if isinstance(self.spec, QSpec) else self.spec.shape
-        return self.transform.read(self.sources, self.config, target, self.layer, index)
+        return self.transform.read(self.sources, self.config, self.spec.shape, self.layer, index)
 
     def _cast(self, piece: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """To the model's dtype; a number that overflows it is an error, not an infinity."""
@@ -143,53 +191,26 @@ class _Loader:
         return ", ".join(f"{tensor.file.path}: tensor {name!r}" for name, tensor in self.sources.items())
 
 
-@dataclass
-class _Kept:
-    """Remembers one weight's pieces while it is being made: devices that hold the same piece share one read."""
-
-    make: Callable[[Slices], np.ndarray]
-    pieces: dict[tuple[tuple[int, int], ...], np.ndarray] = field(default_factory=dict)
-
-    def get(self, index: Slices) -> np.ndarray:
-        """The piece, made when first asked for."""
-        key = tuple((part.start, part.stop) for part in index)
-        if key not in self.pieces:
-            self.pieces[key] = self.make(index)
-        return self.pieces[key]
+def _format(folder: Path) -> Format | None:
+    return format_of(read_json(folder / "config.json"), folder / "config.json")
 
 
-def _assemble(spec: ArraySpec, mesh: Mesh, rules: Rules, piece: Callable[[Slices], np.ndarray]) -> Array:
-    def callback(index: tuple[slice, ...] | None) -> np.ndarray:
-        whole = (slice(None),) * len(spec.shape) if index is None else index
-        return piece(tuple(slice(*part.indices(size)[:2]) for part, size in zip(whole, spec.shape, strict=True)))
-
-    return jax.make_array_from_callback(spec.shape, named(spec, mesh, rules), callback)
-
-
-def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor]) -> list[_Loader]:
+def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor], form: Format | None) -> list[_Loader | StoredLoader]:
     """Look every weight up and check that the checkpoint holds exactly what the model needs."""
     loaders, used = [], set()
-    for name, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
-        transform, layer = transform_of(name, graph.module.WEIGHTS)
-        needs = transform.needs(graph.config, (spec.values if isinstance(spec, QSpec) else spec).shape, layer)
-        for tensor, shape in needs.items():
-            _check_tensor(listing, tensor, shape, tensors)
+    for name, spec in zip(graph.names, graph.specs, strict=True):
+        if form is not None and isinstance(spec, QSpec):
+            loader, needs = loader_of(name, graph, form, tensors, listing)
+        else:
+            transform, layer = transform_of(name, graph.module.WEIGHTS)
+            needs = transform.needs(graph.config, spec.shape, layer)
+            for tensor, shape in needs.items():
+                check_need(listing, tensor, Need((shape,), FLOATS), tensors)
+            loader = _Loader(name, spec, transform, layer, graph.config, {tensor: tensors[tensor] for tensor in needs})
         used.update(needs)
-        sources = {tensor: tensors[tensor] for tensor in needs}
-        loaders.append(_Loader(name, spec, transform, layer, graph.config, contracting, sources))
-    _check_extra(tensors, used, graph.module.ignored(graph.config))
+        loaders.append(loader)
+    _check_extra(tensors, used, (*graph.module.ignored(graph.config), *(() if form is None else form.unused)))
     return loaders
-
-
-def _check_tensor(listing: Path, name: str, shape: tuple[int, ...], tensors: Mapping[str, LazyTensor]) -> None:
-    if name not in tensors:
-        raise broken(listing, f"shape {list(shape)} as config.json asks for", "no such tensor", tensor=name)
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise broken(tensor.file.path, f"shape {list(shape)} as config.json asks for", f"{list(tensor.shape)}", tensor=name)
-    if not jax.numpy.issubdtype(tensor.dtype, np.floating):
-        remedy = "quantised checkpoints are not read yet" if tensor.dtype == np.int8 else ""
-        raise broken(tensor.file.path, "a floating dtype", tensor.dtype.name, tensor=name, remedy=remedy)
 
 
 def _check_extra(tensors: Mapping[str, LazyTensor], used: set[str], ignored: tuple[str, ...]) -> None:

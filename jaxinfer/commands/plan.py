@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from jaxinfer.config import EngineConfig, engine_settings, parse_count
+from jaxinfer.config import KV_DTYPES, EngineConfig, engine_settings, parse_count
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, remark, warn
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=_count, metavar="N", help="tokens of a sequence, prompt and output [8k, or the model's own]")
     group.add_argument("--output", type=_count, metavar="N", help="how many of them are generated [256, at most a quarter]")
     group.add_argument("--concurrency", type=int, metavar="N", help="sequences of full length that must fit at once [as many as do]")
-    group.add_argument("--kv", metavar="DTYPE", help="dtype of keys and values, for example int8")
+    group.add_argument("--kv", choices=KV_DTYPES, help="short for --kv-dtype")
     group.add_argument("--price", type=float, metavar="USD", help="price of one chip for an hour, for the cost of a million tokens")
     group.add_argument("--no-compile", action="store_true", help="arithmetic only, in seconds; what programs need is guessed")
     group.add_argument("--all", action="store_true", help="compile every program, not only those that set the memory")
@@ -72,16 +72,8 @@ def _wanted(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The engine's settings that were given.
-
-    Raises:
-        ConfigError: --kv where the engine has no such setting.
-    """
-    from jaxinfer.config import ConfigError
-
+    """The engine's settings that were given."""
     found = {name: value for name, value in vars(args).items() if name in engine_settings()}
-    if args.kv is not None and "kv_dtype" not in engine_settings():
-        raise ConfigError(f"--kv {args.kv}: the engine keeps keys and values in the model's dtype only, for now; leave the flag out")
     return found | ({"kv_dtype": args.kv} if args.kv is not None else {})
 
 

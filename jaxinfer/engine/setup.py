@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxinfer import devices
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
-from jaxinfer.checkpoint import hub, read
+from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
@@ -32,6 +32,7 @@ from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
 from jaxinfer.planner.memory import GIB, MemoryPlan, check_programs
+from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 from jaxinfer.step.program import Program, ProgramConfig
@@ -112,6 +113,7 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
     model = _with_draft(config, _describe(config))
+    _require_audit(config, model)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
     _check_tokenizers(model, tokenizer)
     defaults = _sampling_defaults(model.folder)
@@ -215,9 +217,17 @@ def _describe(config: EngineConfig) -> _Model:
     else:
         folder = hub.resolve(config.model.model, config.model.revision)
         values = read.read_config(folder)
-    found = sizing.described(values, config, devices.platform())
+    found = sizing.described(values, config, devices.platform(), folder)
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
     return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
+
+
+def _require_audit(config: EngineConfig, model: _Model) -> None:
+    """Refuse numbers that nobody has audited, if the user wants that."""
+    if config.model.require_audit is not None:
+        stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
+        scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
+        audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 
 def _limits(config: EngineConfig) -> Limits:

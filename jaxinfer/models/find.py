@@ -35,7 +35,8 @@ def find(model_type: object) -> ModuleType:
     known = model_types()
     name = model_type.replace("-", "_") if isinstance(model_type, str) else ""
     if name not in known:
-        raise ConfigError(f"model_type {model_type!r} is not implemented; there are: {', '.join(known)}{_nearest(name, known)}")
+        there = f"there are: {', '.join(known)}{_nearest(name, known)}"
+        raise ConfigError(f"config.json: model_type {model_type!r} is not implemented; {there}")
     return importlib.import_module(f"jaxinfer.models.{name}")
 
 

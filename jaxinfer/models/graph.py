@@ -2,16 +2,16 @@
 
 Only flat arrays cross the compiled boundary: a program takes the tuple `leaves`, and `bind`, inside the trace, builds the Flax modules
 around them (about 20 ms for 32 layers, nothing at run time). The order of the leaves is that of the names: the order in which Flax
-walks the model's attributes, alphabetical within a module, layers by number; a quantised weight contributes its values, then its scales.
+walks the model's attributes, alphabetical within a module, layers by number; a quantised weight contributes its values, its scales and what
+else it has.
 
 A graph knows which weights are quantised and how they would be sharded; it knows no files and holds no arrays.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -23,22 +23,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt32
 
+from jaxinfer.config import ConfigError
 from jaxinfer.models.layers import kv_spec
 from jaxinfer.quant.find import find_scheme
-from jaxinfer.quant.qarray import QArray, QSpec
+from jaxinfer.quant.qarray import FP8, INT8, PACKED, ZERO, QArray, QSpec
+from jaxinfer.quant.rules import KEEP
+from jaxinfer.quant.rules import Quantization as Quantization
 from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules, named, struct
 from pallas_kernels import kv_layout
 
 Spec = ArraySpec | QSpec
 Weight = Array | QArray
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Which scheme quantises the weights, and the names (shell patterns) of those that keep the model's dtype."""
-
-    scheme: str
-    keep: tuple[str, ...] = ()
+DEVIATIONS = {INT8: 73.0, PACKED: 4.61, FP8: 64.0}  # of random values
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,11 @@ class Graph:
         """Describe `module.Model(config)` with weights and activations in dtype.
 
         Raises:
-            ConfigError: a quantisation scheme that does not exist.
+            ConfigError: a quantisation rule that matches no weight, or a weight whose shape its scheme does not take.
         """
         found = _parameters(module.Model(config, np.dtype(dtype)))
+        if quantization is not None:
+            quantization.check([name for name, parameter in found if parameter.contracting])
         specs = tuple(_spec(name, parameter, quantization) for name, parameter in found)
         contracting = tuple(parameter.contracting for _, parameter in found)
         return cls(module, config, np.dtype(dtype), tuple(name for name, _ in found), specs, contracting)
@@ -95,16 +93,16 @@ class Graph:
             raise ValueError(f"the model has {len(self.arrays)} arrays, found {len(leaves)}")
         rest = iter(leaves)
         return {
-            name: QArray(next(rest), next(rest)) if isinstance(spec, QSpec) else next(rest)
+            name: spec.make([next(rest) for _ in spec.arrays]) if isinstance(spec, QSpec) else next(rest)
             for name, spec in zip(self.names, self.specs, strict=True)
         }
 
-    def bind(self, leaves: Sequence[Array]) -> nnx.Module:
-        """The model with these arrays as its weights; for use inside a trace."""
+    def bind(self, leaves: Sequence[Array], wrap: Callable[[str, Weight], Any] | None = None) -> nnx.Module:
+        """The model with these arrays as its weights, each as `wrap` gives it back; for use inside a trace."""
         model = self.module.Model(self.config, self.dtype)
         weights = self.weights(leaves)
         for name, parameter in _parameters(model):
-            parameter.set_value(weights[name])
+            parameter.set_value(weights[name] if wrap is None else wrap(name, weights[name]))
         return model
 
     def structs(self, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -125,7 +123,7 @@ class Graph:
 
 def arrays_of(spec: Spec) -> tuple[ArraySpec, ...]:
     """The arrays that hold one weight, in the order of its leaves."""
-    return (spec.values, spec.scales) if isinstance(spec, QSpec) else (spec,)
+    return spec.arrays if isinstance(spec, QSpec) else (spec,)
 
 
 def random_weights(graph: Graph, seed: int, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict[str, Weight]:
@@ -155,7 +153,8 @@ class _Recipe(NamedTuple):
             return jnp.full(shape, self.size, dtype)
         bits = _scrambled(shape, seed)
         if self.kind == "bytes":
-            return jnp.maximum((bits >> 24).astype(jnp.uint8).astype(jnp.int8), jnp.int8(-127))
+            found = (bits >> 24).astype(jnp.uint8)
+            return found if dtype == PACKED else jnp.maximum(found.astype(jnp.int8), jnp.int8(-127))
         unit = (bits >> 8).astype(jnp.float32) * (2.0**-23) - 1.0
         return (unit * (self.size * math.sqrt(3.0))).astype(dtype)
 
@@ -172,8 +171,11 @@ def _scrambled(shape: tuple[int, ...], seed: UInt32[Array, ""]) -> UInt32[Array,
 
 def _recipes(name: str, spec: Spec, contracting: int) -> tuple[_Recipe, ...]:
     if isinstance(spec, QSpec):
-        deviation = math.prod(spec.values.shape[-contracting:]) ** -0.5
-        return _Recipe(spec.values, "bytes"), _Recipe(spec.scales, "constant", deviation / 73)  # 73: deviation of the bytes
+        deviation = math.prod(spec.shape[-contracting:]) ** -0.5
+        kind, size = ("uniform", 64.0) if spec.values.dtype == FP8 else ("bytes", 1.0)
+        made = [_Recipe(spec.values, kind, size), _Recipe(spec.scales, "constant", deviation / DEVIATIONS[spec.values.dtype])]
+        made += [_Recipe(spec.zeros, "constant", ZERO)] if spec.zeros is not None else []
+        return (*made, _Recipe(spec.smooth, "constant", 1.0)) if spec.smooth is not None else tuple(made)
     if len(spec.shape) == 1 or name.endswith(".bias"):
         return (_Recipe(spec, "constant", 0.0 if name.endswith(".bias") else 1.0),)
     return (_Recipe(spec, "uniform", math.prod(spec.shape[-max(contracting, 1) :]) ** -0.5),)
@@ -185,6 +187,10 @@ def _parameters(model: nnx.Module) -> list[tuple[str, nnx.Param[Any]]]:
 
 
 def _spec(name: str, parameter: nnx.Param[Any], quantization: Quantization | None) -> Spec:
-    if quantization is None or not parameter.contracting or any(fnmatch.fnmatch(name, pattern) for pattern in quantization.keep):
+    scheme = KEEP if quantization is None or not parameter.contracting else quantization.scheme_of(name)
+    if scheme == KEEP:
         return parameter.spec
-    return find_scheme(quantization.scheme).describe(parameter.spec, parameter.contracting)
+    try:
+        return find_scheme(scheme).describe(parameter.spec, parameter.contracting)
+    except ConfigError as error:
+        raise ConfigError(f"--quantize: {error} ({name}=keep)") from None

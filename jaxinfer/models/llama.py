@@ -176,4 +176,11 @@ WEIGHTS: dict[str, Transform] = {
     **_block("bias"),
 }
 
+# Norms, and the matrices that multiply what comes out of them: all that do, so that what a norm is multiplied by they may be divided by.
+NORMS: dict[str, tuple[str, ...]] = {
+    "layers.*.attention_norm.weight": ("layers.*.attention.qkv.weight",),
+    "layers.*.mlp_norm.weight": ("layers.*.mlp.gate_up.weight",),
+    "norm.weight": ("lm_head.weight",),
+}
+
 TINY = Config(vocab_size=128, hidden_size=64, intermediate_size=96, layers=2, heads=HeadShape(4, 2, 16), max_positions=256)

@@ -7,17 +7,17 @@ memory of the plan; none of them is compiled. This file does not know how anythi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from jaxinfer.config import CacheConfig, ConfigError
-from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate
+from jaxinfer.config import ConfigError
+from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, stored_as
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.quant.find import schemes
 
 HIGH_FRACTION = 0.95
 RUNTIME_SHARE, HIGH_SHARE = 0.75, 0.92  # of a GPU's memory: what jax takes by default, and what it may well take
 WORTH = 0.03
-AUDIT = "audit its price with python -m jaxinfer audit quant --model MODEL"
+AUDIT = "audit its price with python -m jaxinfer audit quant --model MODEL --data FILE --schemes"
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Change:
         """What changes, in a few words."""
         if not self.made.fits:
             return "does not fit"
-        parts = [f"fits {self.made.concurrency / before.concurrency:.1f}x the concurrency" if before.concurrency else ""]
+        more = self.made.largest / before.largest if before.largest else 0.0
+        parts = [f"fits {more:.1f}x the concurrency" if abs(more - 1) > WORTH and more else ""]
         if not before.fits:
-            parts = [f"fits, {self.made.concurrency} sequences of full length at once"]
+            parts = [f"fits, room for {self.made.largest} sequences of full length"]
         for name, new, old in (
             ("ITL", self.made.decode.seconds, before.decode.seconds),
             ("TTFT", self.made.ttft, before.ttft),
@@ -61,7 +62,7 @@ class _Proposal:
 def changes(now: Estimate, kernels: Kernels) -> Iterator[Change]:
     """Every single change that could be made and weighed: settings, then larger slices with their best mesh."""
     for each in (*_lossless(now.choice), *_lesser(now.choice)):
-        weights = each.choice.wish.config.model.quantize or kernels.weights
+        weights = stored_as(each.choice.wish.config.model.quantize) or kernels.weights
         made = _weighed(each.choice, replace(kernels, weights=weights), now.programs)
         if made is not None:
             yield Change(each.words, each.flags, made, each.remark, each.less)
@@ -76,7 +77,7 @@ def next_steps(now: Estimate, found: list[Change], count: int = 3) -> list[Chang
     """The changes on the same slice that serve the goal best and give up nothing, those that are worth it."""
     least = _goal(now) + WORTH * abs(_goal(now))
     same = [change for change in found if change.made.choice.piece == now.choice.piece and change.made.fits and not change.less]
-    helping = [change for change in same if _goal(change.made) >= least or change.made.concurrency > now.concurrency * (1 + WORTH)]
+    helping = [change for change in same if _goal(change.made) >= least or change.made.largest > now.largest * (1 + WORTH)]
     return sorted(helping, key=lambda change: _goal(change.made), reverse=True)[:count]
 
 
@@ -91,10 +92,10 @@ def _lossless(choice: Choice) -> Iterator[_Proposal]:
     wish, config = choice.wish, choice.wish.config
     for scheme in schemes() if config.model.quantize is None else ():
         other = _with(wish, model=replace(config.model, quantize=scheme))
-        yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} --schemes {scheme}")
-    if "kv_dtype" in {item.name for item in fields(CacheConfig)} and getattr(config.cache, "kv_dtype", "auto") == "auto":
-        other = _with(wish, cache=replace(config.cache, **{"kv_dtype": "int8"}))
-        yield _Proposal("int8 keys and values", "--kv int8", replace(choice, wish=other), AUDIT)
+        yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} {scheme}")
+    if config.cache.kv_dtype == "auto":
+        other = _with(wish, cache=replace(config.cache, kv_dtype="int8"))
+        yield _Proposal("int8 keys and values", "--kv int8", replace(choice, wish=other), f"{AUDIT} kv-int8")
     if config.cache.memory_fraction < HIGH_FRACTION:
         words = f"{HIGH_FRACTION * 100:.0f} % of the memory instead of {config.cache.memory_fraction * 100:.0f} %"
         other = _with(wish, cache=replace(config.cache, memory_fraction=HIGH_FRACTION))

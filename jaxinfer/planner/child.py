@@ -70,7 +70,8 @@ def _wish(request: Mapping[str, Any]) -> Wish:
     output = request["output"] or max(1, min(256, context // 4))
     if output >= context:
         raise ConfigError(f"--output {output} leaves no room for a prompt in --context {context}; lower it")
-    return Wish(dict(request["values"]), config, context, output, request["concurrency"], request["goal"], request["price"])
+    folder = Path(request["folder"]) if request.get("folder") else None
+    return Wish(dict(request["values"]), config, context, output, request["concurrency"], request["goal"], request["price"], folder)
 
 
 def _compile(best: Estimate, everything: bool, progress: Callable[[str, int, int], None]) -> Compiled:

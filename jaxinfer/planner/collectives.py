@@ -19,7 +19,7 @@ from jaxinfer.sharding import partition
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-CALL = re.compile(rf" = (?P<result>\(?[a-z][^=]*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+CALL = re.compile(rf" = (?P<result>\(*[a-z][^=]*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -42,8 +42,10 @@ def in_text(text: str) -> tuple[Collective, ...]:
     """The collectives of a compiled program, from its text. What stands in a loop counts once."""
     found: dict[tuple[str, int], int] = {}
     for call in CALL.finditer(text):
-        sizes = [_nbytes(dtype, shape) for dtype, shape in ARRAY.findall(call["result"]) if dtype in SIZES]
-        pair = call["start"] and call["kind"] != "all-reduce"  # (operand, result)
+        nested = call["start"] and call["result"].startswith("((")  # ((operands), results)
+        result = call["result"].partition("),")[2] if nested else call["result"]
+        sizes = [_nbytes(dtype, shape) for dtype, shape in ARRAY.findall(result) if dtype in SIZES]
+        pair = call["start"] and not nested and call["kind"] != "all-reduce"  # (operand, result)
         key = call["kind"], max(sizes, default=0) if pair else sum(sizes)
         found[key] = found.get(key, 0) + 1
     return tuple(Collective(kind, size, count) for (kind, size), count in sorted(found.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ from pallas_kernels import dispatch
 @dataclass(frozen=True)
 class Wish:
     """What is planned for. context: tokens of a sequence at its end, of which `output` are generated. concurrency: sequences at once that
-    must fit, all replicas together (None: as many as do). price: of one chip for one hour."""
+    must fit, all replicas together (None: as many as do). price: of one chip for one hour. folder: the checkpoint's,
+    if it is there."""
 
     values: dict[str, Any]
     config: EngineConfig
@@ -37,6 +39,7 @@ class Wish:
     concurrency: int | None
     goal: str
     price: float | None
+    folder: Path | None = None
 
     def on(self, mesh: MeshShape) -> EngineConfig:
         """The engine's settings on a mesh."""
@@ -77,7 +80,8 @@ class Choice:
         """The engine's own way to a pool and its programs, for this choice."""
         config, platform = self.wish.on(self.mesh), self.piece.platform
         placement = Placement(self.arranged, DEFAULT_RULES, config.execution.implementation)
-        return Sizing(config, described(self.wish.values, config, platform), placement, Machine(platform, self.usable_memory))
+        model = described(self.wish.values, config, platform, self.wish.folder)
+        return Sizing(config, model, placement, Machine(platform, self.usable_memory))
 
     def target(self) -> Any:
         """Inside, kernels are chosen for the described devices (a context manager)."""
@@ -86,8 +90,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a choice comes to. programs: bytes per device, from a compiler or guessed; reserved:
-    what the pool leaves for them. Rates count all devices."""
+    """What a choice comes to. programs: bytes per device, from a compiler or guessed; reserved: what the pool leaves for them.
+
+    concurrency: sequences of full length in the pool that the engine would make; largest: in all the memory. Rates count all devices.
+    """
 
     choice: Choice
     account: Account
@@ -96,6 +102,7 @@ class Estimate:
     lacking: int
     kv_tokens: int
     concurrency: int
+    largest: int
     running: int
     decode: Phase
     prefill: Phase
@@ -161,7 +168,8 @@ def estimate(choice: Choice, kernels: Kernels, programs: int | None = None, corr
     decode = predictor.decode(max(1, running / replicas), max(1, wish.context - wish.output / 2))
     return Estimate(
         choice=choice, account=account, programs=reserved if programs is None else programs, reserved=reserved,
-        lacking=account.lacking(reserved, sequences), kv_tokens=kv_tokens, concurrency=pages // account.row * replicas, running=running,
+        lacking=account.lacking(reserved, sequences), kv_tokens=kv_tokens, concurrency=pages // account.row * replicas,
+        largest=account.room(reserved, replicas) * replicas, running=running,
         decode=decode, prefill=predictor.prefill(max(1, wish.context - wish.output)), predictor=predictor, page_size=size,
     )  # fmt: skip
 
@@ -177,4 +185,9 @@ def kernels_for(sizing: Sizing) -> Kernels:
     quantize = sizing.config.model.quantize
     op = "quantized_matmul" if quantize else "dense_matmul"
     attention, matmul = dispatch.choose("paged_attention", wanted, target, key), dispatch.choose(op, wanted, target, {})
-    return Kernels(attention, matmul, quantize or graph.dtype.name)
+    return Kernels(attention, matmul, stored_as(quantize) or graph.dtype.name)
+
+
+def stored_as(quantize: str | None) -> str | None:
+    """The scheme of most weights, of what `--quantize` says (SCHEME, or SCHEME,PATTERN=SCHEME...)."""
+    return quantize and next((part for part in quantize.split(",") if "=" not in part), "mixed")

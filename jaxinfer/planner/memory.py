@@ -65,6 +65,7 @@ class Account:
     """What a device's memory is asked for, before the pool has a size. Bytes per device; pages per replica.
 
     page: one page of all layers. row: pages of one sequence of full length. guess: what programs may need, before a compiler has said it.
+    sequences: at once, of all replicas.
     """
 
     limit: int
@@ -74,10 +75,17 @@ class Account:
     row: int
     wanted: int
     guess: int
+    sequences: int
 
     def pages(self, programs: int) -> int:
         """Pages that fit (the guard page not counted), no more than wanted; below 0 where not even the rest fits."""
         return min(self.wanted, (self.limit - self.weights - self.slots - programs) // self.page - 1)
+
+    def room(self, programs: int, replicas: int) -> int:
+        """Sequences of full length that a replica could hold if as many were wanted, each with a slot on every device."""
+        slot = self.slots // max(1, self.sequences + 1)
+        free = self.limit - self.weights - slot - programs - self.page
+        return max(0, free // (self.row * self.page + replicas * slot))
 
     def lacking(self, programs: int, sequences: int = 1) -> int:
         """Bytes that are missing for so many sequences of full length; below 0 if some are left."""
@@ -101,10 +109,11 @@ def account(
         limit=int(device_memory * cache.memory_fraction),
         weights=sum(device_bytes(spec, mesh, rules) * count for of in graphs for spec, count in Counter(of.arrays).items()),
         slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
-        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(one_page).items()),
+        page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(jax.tree.leaves(one_page)).items()),
         row=row,
         wanted=row * demand.sequences if cache.kv_tokens is None else cache.kv_tokens // pool.page_size,
         guess=device_memory // 32 + 4 * 4 * vocab * sequences,
+        sequences=sequences,
     )
 
 

@@ -62,6 +62,8 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     from_arguments(EngineConfig, settings)
     values = read_shape(model)
     request = {**wanted._asdict(), "model": model, "slice": piece.name, "values": values, "config": {**settings, "model": model}}
+    folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()
+    request["folder"] = str(folder.resolve()) if any(folder.glob("*.safetensors")) else None
     with tempfile.TemporaryDirectory(prefix="jaxinfer-plan-") as folder:
         result = Path(folder) / "plan.json"
         code, errors = _child(json.dumps(request), result, piece.platform, progress)

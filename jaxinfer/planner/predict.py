@@ -19,6 +19,8 @@ from jaxinfer.models.layers import Placement
 from jaxinfer.planner import collectives, efficiency
 from jaxinfer.sharding import ArraySpec, device_bytes, named
 
+INTEGER_SCHEME = "w8a8"  # weights and activations in int8; other schemes multiply in the activations' dtype
+
 
 class Phase(NamedTuple):
     """Seconds of one phase and its parts; memory and compute are bare times at the chip's peak, the others with their efficiency."""
@@ -133,7 +135,12 @@ class Predictor:
 
     def _matmul(self, weights: float, operations: float, rows: float) -> float:
         share = self._row("matmul", self.kernels.matmul).at(rows)
-        return max(weights / self.chip.bandwidth, operations / self.chip.bf16_rate) / share
+        return max(weights / self.chip.bandwidth, operations / self._rate) / share
+
+    @property
+    def _rate(self) -> float:
+        """Operations per second of the matmuls with weights: those that multiply integers have a rate of their own."""
+        return self.chip.int8_rate if self.kernels.weights == INTEGER_SCHEME else self.chip.bf16_rate
 
     def _small(self, rows: float) -> float:
         row = self._row("small")

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxinfer.cache.kv import CODES, PoolShape
+from jaxinfer.checkpoint import read
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization
@@ -84,20 +86,35 @@ def bucket_list(config: EngineConfig, platform: str) -> tuple[Bucket, ...]:
     return tuple(sorted((*buckets(sequences, tokens), *wide)))
 
 
-def described(values: Mapping[str, Any], config: EngineConfig, platform: str) -> Described:
-    """A model from its config.json alone.
+def described(values: Mapping[str, Any], config: EngineConfig, platform: str, folder: Path | None = None) -> Described:
+    """A model from its config.json; from the headers of its files in `folder` too where the checkpoint is quantised.
 
     Raises:
         ConfigError: an architecture that is not there, or a context longer than the model was made for.
     """
     module = find.find(values.get("model_type"))
-    model_config = module.Config.from_hf(values)
-    quantization = Quantization(config.model.quantize) if config.model.quantize else None
-    graph = Graph.of(module, model_config, dtype(config.model.dtype, platform), quantization)
+    plain = read.of_model(values)
+    model_config = module.Config.from_hf(plain)
+    if folder is None and len(plain) < len(values):
+        raise ConfigError(
+            "config.json is of a quantised checkpoint, whose files say how; plan for the folder that holds them, or for the unquantised"
+            " model's config.json with --quantize"
+        )
+    graph = _quantised(config, folder, Graph.of(module, model_config, dtype(config.model.dtype, platform)))
     longest, wanted = model_config.max_positions, config.model.max_model_len
     if wanted is not None and wanted > longest:
         raise ConfigError(f"--max-model-len {wanted} exceeds the {longest} tokens the model was made for; lower it")
     return Described(graph, wanted or longest)
+
+
+def _quantised(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:
+    """The model's description with its weights quantised as the checkpoint has them, or as was asked for."""
+    stored = graph if folder is None else read.as_stored(folder, graph)
+    if config.model.quantize is None:
+        return stored
+    if stored is not graph:
+        raise ConfigError(f"--quantize {config.model.quantize}: the weights in {folder} are quantised already; leave --quantize out")
+    return Graph.of(graph.module, graph.config, graph.dtype, Quantization.parse(config.model.quantize))
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,8 @@ class Sizing:
     @property
     def empty_pool(self) -> PoolShape:
         """Page size and replicas of the pool that is to be sized."""
-        size, replicas = page_size(self.config, self.machine.platform), self.placement.mesh.shape["data"]
-        return PoolShape(pages=2, page_size=size, replicas=replicas, codes=CODES[self.config.cache.kv_dtype])
+        size, codes = page_size(self.config, self.machine.platform), CODES[self.config.cache.kv_dtype]
+        return PoolShape(pages=2, page_size=size, replicas=self.placement.mesh.shape["data"], codes=codes)
 
     def account(self) -> Account:
         """What memory is asked for."""

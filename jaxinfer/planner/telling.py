@@ -17,6 +17,7 @@ from jaxinfer.step.program import Program
 from jaxinfer.step.sizes import ProgramSize, beside
 
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
+KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
 FLAGS = ("quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation")
 
 
@@ -64,7 +65,7 @@ def tell(told: Told) -> Plan:
         model=model, target=_target(best), settings=_settings(told), fits=best.fits, memory=_memory(best, own), capacity=_capacity(best),
         phases={"decode": _phase(best.decode), "prefill": _phase(best.prefill)}, speed=_speed(best),
         meshes=[_mesh(each, each.choice.mesh in told.compiled) for each in told.weighed], programs=_programs(own),
-        advice=[_advice(change, best, model) for change in changes], notes=[*([] if own else [GUESS_NOTE]), *best.predictor.sources],
+        advice=[_advice(change, best, model) for change in changes], notes=[*_notes(best, own), *best.predictor.sources],
         command=_command(told.request, best),
     )  # fmt: skip
 
@@ -72,6 +73,11 @@ def tell(told: Told) -> Plan:
 def name_of(mesh: MeshShape) -> str:
     """A mesh as its flag is written."""
     return f"data={mesh.data},tensor={mesh.tensor}"
+
+
+def _notes(best: Estimate, own: Compiled | None) -> list[str]:
+    quantised = best.choice.wish.config.cache.kv_dtype != "auto"
+    return [*([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else [])]
 
 
 def _target(best: Estimate) -> dict[str, Any]:
@@ -107,7 +113,7 @@ def _memory(best: Estimate, own: Compiled | None) -> dict[str, Any]:
 
 
 def _capacity(best: Estimate) -> dict[str, Any]:
-    return {"kv_tokens": best.kv_tokens, "concurrency": best.concurrency, "running": best.running}
+    return {"kv_tokens": best.kv_tokens, "concurrency": best.concurrency, "largest_concurrency": best.largest, "running": best.running}
 
 
 def _speed(best: Estimate) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def _programs(own: Compiled | None) -> dict[str, Any]:
 def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]:
     return {
         "change": change.words, "flags": change.flags, "effect": change.effect(best), "remark": change.remark.replace("MODEL", model),
-        "fits": change.made.fits, "concurrency": change.made.concurrency, "itl": change.made.decode.seconds,
+        "fits": change.made.fits, "concurrency": change.made.largest, "itl": change.made.decode.seconds,
     }  # fmt: skip
 
 

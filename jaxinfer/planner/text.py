@@ -22,7 +22,8 @@ def show(plan: Plan, console: Console) -> None:
         console.print(Text(plan.failure), soft_wrap=True)
         return
     console.print(Group(*_parts(plan)))
-    console.print(Text("\n" + plan.command, style="bold"), soft_wrap=True)
+    if plan.fits:
+        console.print(Text("\n" + plan.command, style="bold"), soft_wrap=True)
 
 
 def compare(plans: Sequence[Plan], console: Console) -> None:
@@ -95,6 +96,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, f"{size / GIB:.2f}", remark)
     table.add_section()
     table.add_row("holds", "", f"{capacity['kv_tokens']:,} tokens, {capacity['concurrency']} sequences of full length (whole slice)")
+    table.add_row("room for", "", f"{capacity['largest_concurrency']} sequences of full length, were they wanted")
     return table
 
 

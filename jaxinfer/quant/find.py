@@ -1,4 +1,11 @@
-"""Quantisation schemes found by the names of the files in this folder. A scheme is a file with `describe`, `scales` and `values`."""
+"""Quantisation schemes found by the names of the files in this folder. A scheme is a file with three functions:
+
+    describe(spec, contracting) -> QSpec    the arrays that stand for a weight [out.., in..]
+    scales(piece, blocks) -> array          of a piece that holds whole blocks (`QSpec.blocks`)
+    values(piece, scales) -> array          as they are stored, of any piece that cuts no more than the description allows
+
+The last two work on NumPy arrays and depend on each block alone, so a weight may be quantised slice by slice.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from types import ModuleType
 
 from jaxinfer.config import ConfigError
 
-NOT_SCHEMES = frozenset({"__init__", "find", "matmul", "qarray"})
+NOT_SCHEMES = frozenset({"__init__", "blocks", "find", "matmul", "observe", "qarray", "quantise", "rules"})
 
 
 def schemes() -> tuple[str, ...]:

@@ -10,31 +10,29 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int8, Shaped
 
-from jaxinfer.quant.qarray import LIMIT, QSpec
+from jaxinfer.quant import blocks as of_blocks
+from jaxinfer.quant.blocks import Blocks
+from jaxinfer.quant.qarray import INT8, QSpec
+from jaxinfer.quant.qarray import describe as described
 from jaxinfer.sharding import ArraySpec
+
+LIMIT = 127  # -128 is never made, so negation is exact
 
 
 def describe(spec: ArraySpec, contracting: int) -> QSpec:
     """The arrays that stand for a weight [out.., in..] with `contracting` trailing dimensions that a matmul sums over."""
-    out = len(spec.shape) - contracting
-    values = ArraySpec(spec.shape, np.dtype(np.int8), spec.axes)
-    return QSpec(values, ArraySpec(spec.shape[:out], np.dtype(np.float32), spec.axes[:out]), "int8")
+    return described(spec, contracting, of_blocks.rows(spec.shape, contracting), INT8, scheme="int8")
 
 
-def scales(rows: Shaped[np.ndarray, "..."], contracting: int) -> Float32[np.ndarray, "..."]:
-    """Scales of whole rows [out.., in..]; a row of zeros has scale 1.
+def scales(piece: Shaped[np.ndarray, "..."], blocks: Blocks) -> Float32[np.ndarray, "..."]:
+    """Scales of a piece that holds whole blocks; 1 where there are only zeros.
 
     Raises:
-        ValueError: a row holds NaN or infinity.
+        ValueError: a block holds NaN or infinity.
     """
-    trailing = tuple(range(-contracting, 0))
-    largest = np.max(np.abs(rows.astype(np.float32)), axis=trailing, initial=0.0)
-    if not np.isfinite(largest).all():
-        raise ValueError("a weight that is NaN or infinite cannot be quantised")
-    return np.where(largest > 0, np.maximum(largest / np.float32(LIMIT), np.finfo(np.float32).tiny), 1).astype(np.float32)
+    return of_blocks.steps(of_blocks.largest(piece, blocks), LIMIT)
 
 
-def values(piece: Shaped[np.ndarray, "..."], row_scales: Float32[np.ndarray, "..."]) -> Int8[np.ndarray, "..."]:
-    """Any piece of rows [out.., in..] in units of the scales [out..] of those rows."""
-    expanded = row_scales.reshape(row_scales.shape + (1,) * (piece.ndim - row_scales.ndim))
-    return np.clip(np.rint(piece.astype(np.float32) / expanded), -LIMIT, LIMIT).astype(np.int8)
+def values(piece: Shaped[np.ndarray, "..."], scales: Float32[np.ndarray, "..."]) -> Int8[np.ndarray, "..."]:
+    """Any piece of a weight in units of its scales: as many along each dimension as the piece touches blocks."""
+    return np.clip(np.rint(piece.astype(np.float32) / of_blocks.spread(scales, piece.shape)), -LIMIT, LIMIT).astype(np.int8)

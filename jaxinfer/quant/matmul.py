@@ -3,7 +3,7 @@
 Weights are [out.., into..] and every device multiplies its own shard of one as a plain matrix [out, into]: a dot over several
 dimensions would be transposed first by XLA (the whole weight, every step, on CPUs). On a mesh this happens inside shard_map, where
 merging dimensions is local whatever is sharded, kernels see ordinary arrays, and the only communication is the one sum over shards of
-the contracted dimensions.
+the contracted dimensions. Activations that are quantised on arrival are so by each device for the inputs it has.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
+from jaxinfer.quant import blocks
+from jaxinfer.quant.observe import Observed
 from jaxinfer.quant.qarray import QArray
 from jaxinfer.sharding import Axes, Rules, partition
 from pallas_kernels import dense_matmul, quantized_matmul
@@ -27,20 +29,27 @@ def matmul(
     x: Float[Array, "tokens *into"], weight: Weight, *, out_dtype: np.dtype, implementation: str = "auto"
 ) -> Float[Array, "tokens *out"]:
     """Sum x over its dimensions after the first against the weight's trailing ones; float32 accumulation, result in out_dtype."""
-    out_shape, tokens, into = weight.shape[: len(weight.shape) - x.ndim + 1], x.shape[0], math.prod(x.shape[1:])
-    flat = x.reshape(tokens, into)
+    contracting = x.ndim - 1
+    out_shape, tokens, into = weight.shape[: len(weight.shape) - contracting], x.shape[0], math.prod(x.shape[1:])
     if isinstance(weight, QArray):
-        wide = flat.astype(out_dtype) if jnp.dtype(out_dtype).itemsize > x.dtype.itemsize else flat
-        values, scales = weight.values.reshape(-1, into), weight.scales.reshape(-1)
-        out = quantized_matmul(wide, values, scales, implementation=implementation).astype(out_dtype)
+        smooth = x if weight.smooth is None else (x * weight.smooth[None].astype(x.dtype))
+        out = quantized_matmul(
+            smooth.reshape(tokens, into),
+            weight.values.reshape(math.prod(out_shape), -1),
+            _matrix(weight, weight.scales, contracting),
+            zeros=None if weight.zeros is None else _matrix(weight, weight.zeros, contracting),
+            activations=weight.activations,
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
     else:
-        out = dense_matmul(flat, weight.reshape(-1, into), out_dtype=out_dtype, implementation=implementation)
+        out = dense_matmul(x.reshape(tokens, into), weight.reshape(-1, into), out_dtype=out_dtype, implementation=implementation)
     return out.reshape(tokens, *out_shape)
 
 
 def sharded_matmul(
     x: Float[Array, "tokens *into"],
-    weight: Weight,
+    weight: Weight | Observed,
     axes: Axes,
     *,
     mesh: Mesh,
@@ -52,9 +61,14 @@ def sharded_matmul(
 
     The result is sharded like the weight's output dimensions; shards of contracted dimensions are summed, in out_dtype.
     """
+    if isinstance(weight, Observed):
+        weight.note(x)
+        inner: Weight = weight.weight
+        return sharded_matmul(x, inner, axes, mesh=mesh, rules=rules, out_dtype=out_dtype, implementation=implementation)
     if mesh.size == 1:
         return matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
-    parts = partition(weight.shape, axes, mesh, rules)
+    cuts = weight.units if isinstance(weight, QArray) else weight.shape
+    parts = tuple(partition(cuts, axes, mesh, rules))
     tokens = partition(x.shape[:1], ("tokens",), mesh, rules)
     out, into = parts[: len(axes) - x.ndim + 1], parts[len(axes) - x.ndim + 1 :]
     summed = tuple(axis for axis in into if axis is not None and mesh.shape[axis] > 1)
@@ -63,6 +77,28 @@ def sharded_matmul(
         product = matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
         return jax.lax.psum(product, summed) if summed else product
 
-    of_weight = jax.tree.unflatten(jax.tree.structure(weight), [PartitionSpec(*parts), PartitionSpec(*out)][: len(jax.tree.leaves(weight))])
-    specs = (PartitionSpec(*tokens, *into), of_weight)
+    specs = (PartitionSpec(*tokens, *into), _partitions(weight, parts, into))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*tokens, *out), check_vma=False)(x, weight)
+
+
+def _partitions(weight: Weight, parts: tuple[str | None, ...], into: tuple[str | None, ...]) -> PartitionSpec | QArray:
+    """The weight's structure with the sharding of each of its arrays, given that of the weight and of its contracted dimensions."""
+    if not isinstance(weight, QArray):
+        return PartitionSpec(*parts)
+    per_block = PartitionSpec(*(part if count > 1 else None for part, count in zip(parts, weight.scales.shape, strict=True)))
+    zeros = None if weight.zeros is None else per_block
+    smooth = None if weight.smooth is None else PartitionSpec(*into)
+    return QArray.tree_unflatten(weight.activations, (PartitionSpec(*parts), per_block, zeros, smooth))
+
+
+def _matrix(weight: QArray, per_block: Shaped[Array, "..."], contracting: int) -> Shaped[Array, "outs ins"]:
+    """One number per block of the weight as a matrix [out, into]: blocks that are no runs of the merged dimensions are cut up."""
+    out, merged = len(weight.shape) - contracting, []
+    for begin, end in ((0, out), (out, len(weight.shape))):
+        shape, block = weight.shape[begin:end], weight.blocks[begin:end]
+        if blocks.run(shape, math.prod(block)) != block:
+            for axis in range(begin, end):
+                per_block = jnp.repeat(per_block, weight.blocks[axis], axis=axis)
+            block = (1,) * (end - begin)
+        merged.append(math.prod(shape) // math.prod(block))
+    return per_block.reshape(*merged)

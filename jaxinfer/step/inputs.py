@@ -19,6 +19,7 @@ from jaxinfer.sampling import pytree
 from jaxinfer.step.buckets import Bucket
 
 PADDING_POSITION = -1
+ALIGNMENT = 64  # words: kernels take arrays that begin at multiples of 256 bytes, and a part of a buffer is passed on as it lies
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class Shapes:
         }  # fmt: skip
 
     def offsets(self) -> dict[str, tuple[int, int]]:
-        """Where each field begins and ends in one replica's part."""
+        """Where each field begins and ends in one replica's part; each begins where an array of its own could."""
         ends, at = {}, 0
         for name, shape in self.fields().items():
             ends[name] = (at, at + prod(shape))
-            at += prod(shape)
+            at += prod(shape) + -prod(shape) % ALIGNMENT
         return ends
 
     @property
     def buffer(self) -> tuple[int, int]:
         """Shape of the whole buffer: [replicas, words]."""
-        return self.replicas, sum(prod(shape) for shape in self.fields().values())
+        return self.replicas, max(end for _, end in self.offsets().values())
 
 
 @pytree

@@ -200,6 +200,11 @@ class Program:
         return {key: ProgramSize.of(compiled) for key, compiled in self._compiled.items()}
 
     @property
+    def leaves(self) -> tuple[Array, ...]:
+        """The weights, in the graph's order; empty before `load`."""
+        return self._leaves
+
+    @property
     def bytes_beside(self) -> int:
         """What the programs take on each device beside weights, pool and slots (see sizes.py)."""
         return beside(self.sizes, self.config.keys).total

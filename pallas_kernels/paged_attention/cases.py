@@ -26,26 +26,32 @@ CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
 LARGE = 1 << 20  # values of an array from which on numpy is too slow
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The pool of a case and its heads; kv_dtype: the codes of a quantised pool."""
+
+    page_size: int = 16
+    pages_per_row: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    dtype: str = "float32"
+    kv_dtype: str | None = None
+
+
 @dataclass(frozen=True)
-class Case:
-    """One compiled shape and the arithmetic it runs; extras names the optional inputs it has, kv_dtype the codes of a quantised pool."""
+class Case(Cache):
+    """One compiled shape and the arithmetic it runs; extras names the optional inputs it has."""
 
     name: str
     decode_rows: int = 0
     prefill_rows: int = 0
     prefill_tokens: int = 0
-    page_size: int = 16
-    pages_per_row: int = 8
-    kv_heads: int = 2
     group: int = 3
-    head_dim: int = 64
-    dtype: str = "float32"
     window: int | None = None
     soft_cap: float | None = None
     extras: Extras = ROPE
     lengths: Literal["ragged", "full"] = "ragged"
     decode_tokens: int = 1
-    kv_dtype: str | None = None
 
     donates: ClassVar[tuple[str, ...]] = ("kv",)
 
@@ -233,7 +239,7 @@ CASES = (
     Case("int8", 3, 2, 40, pages_per_row=9, group=4, kv_dtype="int8", soft_cap=8.0, extras=BOTH),
     Case("int8_bfloat16", 3, 2, 40, page_size=64, pages_per_row=3, kv_heads=1, dtype="bfloat16", kv_dtype="int8", decode_tokens=2),
     Case("fp8", 3, 2, 40, page_size=32, pages_per_row=4, group=2, kv_dtype="float8_e4m3fn", window=50),
-    Case("fp8_bfloat16", 3, 1, 30, page_size=16, group=8, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=SINKS),
+    Case("fp8_bfloat16", 3, 1, 30, page_size=32, group=8, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=SINKS),
 )
 
 TUNING = (
@@ -257,7 +263,7 @@ TUNING = (
 
 def _bench(name: str, *, rows: int, keys: int, prefill: bool = False, **changes: Any) -> Case:
     """A case of bfloat16, 8 KV heads, 4 query heads each, and full rows: one new token a row, or all of them."""
-    sizes = {"page_size": 64, "group": 4, "head_dim": 128} | changes
+    sizes: dict[str, Any] = {"page_size": 64, "group": 4, "head_dim": 128} | changes
     tokens = {"prefill_rows": rows, "prefill_tokens": rows * keys} if prefill else {"decode_rows": rows}
     pages = keys // sizes["page_size"]
     return Case(name, **tokens, **sizes, pages_per_row=pages, kv_heads=8, dtype="bfloat16", extras=NOTHING, lengths="full")

@@ -1,6 +1,7 @@
 """Paged attention on Hopper GPUs: the XLA implementation's pool and writes, kernels of our own (Pallas Mosaic GPU) for the reads.
 
-The new keys and values are scattered into the donated pool. Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
+The new keys and values go into the donated pool and queries are laid out as the kernels read them, by XLA (`gpu_lines`) or by a kernel
+(`gpu_write`). Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
 `gpu_combine` merges; the tokens of the other rows are cut into tiles for `gpu_prefill`. The lists of work are made here, in plain jnp,
 from the metadata alone: all layers of a program ask for the same ones and XLA computes them once. How a row is cut depends on its
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
@@ -13,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
-from pallas_kernels.attention import AttentionSpec, rope_table, rotate
-from pallas_kernels.paged_attention import gpu_decode, gpu_plan, gpu_prefill, gpu_write, packing, xla
+from pallas_kernels.attention import AttentionSpec
+from pallas_kernels.paged_attention import gpu_decode, gpu_lines, gpu_plan, gpu_prefill, gpu_write, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
@@ -23,20 +24,23 @@ from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 MAX_GROUP = 16
 MAX_TOKENS = 8  # of a decode row
 MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
+LEAST_CODES_PAGE = 32  # tokens whose scales fill the 128 bytes at which a copy into shared memory may begin
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
+BY_XLA, BY_KERNEL = 0, 1  # the kernel is by name, in a tuned row: no whole step has been timed with it
 
 kv_layout = xla.kv_layout
 
 
 class Sizes(NamedTuple):
-    """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once
-    (per stream). Prefill: keys of a block, blocks in shared memory at once."""
+    """Block sizes, and who rotates, writes and lays out (`write`). Decode: most keys of a chunk when rows are few and when they are many,
+    blocks of 64 keys in shared memory at once (per stream). Prefill: keys of a block, blocks in shared memory at once."""
 
     decode_longest: int
     decode_longest_many: int
     decode_stages: int
     prefill_keys: int
     prefill_stages: int
+    write: int = BY_XLA
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
@@ -52,7 +56,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
-    grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(write=BY_KERNEL)]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
@@ -82,6 +86,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
 def _refused_codes(key: dispatch.Key) -> str | None:
     if int(key.get("head_dim", 64)) > MAX_CODES_DIM:
         return f"its kernels read {key['kv_dtype']} keys and values of head_dim up to {MAX_CODES_DIM} (registers), not {key['head_dim']}"
+    if int(key.get("page_size", LEAST_CODES_PAGE)) < LEAST_CODES_PAGE:
+        return f"its kernels read {key['kv_dtype']} keys and values in pages of {LEAST_CODES_PAGE} tokens and more, not {key['page_size']}"
     if key.get("dtype", "bfloat16") != "bfloat16":
         return f"its kernels read {key['kv_dtype']} keys and values for bfloat16 activations only, not for {key['dtype']}"
     return None
@@ -102,110 +108,17 @@ def paged_attention(  # noqa: PLR0913
     """See api.paged_attention."""
     sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q)))
     decode, group = metadata.decode_size, q.shape[1] // k.shape[1]
-    work = _layout(positions, metadata, group)
-    placed = _place(q, k, v, positions, kv, metadata, lines=work, table=_table(positions, rope, spec, k.shape[2]))
+    work = gpu_lines.layout(positions, metadata, group)
+    way = gpu_lines if sizes.write == BY_XLA else gpu_write
+    placed = way.place(q, k, v, positions, kv, metadata, lines=work, spec=spec, rope=rope)
     parts = []
     if decode:
         parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
     if work.tiles is not None:
         out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
-        parts.append(gpu_write.collect(out, work.line[decode:], group=group))
+        parts.append(way.collect(out, work.line, first=decode, group=group))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return PagedResult(out.reshape(q.shape), placed.kv)
-
-
-class RowLines(NamedTuple):
-    """Lines of a decode row: `tiles` tiles of the queries of `per_tile` of its `tokens` tokens, a group of each, padded to `padded` lines,
-    what one copy into shared memory can bring."""
-
-    group: int
-    tokens: int
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of a row; its keys are read once for each."""
-        return -(-self.tokens // (hopper.TILE // self.group))
-
-    @property
-    def per_tile(self) -> int:
-        """Tokens of a tile."""
-        return -(-self.tokens // self.tiles)
-
-    @property
-    def used(self) -> int:
-        """Lines of a tile that hold a query."""
-        return self.per_tile * self.group
-
-    @property
-    def padded(self) -> int:
-        """Lines of a tile."""
-        return self.used + -self.used % 8
-
-
-class Lines(NamedTuple):
-    """Where the tokens' queries lie: decode rows first, each with its tiles' lines, then whole tiles of the other rows."""
-
-    line: Int32[Array, "tokens"]
-    room: int
-    row: RowLines
-    tiles: packing.Blocks | None
-
-
-def _layout(positions: Int32[Array, "tokens"], metadata: PagedMetadata, group: int) -> Lines:
-    decode, row = metadata.decode_size, RowLines(group, metadata.decode_tokens)
-    index = jnp.arange(decode, dtype=jnp.int32)
-    token, tokens, per_tile = lax.rem(index, jnp.int32(row.tokens)), jnp.int32(row.tokens), jnp.int32(row.per_tile)
-    tile = lax.div(index, tokens) * row.tiles + lax.div(token, per_tile)
-    line = tile * row.padded + lax.rem(token, per_tile) * group
-    used = metadata.decode_rows * row.tiles * row.padded
-    tiles = None
-    if positions.shape[0] > decode:
-        per = hopper.TILE // group
-        tiles = packing.cut(metadata, positions[decode:], hopper_tiles.CONSUMERS * per, 1)
-        used += -used % hopper_tiles.LINES
-        own = lax.div(tiles.place, jnp.int32(per)) * hopper.TILE + lax.rem(tiles.place, jnp.int32(per)) * group
-        line = jnp.concatenate([line, used + own])
-        used += tiles.row.shape[0] * hopper_tiles.LINES
-    return Lines(jnp.where(positions >= 0, line, gpu_write.NOWHERE), used, row, tiles)
-
-
-def _table(
-    positions: Int32[Array, "tokens"], rope: Float[Array, "half_rotary"] | None, spec: AttentionSpec, head_dim: int
-) -> Float[Array, "tokens head_dim"]:
-    """`rope_table` for all features: what is not rotated turns by nothing."""
-    if rope is None:
-        return jnp.concatenate([jnp.ones((len(positions), head_dim // 2)), jnp.zeros((len(positions), head_dim // 2))], axis=1)
-    return rope_table(positions, rope, spec.rope_scale)
-
-
-def _place(
-    q: Float[Array, "tokens heads head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
-    positions: Int32[Array, "tokens"],
-    kv: Pool,
-    metadata: PagedMetadata,
-    *,
-    lines: Lines,
-    table: Float[Array, "tokens rotary"],
-) -> gpu_write.Placed:
-    """Rotate everything, write keys and values into the pages, lay the queries out."""
-    (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
-    if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
-        q, k = rotate(q, table), rotate(k, table)
-        table = _table(positions, None, AttentionSpec(1.0), head_dim)
-    heads = gpu_write.Heads(kv_heads, q.shape[1] // kv_heads, head_dim)
-    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
-    row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
-    page = packing.take(metadata.page_tables, row, number)
-    slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), gpu_write.NOWHERE)
-    waves, qkv = gpu_write.waves(table, heads), qkv.reshape(tokens, -1, head_dim)
-    if not isinstance(kv, QuantizedKV):
-        return gpu_write.rotate_and_write(qkv, waves, slots, lines.line, kv, heads=heads, room=lines.room)
-    nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
-    nowhere = jnp.full_like(slots, gpu_write.NOWHERE)
-    placed = gpu_write.rotate_and_write(qkv, waves, nowhere, lines.line, nothing, heads=heads, room=lines.room)
-    return gpu_write.Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
 def _tables(tables: Int32[Array, "rows pages_per_row"], kv: Pool, keys: int) -> tuple[Int32[Array, "rows width"], Pages]:
@@ -249,14 +162,14 @@ def cut_rows(
 
 
 def _decode(
-    placed: gpu_write.Placed,
+    placed: gpu_lines.Placed,
     positions: Int32[Array, "tokens"],
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
     sinks: Float[Array, "heads"] | None,
     sizes: Sizes,
-    row: RowLines,
+    row: gpu_lines.RowLines,
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
     """A few queries per row."""
     (kv_heads, _, head_dim), rows, kv = placed.q.shape, metadata.decode_rows, placed.kv
@@ -295,8 +208,8 @@ def _decode(
 
 
 def _prefill(
-    placed: gpu_write.Placed,
-    work: Lines,
+    placed: gpu_lines.Placed,
+    work: gpu_lines.Lines,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,

@@ -88,10 +88,14 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
             pl.when(mine > 0)(lambda: _supply(plan, refs, scratch, stream, item, mine))
             return
 
-        def turn(turn: Any, used: Any) -> Any:
+        def turn(turn: Any, used: Any) -> Any:  # the queries' memory comes free late: what has room is copied before
+            own = item(turn)
+            ahead = jnp.minimum(own.blocks, plan.stages - 1)
+            _produce(plan, refs, scratch, stream, own, used, begin=0, end=ahead)
             pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
-            _copy_queries(plan, refs, scratch, stream, item(turn))
-            return _produce(plan, refs, scratch, stream, item(turn), used)
+            _copy_queries(plan, refs, scratch, stream, own)
+            _produce(plan, refs, scratch, stream, own, used, begin=ahead, end=own.blocks)
+            return used + own.blocks
 
         used = lax.fori_loop(0, mine, turn, jnp.int32(0))
         pl.when(mine > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
@@ -127,8 +131,8 @@ def _copy(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, slot: Any, at: 
             plan.pages.copy(pool, at, which, into.at[pl.ds(which * KEYS, KEYS)], barrier)
 
 
-def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
-    """Copy an item's blocks; `used` counts the blocks that the stream has had."""
+def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any, *, begin: Any, end: Any) -> None:
+    """Copy an item's blocks from `begin` to `end`; `used` counts the blocks that the stream had before the item."""
 
     def copy(number: Any, _: None) -> None:
         slot = lax.rem(used + number, jnp.int32(plan.stages))
@@ -136,8 +140,7 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
         pl.when(used + number >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[stream, slot]))
         _copy(plan, refs, scratch, stream, slot, at)
 
-    lax.fori_loop(0, item.blocks, copy, None)
-    return used + item.blocks
+    lax.fori_loop(begin, end, copy, None)
 
 
 def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callable[[Any], Item], mine: Any) -> None:

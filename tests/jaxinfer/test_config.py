@@ -18,6 +18,7 @@ from jaxinfer.config import (
     ServerConfig,
     add_arguments,
     from_arguments,
+    parse_audit_budget,
     parse_count,
     parse_mesh,
 )
@@ -55,12 +56,20 @@ def test_meshes_that_are_none(text):
         parse_mesh(text)
 
 
+def test_audit_budgets():
+    assert parse_audit_budget("kl=0.02") == 0.02 and parse_audit_budget("kl=0") == 0
+    for text in ("0.02", "kl", "kl=", "kl=x", "kl=-1", "kl=nan", "kl=inf", "perplexity=1"):
+        with pytest.raises(ConfigError, match="write kl=NATS"):
+            parse_audit_budget(text)
+
+
 @pytest.mark.parametrize(
     ("make", "flag"),
     [
         (lambda: ModelConfig(dtype="int4"), "--dtype"),
         (lambda: ModelConfig(load_format="pickle"), "--load-format"),
         (lambda: ModelConfig(max_model_len=1), "--max-model-len"),
+        (lambda: ModelConfig(require_audit="0.02"), "--require-audit"),
         (lambda: CacheConfig(page_size=0), "--page-size"),
         (lambda: CacheConfig(page_size=24), "--page-size"),
         (lambda: CacheConfig(prefix_caching="yes"), "--prefix-caching"),

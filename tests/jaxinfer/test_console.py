@@ -52,6 +52,12 @@ def test_secrets_are_redacted(text, shown):
     assert console.redact(text) == shown
 
 
+def test_tables_are_not_folded_in_a_pipe_and_nothing_is_markup(capsys):
+    console.print_table("[red]model", [["", "a" * 40, "b" * 40], ["figure", "[bold]1", "2"]])
+    out, err = capsys.readouterr()
+    assert err == "" and "[red]model" in out and "[bold]1" in out and f"{'a' * 40}" in out and f"{'b' * 40}" in out
+
+
 def test_bar_and_remarks_are_for_terminals_only(monkeypatch, capsys):
     with console.StageBar() as bar:
         bar("read", 1, 2)

@@ -76,3 +76,12 @@ def test_constrain():
     assert constrain(x, ("tokens", "mlp"), make_mesh({})) is x
     mesh = make_mesh({"data": 2, "tensor": 4})
     assert jax.jit(lambda x: constrain(x, ("tokens", "mlp"), mesh))(x).sharding.spec == P("data", "tensor")
+
+
+def test_a_grain_is_not_cut():
+    spec = ArraySpec((8, 12), np.dtype(np.int8), ("embed", "mlp"), (1, 4))
+    assert spec.units == (8, 3)
+    assert named(spec, make_mesh({"tensor": 4})).spec == P(None, None)
+    assert named(spec, make_mesh({"tensor": 3})).spec == P(None, "tensor")
+    with pytest.raises(ValueError, match="not a multiple of grain"):
+        ArraySpec((8, 12), np.dtype(np.int8), ("embed", "mlp"), (1, 5))

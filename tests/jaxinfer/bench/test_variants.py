@@ -41,7 +41,7 @@ def test_memory_is_shared_unless_the_pool_has_a_size():
         ("max-sequences=0", "--max-sequences 0 is below 1"),
         ("mesh=rows=2", "--mesh.*axes data, tensor"),
         ("policy=mine", "--policy 'mine' is unknown; choose one of fcfs"),
-        ("quantize=int3", "'int3' does not exist; there are: int8"),
+        ("quantize=int3", "'int3' does not exist; there are: fp8, int4, int8, w8a8"),
         ("overlap=on,overlap=off", "overlap is given twice"),
     ],
 )

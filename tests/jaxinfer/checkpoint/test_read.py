@@ -14,8 +14,9 @@ from jaxinfer.checkpoint import read
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.checkpoint.formats import safetensors
 from jaxinfer.models.graph import Quantization
-from jaxinfer.quant import int8
+from jaxinfer.quant.find import schemes
 from jaxinfer.quant.qarray import QArray, check
+from jaxinfer.quant.quantise import quantise
 from jaxinfer.sharding import make_mesh, named
 from tests.driving import GOLDEN, golden_graph
 from tests.weight_files import read_all, write
@@ -98,17 +99,18 @@ def test_progress_ends_at_the_whole():
 
 @pytest.mark.parametrize("mesh", [{}, {"tensor": 4}], ids=str)
 @pytest.mark.parametrize("block", [1, 1 << 26])
-def test_quantised_at_load_it_is_the_same_on_every_mesh(mesh, block, monkeypatch):
+@pytest.mark.parametrize("scheme", schemes())
+def test_quantised_at_load_it_is_the_same_on_every_mesh(mesh, block, scheme, monkeypatch):
     monkeypatch.setattr(read, "ROWS_BLOCK", block)
-    graph, mesh, file = golden_graph("linear", "bfloat16", Quantization("int8")), make_mesh(mesh), stored("linear")
+    graph, mesh, file = golden_graph("linear", "bfloat16", Quantization(scheme)), make_mesh(mesh), stored("linear")
     weights = read.load(GOLDEN / "linear", graph, mesh)
     down = weights["layers.0.mlp.down.weight"]  # its rows are cut by the mesh
     assert isinstance(down, QArray)
     check(down)
-    scales = int8.scales(file[DOWN], 1)
-    assert np.array_equal(down.scales, scales) and np.array_equal(down.values, int8.values(file[DOWN], scales))
+    whole = quantise(file[DOWN], 1, scheme)
+    assert np.array_equal(down.scales, whole.scales) and np.array_equal(down.values, whole.values)
     out = weights["layers.0.attention.out.weight"]
-    assert out.values.shape == (64, 4, 2, 8) and out.scales.shape == (64,)
+    assert out.shape == (64, 4, 2, 8) and out.scales.shape == (64, 1, 1, 1)
     assert not isinstance(weights["norm.weight"], QArray) and weights["norm.weight"].dtype == jax.numpy.bfloat16
     assert {(leaf.shape, leaf.dtype) for leaf in graph.leaves(weights)} == {(array.shape, array.dtype) for array in graph.arrays}
 
@@ -133,7 +135,7 @@ BROKEN = {
         "expected shape [32, 64]",
     ),
     "whole numbers": (lambda t: t.update({DOWN: t[DOWN].astype(np.int32)}), "expected a floating dtype, found int32"),
-    "quantised": (lambda t: t.update({DOWN: t[DOWN].astype(np.int8)}), "quantised checkpoints are not read yet"),
+    "quantised": (lambda t: t.update({DOWN: t[DOWN].astype(np.int8)}), "config.json has no quantization_config that says"),
     "renamed": (
         lambda t: t.update({"model.embed.weight": t.pop("model.embed_tokens.weight")}),
         "tensor 'model.embed_tokens.weight': expected shape [128, 64]",

@@ -30,10 +30,10 @@ def asked(monkeypatch):
 
 
 def test_flags_reach_the_planner(asked, capsys):
-    flags = "--model llama-3.1-8b --slice v6e-4 --goal latency --context 8k --concurrency 64 --quantize int8 --price 2.7 --json"
+    flags = "--model llama-3.1-8b --slice v6e-4 --goal latency --context 8k --concurrency 64 --quantize int8 --kv int8 --price 2.7 --json"
     assert program.main(["plan", *flags.split(), "--mesh", "tensor=4", "--no-compile"]) == 0
     model, slice, wanted, settings = asked[0]
-    assert (model, slice, settings) == ("llama-3.1-8b", "v6e-4", {"quantize": "int8"})
+    assert (model, slice, settings) == ("llama-3.1-8b", "v6e-4", {"quantize": "int8", "kv_dtype": "int8"})
     assert (wanted.context, wanted.concurrency, wanted.goal, wanted.price, wanted.mesh, wanted.compile) == (
         8192,
         64,

@@ -164,9 +164,11 @@ def test_a_known_beginning_is_not_computed_again(reschedule, reference):
     assert plain.scheduler.reused == 40
 
 
-def test_the_same_bits_in_deterministic_mode(folder):
+@pytest.mark.parametrize("kv_dtype", ["auto", pytest.param("int8", marks=pytest.mark.ci)])
+def test_the_same_bits_in_deterministic_mode(folder, kv_dtype):
     """Log probabilities of every drawn token and its rivals, bit by bit, under all that may happen to a request."""
-    engine = Engine(settings(folder, deterministic="on"))
+    wanted = settings(folder, deterministic="on")
+    engine = Engine(replace(wanted, cache=replace(wanted.cache, kv_dtype=kv_dtype)))
     requests = [replace(request, params=replace(request.params, logprobs=20)) for request in VARIETY]
     limits, largest = engine.scheduler.limits, engine.program.config.pool.pages
 
@@ -479,6 +481,28 @@ def test_bad_numbers_end_their_own_row_alone(plain, reference, monkeypatch):
         assert np.isfinite(np.asarray(pool)[free]).all(), "a free page holds what a failed request left"
     assert_same(found, reference)
     assert_same(run(plain, *VARIETY), reference)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_numbers_that_break_in_a_quantised_cache_stay_in_their_request(folder, monkeypatch, kv_dtype):
+    """Codes hold no infinity and int8 no NaN: the scales carry it to the request's own logits, and free pages are clean afterwards."""
+    wanted = settings(folder)
+    engine = Engine(replace(wanted, cache=replace(wanted.cache, kv_dtype=kv_dtype)))
+    assert engine.info.kv_dtype == {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype]
+    program, graph, others = engine.program, engine.program.config.graph, VARIETY[:4]
+    alone = {request.key: run(engine, request)[request.key] for request in others}
+    weights = graph.weights(program._leaves)
+    poison = max(set(range(272)).difference(*(tokens(outputs) for outputs in alone.values()), *(request.prompt for request in others)))
+    spoiled = weights | {"embedding.weight": weights["embedding.weight"].at[poison].set(jnp.nan)}
+    bad = Request("bad", (1, poison, 2), GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_leaves", graph.leaves(spoiled))
+        found = run(engine, bad, *others)
+    assert found[bad.key][-1].finish_reason == FinishReason.ERROR
+    for pool in jax.tree.leaves(program._kv):
+        assert np.isfinite(np.asarray(pool, np.float32)[engine.scheduler.pools[0]._free]).all()
+    assert_same(found, alone, list(alone))
 
 
 def test_text_that_cannot_be_made_ends_its_own_request(plain, reference, monkeypatch, caplog):

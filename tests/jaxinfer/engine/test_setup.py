@@ -7,15 +7,19 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfer.checkpoint import audit_record
+from jaxinfer.checkpoint.convert import convert
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
 from jaxinfer.engine import setup
 from jaxinfer.engine.setup import build, use_compilation_cache
+from jaxinfer.models.graph import Quantization
 from jaxinfer.planner import child
 from jaxinfer.planner.sizing import Machine
 from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
+from tests.quantised_files import tiny_model
 
 
 @pytest.fixture
@@ -59,7 +63,7 @@ def test_what_is_cached_in_other_numbers_is_something_else(folder):
     changed = [replace(wanted, cache=replace(wanted.cache, kv_dtype=name)) for name in ("auto", "int8", "fp8")]
     assert len({setup._prefix_index(config, model)._model for config in changed}) == 3
     placement = setup.Placement(setup._mesh(wanted))
-    codes = [setup._program(config, model, placement)[1].config.kv_specs[0] for config in changed]
+    codes = [setup._sizing(config, model, placement).planned()[1].config.kv_specs[0] for config in changed]
     assert [jax.tree.leaves(spec)[0].dtype.name for spec in codes] == ["float32", "int8", "float8_e4m3fn"]
 
 
@@ -118,6 +122,21 @@ def test_unknown_policies_are_refused(early, folder):
 def test_more_devices_than_there_are(early, folder):
     with pytest.raises(ConfigError, match="--mesh data=3,tensor=4: the mesh needs 12 devices, but 8 cpu"):
         early(settings(folder, mesh=MeshShape(3, 4)))
+
+
+def test_quantised_numbers_need_an_audit_if_the_user_wants_one(early, folder, tmp_path):
+    model = write_folder(tmp_path)
+    with pytest.raises(ConfigError, match=r"--require-audit kl=0.02: .* with int8 has no recorded audit; run: python"):
+        early(settings(model, quantize="int8", require_audit="kl=0.02"))
+    audit_record.write(model, {"int8": {"weights": audit_record.fingerprint(model), "kl_mean": 0.01}})
+    for passes in ({"quantize": "int8", "require_audit": "kl=0.02"}, {"require_audit": "kl=0.02"}, {"quantize": "int8"}):
+        with pytest.raises(AssertionError, match="too late"):
+            early(settings(model, **passes))
+    wanted = settings(model, quantize="int8", require_audit="kl=0.02")
+    with pytest.raises(ConfigError, match=r"with int8\+kv-fp8 has no recorded audit"):
+        early(replace(wanted, cache=replace(wanted.cache, kv_dtype="fp8")))
+    with pytest.raises(ConfigError, match="has an audit over it"):
+        early(settings(model, quantize="int8", require_audit="kl=0.001"))
 
 
 def test_longer_than_the_model_was_made_for(early, folder):
@@ -207,3 +226,13 @@ def test_the_compilation_cache_is_switched_on_and_off():
 def test_a_checkpoint_without_weights(early, tmp_path):
     with pytest.raises(CheckpointError, match="safetensors"):
         early(settings(write_folder(tmp_path), load_format="auto"))
+
+
+def test_weights_that_are_quantised_already(early, tmp_path):
+    folder, out = tiny_model(tmp_path / "model"), tmp_path / "out"
+    convert(folder, out, Quantization.parse("int8,lm_head=keep"))
+    model = setup._describe(EngineConfig(ModelConfig(str(out), dtype="float32")))
+    asked = setup._describe(EngineConfig(ModelConfig(str(folder), dtype="float32", quantize="int8,lm_head=keep")))
+    assert model.graph == asked.graph and model.parameters == asked.parameters
+    with pytest.raises(ConfigError, match=r"--quantize int8: the weights in .*out are quantised already; leave --quantize out"):
+        early(settings(out, quantize="int8", load_format="auto"))

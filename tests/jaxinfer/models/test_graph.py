@@ -1,5 +1,6 @@
 """A model without its weights: a stable order of flat arrays, quantised or not, and the way back."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph, Quantization, arrays_of, random_weights
 from jaxinfer.models.weights import transform_of
-from jaxinfer.quant.qarray import QArray, QSpec, check
+from jaxinfer.quant.qarray import QArray, QSpec, check, dequantize
 from jaxinfer.sharding import ArraySpec, make_mesh, named
 from tests.driving import GOLDEN, Chunk, Driver, golden_graph, pack
 
@@ -64,22 +65,34 @@ def test_random_weights_are_sharded_and_depend_on_the_seed_alone():
 
 
 def test_quantisation_takes_the_matmuls_and_leaves_the_rest():
-    graph = tiny(Quantization("int8", keep=("lm_head.*",)), layers=1, attention_bias=True)
+    graph = tiny(Quantization("int8", (("lm_head", "keep"),)), layers=1, attention_bias=True)
     quantised = {name for name, spec in zip(graph.names, graph.specs, strict=True) if isinstance(spec, QSpec)}
     assert quantised == {f"layers.0.{name}" for name in LAYER if "norm" not in name}
     weights = random_weights(graph, 0, make_mesh({}))
     for name in quantised:
         assert isinstance(weights[name], QArray)
-        check(weights[name])
     assert graph.nbytes < tiny(layers=1, attention_bias=True).nbytes
-    with pytest.raises(ConfigError, match="'int3' does not exist"):
-        tiny(Quantization("int3"))
+    with pytest.raises(ConfigError, match="'lm_heads' matches no weight"):
+        tiny(Quantization("int8", (("lm_heads", "keep"),)))
+    with pytest.raises(ConfigError, match=r"--quantize: int4 needs groups.*keep it \(layers.0.mlp.down.weight=keep\)"):
+        tiny(Quantization("int4"), intermediate_size=40)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "fp8"])
+def test_random_weights_of_every_scheme(scheme):
+    graph = tiny(Quantization(scheme), layers=1)
+    weights = random_weights(graph, 0, make_mesh({"tensor": 2}))
+    for name, spec in zip(graph.names, graph.specs, strict=True):
+        if isinstance(spec, QSpec):
+            check(weights[name])
+            into = math.prod(spec.shape[-graph.contracting[graph.names.index(name)] :])
+            assert float(jnp.std(jax.jit(dequantize)(weights[name]))) == pytest.approx(into**-0.5, rel=0.1)
 
 
 def test_arrays_of_a_weight():
     graph = tiny(Quantization("int8"), layers=1)
     down = graph.specs[graph.names.index("layers.0.mlp.down.weight")]
-    assert [array.axes for array in arrays_of(down)] == [("embed", "mlp"), ("embed",)]
+    assert [array.axes for array in arrays_of(down)] == [("embed", "mlp"), ("embed", None)]
     assert arrays_of(graph.specs[0]) == (ArraySpec((128, 64), np.dtype(np.float32), ("vocab", "embed")),)
     assert sum(array.nbytes for array in graph.arrays) == graph.nbytes
 
@@ -100,13 +113,14 @@ def test_kv_specs_come_from_the_attention_ops_layout():
     assert [spec.nbytes for spec in jax.tree.leaves(quantised)[:2]] == [10 * 2 * 2 * 4 * 8, 10 * 2 * 2 * 4 * 4]
 
 
-def test_a_quantised_model_runs_and_stays_near():
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.05), ("w8a8", 0.1), ("int4", 0.5)])
+def test_a_quantised_model_runs_and_stays_near(scheme, most):
     """Model files do not know about quantisation; logits move little, here with weights and scales sharded."""
     with np.load(GOLDEN / "linear" / "expected.npz") as file:
         tokens, lengths, exact = file["tokens"], file["lengths"], file["logits"]
     prompts = [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
-    near = Driver.golden("linear", make_mesh({"tensor": 2}), quantization=Quantization("int8")).logits(prompts, [lengths.tolist()])
-    assert 1e-5 < np.sqrt(np.mean((np.concatenate(near) - exact) ** 2)) / np.std(exact) < 0.05
+    near = Driver.golden("linear", make_mesh({"tensor": 2}), quantization=Quantization(scheme)).logits(prompts, [lengths.tolist()])
+    assert 1e-5 < np.sqrt(np.mean((np.concatenate(near) - exact) ** 2)) / np.std(exact) < most
 
 
 def test_a_program_takes_flat_arrays():

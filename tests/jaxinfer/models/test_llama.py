@@ -52,11 +52,14 @@ def test_logits_of_ragged_prompts_are_hugging_faces(name, mesh):
 
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
 def test_a_quantised_cache_stays_near(codes):
-    """With KV heads sharded and replicas of their own, prompts in chunks and tokens one by one."""
+    """With KV heads sharded and replicas of their own, prompts in chunks and tokens one by one.
+
+    Heads of 8 features leave an int8 number off by 0.4 % of their magnitude, a float8 one by 2.5 %; three layers make about thrice that.
+    """
     prompts, logits, _ = expected("grouped")
     ours = Driver.golden("grouped", make_mesh({"data": 2, "tensor": 2}), codes=codes).logits(prompts, PREFILL)
     off = np.concatenate(ours) - np.concatenate(logits)
-    assert 1e-5 < np.sqrt(np.mean(off**2)) / np.std(np.concatenate(logits)) < (0.01 if codes == "int8" else 0.05)
+    assert 1e-5 < np.sqrt(np.mean(off**2)) / np.std(np.concatenate(logits)) < (0.02 if codes == "int8" else 0.1)
 
 
 def test_bfloat16_stays_near():

@@ -19,7 +19,7 @@ def test_what_would_make_it_fit(too_large):
     fitting = remedies(now, found)
     assert "int8 weights" in [change.words for change in fitting] and fitting[-1].words == "slice v5e-4"
     assert all(change.made.fits for change in fitting)
-    assert "fits, " in fitting[0].effect(now) and "sequences of full length" in fitting[0].effect(now)
+    assert "fits, room for " in fitting[0].effect(now) and "sequences of full length" in fitting[0].effect(now)
 
 
 def test_changes_that_do_not_help_say_so(too_large):
@@ -35,7 +35,7 @@ def test_the_next_best_step_gives_nothing_up():
     assert steps and not any(change.less for change in steps)
     assert any("XLA_PYTHON_CLIENT_MEM_FRACTION" in change.flags for change in found)
     int8 = next(change for change in found if change.words == "int8 weights")
-    assert "audit quant --model MODEL --schemes int8" in int8.remark and "x the concurrency" in int8.effect(now)
+    assert "audit quant --model MODEL --data FILE --schemes int8" in int8.remark and "x the concurrency" in int8.effect(now)
 
 
 def test_what_was_taken_already_is_not_proposed():

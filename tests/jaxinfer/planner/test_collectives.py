@@ -18,6 +18,8 @@ TEXT = """
   %both = (f32[8]{0}, s32[2]{0}) all-reduce(%a, %b), channel_id=6
   %ag = (f32[4,16]{1,0}, f32[4,64]{1,0}) all-gather-start(%z), dimensions={1}
   %ag2 = f32[256,128256]{0,1:T(8,128)} all-gather(%fusion.2), channel_id=9
+  %nested = ((bf16[16,512]{1,0}), bf16[16,512]{1,0}) all-reduce-start(%bitcast), channel_id=3, to_apply=%add.1.clone
+  %gathered = ((f32[16,512]{0,1}), f32[16,1024]{0,1}) all-gather-start(%fusion), channel_id=4
   %other = f32[4] fusion(%all-reduce), kind=kLoop
 """
 
@@ -25,6 +27,7 @@ TEXT = """
 def test_collectives_of_a_text():
     assert set(in_text(TEXT)) == {
         Collective("all-reduce", 256 * 4096 * 2, 2), Collective("all-reduce", 8 * 64 * 4, 1), Collective("all-reduce", 40, 1),
+        Collective("all-reduce", 16 * 512 * 2, 1), Collective("all-gather", 16 * 1024 * 4, 1),
         Collective("all-gather", 4 * 64 * 4, 1), Collective("all-gather", 256 * 128256 * 4, 1),
     }  # fmt: skip
     assert in_text("%x = f32[4] add(%a, %b)") == ()

@@ -5,7 +5,7 @@ import pytest
 
 from jaxinfer.config import EngineConfig, MeshShape, from_arguments
 from jaxinfer.models.find import find_shape
-from jaxinfer.planner.estimate import Choice, Wish, estimate, kernels_for
+from jaxinfer.planner.estimate import Choice, Wish, estimate, kernels_for, stored_as
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.planner.slices import parse
 
@@ -74,6 +74,7 @@ def test_sequences_are_dealt_out_to_replicas():
 def test_kernels_are_those_that_auto_takes_for_the_target():
     assert kernels_for(choice("cpu-4").sizing()) == Kernels("xla", "xla", "float32")
     assert kernels_for(choice("cpu-4", quantize="int8").sizing()).weights == "int8"
+    assert (stored_as("int8,lm_head=keep"), stored_as("*.mlp.*=int4"), stored_as(None)) == ("int8", "mixed", None)
 
 
 def test_memory_may_be_given():

@@ -10,7 +10,7 @@ from jaxinfer.config import CacheConfig, ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.memory import Demand, check_programs, plan_memory
+from jaxinfer.planner.memory import Demand, account, check_programs, plan_memory
 from jaxinfer.sharding import make_mesh
 
 GRAPH = Graph.of(llama, llama.TINY, "float32")
@@ -120,3 +120,14 @@ def test_a_tight_pool_takes_what_the_programs_leave():
     exact = plan(memory=4 * MIB, sequences=64, programs=rough.programs // 2)
     assert exact.pool.tokens > rough.pool.tokens
     assert exact.total <= 0.9 * 4 * MIB
+
+
+def test_room_for_more_than_is_wanted():
+    """As many sequences as the memory holds would just fit if they were wanted."""
+    pool, placement = PoolShape(2, 16), Placement(make_mesh({}))
+    asked = lambda sequences: account(GRAPH, pool, Demand(sequences, 256), CacheConfig(), placement=placement, device_memory=64 * MIB)
+    few = asked(8)
+    room = few.room(1 * MIB, 1)
+    assert room > 100 and few.lacking(1 * MIB) < 0
+    assert asked(room).pages(1 * MIB) == 16 * room > asked(room + 1).pages(1 * MIB) - 16
+    assert asked(room).lacking(1 * MIB, room) <= 0 < asked(room + 1).lacking(1 * MIB, room + 1)

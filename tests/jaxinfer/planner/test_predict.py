@@ -68,6 +68,11 @@ def test_quantised_weights_are_half_the_bytes(h200):
     assert predictor(weights="int8").weight_bytes == pytest.approx(h200.weight_bytes / 2, rel=0.01)
 
 
+def test_integer_activations_multiply_at_the_integer_rate(h200):
+    integers = replace(h200, kernels=replace(h200.kernels, weights="w8a8"))
+    assert integers._rate == h200.chip.int8_rate and integers.prefill(4096).matmul < h200.prefill(4096).matmul
+
+
 def test_a_chip_without_kernels_of_ours_reads_keys_slowly():
     slow, fast = (predictor(chip="TPU v6e", attention=name).decode(64, 4096) for name in ("xla", "tpu"))
     assert slow.attention > 3 * fast.attention

@@ -4,8 +4,8 @@ from math import prod
 
 import pytest
 
-from jaxinfer.config import EngineConfig, MeshShape
-from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, name_of
+from jaxinfer.config import MeshShape, engine_settings
+from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, name_of
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned
 
@@ -31,19 +31,25 @@ def test_target_settings_and_speed(meshed_plan):
     assert (meshed_plan.target["slice"], meshed_plan.target["devices"], meshed_plan.settings["mesh"]) == ("cpu-4", 4, "data=2,tensor=2")
     assert meshed_plan.speed["itl"] == meshed_plan.phases["decode"]["seconds"] > 0
     assert meshed_plan.speed["cost_per_million"] == pytest.approx(3.0 * 4 / 3600 / meshed_plan.speed["tokens_per_second"] * 1e6)
-    assert meshed_plan.capacity["concurrency"] == 4
+    assert meshed_plan.capacity["concurrency"] == 4 < 1000 < meshed_plan.capacity["largest_concurrency"]
 
 
 def test_the_command_starts_what_was_planned(meshed_plan):
     wanted = "python -m jaxinfer.serve --model small --mesh data=2,tensor=2 --max-model-len 64 --max-sequences 2 --page-size 4"
     assert meshed_plan.command.startswith(wanted)
-    assert {"kv_dtype"} >= set(FLAGS) - {item for section in vars(EngineConfig()).values() for item in vars(section)}
+    assert set(FLAGS) <= set(engine_settings())
 
 
 def test_a_guess_is_called_one():
     plan = planned()
     assert plan.notes[0] == GUESS_NOTE and plan.memory["programs_from"] == "guess" and plan.programs["compiled"] == []
     assert [row["mesh"] for row in plan.meshes].count(plan.settings["mesh"]) == 1 and len(plan.meshes) == 3
+
+
+def test_quantised_keys_and_values_take_less_and_are_marked(meshed_plan):
+    plan = planned(mesh=[2, 2], config={"kv_dtype": "int8"})
+    assert plan.notes[1] == KV_NOTE
+    assert plan.memory["kv_token"] == 2 * 2 * (8 + 4) < meshed_plan.memory["kv_token"]
 
 
 def test_meshes_are_written_as_their_flag():

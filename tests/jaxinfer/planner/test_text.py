@@ -44,7 +44,7 @@ def test_a_plan_that_does_not_fit(monkeypatch):
     monkeypatch.setattr(topology.devices, "memory_bytes", lambda device: 245_000)
     plan = planned("cpu-1")
     out = shown(text.show, plan)
-    assert "DOES NOT FIT: " in out and "GiB a device too much" in out and "What would make it fit:" in out
+    assert "DOES NOT FIT: " in out and "GiB a device too much" in out and "What would make it fit:" in out and "jaxinfer.serve" not in out
 
 
 def test_a_failure_is_said():

@@ -2,15 +2,17 @@
 
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.quant import int8
+from jaxinfer.quant.blocks import counts
 from jaxinfer.quant.matmul import matmul, sharded_matmul
-from jaxinfer.quant.qarray import QArray, dequantize
+from jaxinfer.quant.qarray import FP8, INT8, PACKED, QArray, dequantize
+from jaxinfer.quant.quantise import quantise
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 
 RANDOM = np.random.default_rng(0)
@@ -47,8 +49,7 @@ def test_every_sharding_computes_the_product(case, mesh):
 def test_a_quantised_weight_computes_what_its_oracle_says(case):
     x, weight, _ = arrays(case)
     contracting = CASES[case][2]
-    scales = int8.scales(np.asarray(weight), contracting)
-    quantised = QArray(jnp.asarray(int8.values(np.asarray(weight), scales)), jnp.asarray(scales))
+    quantised = quantise(np.asarray(weight), contracting, "int8")
     exact = matmul(x, dequantize(quantised), out_dtype=jnp.dtype("float32"))
     mesh = make_mesh({"tensor": 2})
     sharded = sharded_matmul(x, quantised, CASES[case][1], mesh=mesh, rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
@@ -63,8 +64,7 @@ def test_the_result_has_the_dtype_asked_for():
     logits = matmul(x, weight, out_dtype=jnp.dtype("float32"))
     assert logits.dtype == jnp.float32
     assert np.abs(np.asarray(logits) - product).max() < 0.1
-    scales = int8.scales(np.asarray(weight), 1)
-    quantised = QArray(jnp.asarray(int8.values(np.asarray(weight), scales)), jnp.asarray(scales))
+    quantised = quantise(np.asarray(weight), 1, "int8")
     assert matmul(x, quantised, out_dtype=jnp.dtype("float32")).dtype == jnp.float32
 
 
@@ -82,3 +82,39 @@ def test_weights_are_not_copied(tokens):
     lowered = run.lower(jax.ShapeDtypeStruct((tokens, 64), jnp.float32), jax.ShapeDtypeStruct((2, 48, 64), jnp.float32))
     moved = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", lowered.compile().as_text())
     assert 2 * 48 * 64 not in [math.prod(map(int, shape.split(","))) for shape in moved]
+
+
+LAYOUTS = {
+    "tiles of rows and inputs": ((4, 16, 64), ("mlp", None, "embed"), 1, FP8, (1, 8, 32)),
+    "groups over two dimensions, cut by the mesh": ((8, 4, 2, 16), ("embed", "mlp", None, None), 3, PACKED, (1, 1, 2, 16)),
+    "groups that the mesh would cut": ((8, 4, 2, 16), ("embed", "mlp", None, None), 3, PACKED, (1, 2, 2, 16)),
+    "one scale": ((6, 8), ("vocab", "embed"), 1, FP8, (6, 8)),
+    "blocks that are no run": ((4, 2, 8), ("mlp", None, "embed"), 1, INT8, (2, 1, 4)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_blocks_on_a_mesh_compute_what_the_oracle_says(layout):
+    shape, axes, contracting, dtype, blocks = LAYOUTS[layout]
+    values = RANDOM.integers(0, 100, shape).astype(np.float32).astype(dtype)
+    weight = QArray(
+        jnp.asarray(values[..., : shape[-1] // 2] if dtype == PACKED else values),
+        jnp.asarray(RANDOM.uniform(0.5, 1.5, counts(shape, blocks)), jnp.float32),
+        jnp.asarray(RANDOM.integers(0, 17, counts(shape, blocks)), jnp.uint8) if dtype == PACKED else None,
+        jnp.asarray(RANDOM.uniform(0.5, 1.5, shape[-contracting:]), jnp.float32),
+    )
+    x = jnp.asarray(RANDOM.normal(size=(4, *shape[-contracting:])), jnp.float32)
+    exact = np.tensordot(x, jax.jit(dequantize)(weight), (tuple(range(1, x.ndim)), tuple(range(-contracting, 0))))
+    for mesh in (make_mesh({}), make_mesh({"data": 2, "tensor": 4})):
+        run = partial(sharded_matmul, axes=axes, mesh=mesh, rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
+        found = jax.jit(run)(x, weight)
+        assert np.allclose(found, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+
+
+def test_activations_are_quantised_token_by_token():
+    x, weight, product = arrays("columns")
+    quantised = quantise(np.asarray(weight), 1, "w8a8")
+    found = matmul(x * 10.0 ** jnp.arange(6.0)[:, None] / 1e3, quantised, out_dtype=jnp.dtype("float32"))
+    wanted = product * 10.0 ** np.arange(6.0)[:, None, None] / 1e3
+    errors = np.abs(found - wanted).max((1, 2)) / np.abs(wanted).max((1, 2))
+    assert errors.min() > 1e-4 and errors.max() < 0.02

@@ -68,7 +68,7 @@ def test_a_step_takes_over_pool_and_slots(plain):
     before = (*program._kv, *jax.tree.leaves(program._slots))
     step(program, Batch((), rows(1, (1, 2))))
     assert all(array.is_deleted() for array in before)
-    assert not any(array.is_deleted() for array in (*program._leaves, *program._kv))
+    assert not any(array.is_deleted() for array in (*program.leaves, *program._kv))
 
 
 def test_rows_without_a_request_write_only_what_nobody_reads(plain):

@@ -32,11 +32,13 @@ def test_shapes_are_few_and_different():
     assert {case.decode_tokens for case in found} == {1, 2, 4, 8} and {case.kv_dtype for case in found} == {None, "int8", "float8_e4m3fn"}
 
 
+@pytest.mark.ci
 def test_a_good_step_is_good(step):
     found = judged(step)
     assert found.good and str(found).endswith("ok")
 
 
+@pytest.mark.ci
 def test_each_fault_is_seen(step):
     """A wrong output, a step of the pool that is off, a page that somebody else changed, a row that its neighbours changed."""
     real = int(np.flatnonzero(np.asarray(step.mine))[0])
@@ -58,6 +60,7 @@ def test_each_fault_is_seen(step):
         assert name == "alone" or float(getattr(found.worst, name)) > float(getattr(judged(step).worst, name))
 
 
+@pytest.mark.ci
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(draws, "shapes", lambda: [dataclasses.replace(CASE, kv_dtype=None, name="first"), CASE])
     assert draws.main(["--implementation", "xla", "--draws", "2", "--only", "int8"]) == 0

@@ -22,7 +22,7 @@ SMALL = gpu.Sizes(decode_longest=64, decode_longest_many=64, decode_stages=2, pr
 SOON = [
     Case("tokens", decode_rows=3, page_size=64, pages_per_row=5, kv_heads=1, group=16, dtype="bfloat16", decode_tokens=8, extras=SINKS),
     Case("codes", decode_rows=3, page_size=64, pages_per_row=6, kv_heads=2, group=4, dtype="bfloat16", decode_tokens=2, kv_dtype="int8"),
-    Case("prefill_codes", prefill_rows=2, prefill_tokens=70, pages_per_row=18, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
+    Case("prefill_codes", 0, 2, 70, page_size=32, pages_per_row=9, kv_heads=1, dtype="bfloat16", kv_dtype="float8_e4m3fn"),
     Case("decode_chunks", decode_rows=4, page_size=64, pages_per_row=6, kv_heads=1, group=4, dtype="bfloat16", extras=BOTH),
     Case("prefill_cap", prefill_rows=3, prefill_tokens=100, pages_per_row=18, kv_heads=1, dtype="float16", window=37, soft_cap=5.0),
 ]
@@ -31,7 +31,7 @@ LATER = [
     Case("middle", 3, 3, 90, page_size=32, pages_per_row=9, group=5, head_dim=96, dtype="bfloat16", window=77, extras=SINKS),
     Case("alone", 4, 2, 300, page_size=64, pages_per_row=5, group=1, head_dim=128, dtype="float16", soft_cap=8.0, extras=ROPE),
     Case("narrow", 5, 3, 120, page_size=8, pages_per_row=45, group=8, dtype="bfloat16", window=100, extras=BOTH),
-    Case("codes_mixed", 5, 2, 90, page_size=16, pages_per_row=24, dtype="bfloat16", kv_dtype="int8", window=90, extras=SINKS),
+    Case("codes_mixed", 5, 2, 90, page_size=32, pages_per_row=12, dtype="bfloat16", kv_dtype="int8", window=90, extras=SINKS),
     Case("codes_wide", 3, 2, 60, page_size=128, pages_per_row=3, head_dim=128, dtype="bfloat16", kv_dtype="float8_e4m3fn", extras=BOTH),
     Case("codes_middle", 3, 2, 60, page_size=64, pages_per_row=5, head_dim=96, dtype="bfloat16", kv_dtype="int8", decode_tokens=4),
     Case("tokens_window", 4, 1, 20, page_size=32, pages_per_row=9, group=5, dtype="float16", decode_tokens=3, window=70, soft_cap=8.0),
@@ -52,9 +52,9 @@ def run_of(case, sizes=SMALL):
         return jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(case.make(0, "gpu")).compile()
 
 
-def close(case, seeds):
+def close(case, seeds, write=gpu.BY_XLA):
     """Against XLA in float32 on the same 16-bit numbers."""
-    run, wide = run_of(case), dataclasses.replace(case, dtype="float32")
+    run, wide = run_of(case, SMALL._replace(write=write)), dataclasses.replace(case, dtype="float32")
     oracle = jax.jit(lambda inputs: wide.run(inputs, "xla"))
     for seed in seeds:
         inputs = case.make(seed, "gpu")
@@ -71,10 +71,16 @@ def test_close_to_xla(interpreted, case):
     close(case, range(2))
 
 
+@pytest.mark.parametrize("case", SOON[3:], ids=lambda case: case.name)
+def test_close_to_xla_where_a_kernel_writes(interpreted, case):
+    close(case, range(1), gpu.BY_KERNEL)
+
+
 @pytest.mark.ci
+@pytest.mark.parametrize("write", [gpu.BY_XLA, gpu.BY_KERNEL])
 @pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_xla_many_draws(interpreted, case):
-    close(case, range(12))
+def test_close_to_xla_many_draws(interpreted, case, write):
+    close(case, range(6), write)
 
 
 def without(inputs, rows):
@@ -97,7 +103,7 @@ def without(inputs, rows):
 @pytest.mark.parametrize(("kv_dtype", "tokens"), [(None, 1), ("int8", 2)])
 def test_a_row_depends_on_itself_alone(interpreted, kv_dtype, tokens):
     """Bit for bit, whatever the neighbours' lengths."""
-    case = Case("x", 3, 3, 60, page_size=16, pages_per_row=20, kv_heads=1, dtype="bfloat16", window=90, extras=SINKS)
+    case = Case("x", 3, 3, 60, page_size=32, pages_per_row=10, kv_heads=1, dtype="bfloat16", window=90, extras=SINKS)
     case = dataclasses.replace(case, kv_dtype=kv_dtype, decode_tokens=tokens)
     run = run_of(case)
     inputs = case.make(5, "gpu")
@@ -179,6 +185,7 @@ def test_rows_are_cut_whole(window, wanted, longest):
         (H200, {"decode_tokens": 8, "kv_dtype": "int8"}, None),
         (H200, {"decode_tokens": 9}, "up to 8 tokens of a decode row, not 9; make longer rows prefill rows"),
         (H200, {"kv_dtype": "float8_e4m3fn", "head_dim": 256}, "float8_e4m3fn keys and values of head_dim up to 128.*not 256"),
+        (H200, {"kv_dtype": "int8", "page_size": 16}, "int8 keys and values in pages of 32 tokens and more, not 16"),
         (H200, {"kv_dtype": "int8", "dtype": "float16"}, "int8 keys and values for bfloat16 activations only, not for float16"),
     ],
 )

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def test_a_token_depends_on_itself_alone(tokens):
 def test_sums_are_wide():
     """1 + 256 * 0.001 is lost when sums are kept in bfloat16."""
     x = jnp.full((1, 257), 2.0**-10, jnp.bfloat16).at[0, 0].set(1.0)
-    out = jax.jit(xla.quantized_matmul)(x, jnp.ones((1, 257), jnp.int8), jnp.ones(1, jnp.float32))
+    out = jax.jit(xla.quantized_matmul)(x, jnp.ones((1, 257), jnp.int8), jnp.ones((1, 1), jnp.float32))
     assert out.dtype == jnp.bfloat16
     assert float(out[0, 0]) == 1.25
 
@@ -36,7 +37,7 @@ def test_blocks_of_outputs_make_no_difference(block):
 
 def test_the_weight_is_never_converted_whole():
     shape = jax.ShapeDtypeStruct
-    arguments = shape((1, 512), jnp.float32), shape((8192, 512), jnp.int8), shape((8192,), jnp.float32)
+    arguments = shape((1, 512), jnp.float32), shape((8192, 512), jnp.int8), shape((8192, 1), jnp.float32)
     memory = jax.jit(xla.quantized_matmul).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8192 * 512
 
@@ -46,3 +47,9 @@ def test_candidates_run_from_the_heuristic():
     for platform in ("cpu", "gpu", "tpu"):
         assert xla.heuristic(platform, key) in xla.candidates(platform, key)
     assert xla.heuristic("gpu", key) == {"outputs": 8192}
+
+
+def test_float8_by_its_bits_is_exact():
+    bits = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    values = np.where((bits & 0x7F) == 0x7F, 0, bits).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    assert np.array_equal(jax.jit(xla._float8)(jnp.asarray(values.view(np.uint8))), values.astype(np.float32))
