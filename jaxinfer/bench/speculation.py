@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure every way on every kind of prompt; 1 if float32 tokens differ."""
     ways, batches, kinds = args.way or WAYS, args.batch or BATCHES, args.kind or KINDS
-    values = {"max_sequences": max(batches), **vars(args)}
-    configs = [from_arguments(EngineConfig, values | {"speculate": way}) for way in ("off", *ways)]
+    values: dict[str, Any] = {"max_sequences": max(batches), **vars(args)}
+    configs = [from_arguments(EngineConfig, {**values, "speculate": way}) for way in ("off", *ways)]
     equal = True
     with engines.opened(configs) as opened, Report("speculation", args) as report:
         named = dict(zip(("off", *ways), opened, strict=True))

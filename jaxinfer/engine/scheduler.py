@@ -336,7 +336,7 @@ class Scheduler:
             step.copies.append(PageCopy(place.source, sequence.pages[len(place.pages)], replica))
         sequence.chain.restart(place.node, len(place.pages))
         sequence.slot, sequence.replica, sequence.running = self._slots[replica].pop(), replica, True
-        sequence.computed = sequence.reused = place.computed
+        sequence.computed = sequence.chain.reused = place.computed
         self.looked_up += len(sequence.tokens)
         self.reused += place.computed
         insort(self._running, sequence, key=_standing)

@@ -36,7 +36,7 @@ class Sequence:
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
     sampled on the device and not known yet (one for each uncommitted batch at most, and the drafts, all of which may stand).
     in_flight: launched, uncommitted batches with a row of it. drafts: those that are being verified: until it is known which of them
-    stand, nothing more of the sequence is scheduled. slot: -1 while it has none. reused: tokens found computed when it was admitted last.
+    stand, nothing more of the sequence is scheduled. slot: -1 while it has none.
     """
 
     request: Request
@@ -54,7 +54,6 @@ class Sequence:
     running: bool = False
     ended: bool = False
     preemptions: int = 0
-    reused: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -75,6 +74,11 @@ class Sequence:
     def missing(self) -> int:
         """Tokens that no scheduled step has computed; 1 means that the next step is a decode."""
         return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def reused(self) -> int:
+        """Tokens found computed when it was admitted last."""
+        return self.chain.reused
 
     @property
     def last(self) -> bool:

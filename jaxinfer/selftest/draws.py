@@ -47,7 +47,7 @@ class Context:
             temperature=draw.choice((0.6, 1.0, 1.6)), top_k=draw.choice((0, 12, 30)), top_p=draw.choice((0.8, 0.95, 1.0)),
             min_p=draw.choice((0.0, 0.01, 0.05)), presence_penalty=draw.uniform(-0.3, 0.6), frequency_penalty=draw.uniform(-0.2, 0.5),
             repetition_penalty=draw.uniform(0.8, 1.4), logit_bias={draw.randrange(VOCAB): draw.uniform(-2, 2) for _ in range(4)},
-            min_tokens=len(output) + draw.choice((0, 1, 3)), allowed_token_ids=draw.sample(range(VOCAB), VOCAB - 6),
+            min_tokens=len(output) + draw.choice((0, 1, 3)), allowed_token_ids=tuple(draw.sample(range(VOCAB), VOCAB - 6)),
         )  # fmt: skip
         banned = [(draw.randrange(VOCAB),), (output[-1], draw.randrange(VOCAB))]
         admission = Admission(Request("context", prompt, params), 0, output)

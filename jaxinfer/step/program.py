@@ -202,7 +202,7 @@ class Program:
     @property
     def leaves(self) -> tuple[Array, ...]:
         """The weights, in the graph's order; empty before `load`."""
-        return self._leaves
+        return self._leaves[: len(self.config.graph.arrays)]
 
     @property
     def bytes_beside(self) -> int:
@@ -294,7 +294,7 @@ class Program:
         if targets is None:
             return None
         program = self._compiled[ScoreKey(packed.shapes.bucket)]
-        return program(self._leaves, computed.hidden, self._send(targets, self._by_replica))
+        return program(self.leaves, computed.hidden, self._send(targets, self._by_replica))
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
