@@ -36,18 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices = None if kind is int else values
         parser.add_argument(f"--{name}", action="append", type=kind, choices=choices, help=f"only this one; may be repeated [{listed}]")
     parser.add_argument("--tokens", type=int, default=96, help="tokens that each request gets [96]")
+    parser.add_argument("--always", action="store_true", help="draft whatever it costs, to see how many drafts stand")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure every way on every kind of prompt; 1 if float32 tokens differ."""
-    ways, batches, kinds = args.way or WAYS, args.batch or BATCHES, args.kind or KINDS
+    ways: Sequence[str] = args.way or WAYS
+    batches, kinds = args.batch or BATCHES, args.kind or KINDS
     values: dict[str, Any] = {"max_sequences": max(batches), **vars(args)}
     configs = [from_arguments(EngineConfig, {**values, "speculate": way}) for way in ("off", *ways)]
     equal = True
     with engines.opened(configs) as opened, Report("speculation", args) as report:
-        named = dict(zip(("off", *ways), opened, strict=True))
+        named: dict[str, Any] = dict(zip(("off", *ways), opened, strict=True))
+        for engine in opened[1:]:
+            engine.speculator.always = args.always
         for kind in kinds:
             for batch in batches:
                 remark(f"{kind}, {batch} at once")
