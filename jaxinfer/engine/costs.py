@@ -7,6 +7,7 @@ This file does not know what drafts are worth.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ from jaxinfer.step.program import Program
 
 PLAIN, WIDE, MODEL = "plain", "wide", "model"
 ROUNDS = 5
-NEW = 0.1  # weight of the latest step
-OUTLIER = 3.0  # a step that takes so many times what is expected counts as this
+NEW = 0.1  # least weight of the latest step
+OUTLIER = 2.0  # a step that takes so many times what is expected counts as this
 
 
 class Costs:
@@ -27,15 +28,17 @@ class Costs:
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, int], float] = {}
+        self._steps: Counter[tuple[str, int]] = Counter()
 
     def set(self, way: str, rows: int, seconds: float) -> None:
         """Note what was measured."""
         self._seconds[way, rows] = seconds
 
     def take(self, way: str, rows: int, seconds: float) -> None:
-        """Correct by what a step took; what was never measured is set."""
+        """Correct by what a step took: the first one counts for more than what was measured at the start, with nothing to do."""
         known = self._seconds.get((way, rows), seconds)
-        self._seconds[way, rows] = known + NEW * (min(seconds, OUTLIER * known) - known)
+        self._steps[way, rows] += 1
+        self._seconds[way, rows] = known + max(NEW, 1 / self._steps[way, rows]) * (min(seconds, OUTLIER * known) - known)
 
     def table(self) -> dict[tuple[str, int], float]:
         """All that is known."""
@@ -47,10 +50,17 @@ class Costs:
         Raises:
             LookupError: no program measured holds them.
         """
+        return self._seconds[way, self._size(way, rows)]
+
+    def seen(self, way: str, rows: int) -> bool:
+        """Whether such a step was ever made, not only measured at the start."""
+        return self._steps[way, self._size(way, rows)] > 0
+
+    def _size(self, way: str, rows: int) -> int:
         sizes = [size for known, size in self._seconds if known == way and size >= rows]
         if not sizes:
             raise LookupError(f"no {way} step of {rows} rows was measured")
-        return self._seconds[way, min(sizes)]
+        return min(sizes)
 
 
 def measure(program: Program) -> Costs:

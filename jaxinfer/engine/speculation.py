@@ -27,6 +27,7 @@ from jaxinfer.step.program import ProgramConfig
 
 MARGIN = 1.02  # what drafts must promise: their worth is an estimate
 PROBE = 0.01
+SELDOM = 32  # steps without drafts between two trials, at least
 
 
 class Candidate(NamedTuple):
@@ -107,25 +108,24 @@ class Speculator:
     def _choose(self, guesses: Mapping[Key, list[Guess]], rows: int) -> dict[Key, Guess]:
         """Drafts from the host alone, or from the device too: whichever gives more tokens per second, if it is more than without."""
         size = -(-rows // self.replicas)
-        best, rate, cost = dict[Key, Guess](), 0.0, 0.0
+        best, rate, tried = dict[Key, Guess](), 0.0, WIDE
         for way, allowed in ((WIDE, False), (MODEL, True)):
             found = {key: _best(own, allowed) for key, own in guesses.items()}
             chosen = {key: guess for key, guess in found.items() if guess is not None}
             if not chosen or (allowed and not any(DRAFTED in guess.proposal.tokens for guess in chosen.values())):
                 continue
-            seconds = self.costs.get(way, size)
-            expected = (rows + sum(guess.worth for guess in chosen.values())) / seconds
+            expected = (rows + sum(guess.worth for guess in chosen.values())) / self.costs.get(way, size)
             if expected > rate:
-                best, rate, cost = chosen, expected, seconds
-        plain = self.costs.get(PLAIN, size)
-        if not best or self.always or rate > MARGIN * rows / plain or self._probe(size, cost / plain - 1):
+                best, rate, tried = chosen, expected, way
+        if not best or self.always or rate > MARGIN * rows / self.costs.get(PLAIN, size) or self._probe(tried, size):
             return best
         return {}
 
-    def _probe(self, size: int, extra: float) -> bool:
-        """Whether it is time to try drafts although they do not seem to pay; extra: what that costs, as a share of a step."""
+    def _probe(self, way: str, size: int) -> bool:
+        """Whether it is time to try drafts although they do not seem to pay: soon, if such a step was never made."""
         self._refused[size] = self._refused.get(size, 0) + 1
-        return self._refused[size] > max(32.0, extra / PROBE)
+        extra = self.costs.get(way, size) / self.costs.get(PLAIN, size) - 1 if self.costs.seen(way, size) else 0.0
+        return self._refused[size] > max(SELDOM, extra / PROBE)
 
 
 def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:

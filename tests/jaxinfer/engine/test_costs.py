@@ -20,9 +20,20 @@ def test_steps_correct_what_was_measured_and_outliers_do_little():
     costs.take(WIDE, 1, 2.0)
     assert costs.get(WIDE, 1) == 2.0
     costs.take(WIDE, 1, 3.0)
-    assert costs.get(WIDE, 1) == pytest.approx(2.1)
+    assert costs.get(WIDE, 1) == pytest.approx(2.5)
     costs.take(WIDE, 1, 1000.0)
-    assert costs.get(WIDE, 1) < 2.6
+    assert costs.get(WIDE, 1) < 3.4
+    for _ in range(100):
+        costs.take(WIDE, 1, 1.0)
+    assert costs.get(WIDE, 1) == pytest.approx(1.0, rel=0.01)
+
+
+def test_the_first_step_counts_for_more_than_what_was_measured_before():
+    costs = Costs()
+    costs.set(WIDE, 4, 9.0)
+    assert not costs.seen(WIDE, 2)
+    costs.take(WIDE, 4, 2.0)
+    assert costs.seen(WIDE, 2) and costs.get(WIDE, 2) == 2.0
 
 
 def test_every_way_is_measured_for_all_rows(speculating):

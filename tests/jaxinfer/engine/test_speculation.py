@@ -147,8 +147,14 @@ def test_drafts_are_given_while_they_pay():
 
 def test_a_wide_step_that_costs_too_much_is_not_made_but_tried_now_and_then():
     made = speculator(Fixed((7, 8, 9)), wide=4.2)
-    given = [bool(made.propose(candidates())) for _ in range(700)]
-    assert given.index(True) == 320  # (4.2 - 1) / 1 %
+
+    def steps_until_tried():
+        return next(number for number in range(1000) if made.propose(candidates()))
+
+    assert steps_until_tried() == 32  # what it costs was only measured at the start
+    made.learn([(drafted("0", (7, 8, 9)), 1)])
+    made.costs.take(WIDE, 1, 4.2)
+    assert steps_until_tried() == 320  # (4.2 - 1) / 1 %
     made.learn([(drafted("0", (7, 8, 9)), 1)])
     assert not made.propose(candidates())
     made.always = True
