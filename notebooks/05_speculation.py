@@ -33,25 +33,20 @@ plain = LLM("demo", **small)
 lookup = LLM("demo", speculate="lookup", draft_tokens=4, **small)
 
 # %% [markdown]
-# A story that begins again is the best case: everything that follows stands in the prompt already.
+# Copying is the best case: everything that follows stands in the prompt already.
 
 # %%
-import time
-
-story = (
-    "One day, Lily went to the park. Lily saw a little dog there. The dog was sad because it was lost. Lily wanted to help the dog find its"
-    " home, so they walked along the river and asked every friend that they met."
-)
-prompt = f"{story}\n\n{story}\n\n{story[:40]}"
+words = "river stone garden yellow window seven apple cloud"
+requests = {"copying": f"Repeat after me: {words} {words}", "a story": "Tell me a short story about a little dog."}
 
 
 def run(llm, text, **sampling):
-    begun, before = time.perf_counter(), llm.engine.metrics.steps_total
-    answer = llm.generate(text, max_tokens=40, ignore_eos=True, **sampling)
-    return answer.token_ids, llm.engine.metrics.steps_total - before, time.perf_counter() - begun
+    before = llm.engine.metrics.steps_total
+    answer = llm.chat([{"role": "user", "content": text}], max_tokens=40, ignore_eos=True, **sampling)
+    return answer.token_ids, llm.engine.metrics.steps_total - before
 
 
-for name, text in {"copying": prompt, "a new story": story[:30]}.items():
+for name, text in requests.items():
     for sampling in ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 7}):
         one, other = (run(llm, text, **sampling) for llm in (plain, lookup))
         print(f"{name}, temperature {sampling['temperature']}: the same tokens: {one[0] == other[0]}; {one[1]} and {other[1]} steps")

@@ -2,7 +2,7 @@
 
 A row says how many tokens per second a batch gets, the ratio to the engine without drafts (`speedup`: median of turns that lie side by
 side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
-drafts (`equal`; in narrow numbers a near tie may fall differently). Copying is a text that begins again: what follows stands in the prompt.
+drafts (`equal`; in narrow numbers a near tie may fall differently).
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def prompts(kind: str, count: int, tokenizer: Any) -> list[list[int]]:
             f"One day, {name} went to {place}. {name} saw {thing} there. It was very nice. {name} wanted to take {thing} home, but it was"
             f" too far away. So {name} asked a friend for help. The friend came to {place} and they looked at {thing} together."
         )
-        if kind == "chat":
-            talk = [{"role": "user", "content": f"Tell me a short story about {name} and {thing} in {place}."}]
-            found.append(tokenizer.encode(tokenizer.render_chat(talk), special=False))
+        asked = f"Copy this text exactly: {story}" if kind == "copying" else f"Tell me a short story about {name} and {thing} in {place}."
+        if kind == "story":
+            found.append(tokenizer.encode(story[: story.index(".") + 1]))
         else:
-            found.append(tokenizer.encode(story[: story.index(".") + 1] if kind == "story" else f"{story}\n\n{story}\n\n{story[:40]}"))
+            found.append(tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": asked}]), special=False))
     return found

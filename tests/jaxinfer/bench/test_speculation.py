@@ -17,12 +17,11 @@ def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
 
 
 @pytest.mark.parametrize("kind", speculation.KINDS)
-def test_prompts_differ_and_copying_repeats(kind):
+def test_prompts_differ_and_say_what_they_want(kind):
     tokenizer = byte_tokenizer()
     found = speculation.prompts(kind, 64, tokenizer)
     assert len({tuple(prompt) for prompt in found}) == 64
-    text = tokenizer.decode(found[9])
-    assert (text.count(text[-40:]) == 3) == (kind == "copying")
+    assert ("Copy this text" in tokenizer.decode(found[9])) == (kind == "copying")
 
 
 def test_a_model_without_a_tokenizer_is_refused():

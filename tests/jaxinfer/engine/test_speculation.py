@@ -133,7 +133,7 @@ def drafted(name, drafts):
 
 
 def test_drafts_are_given_while_they_pay():
-    made = speculator(Fixed((7, 8, 9)))
+    made = speculator(Fixed((7, 8, 9), "draft"))
     assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (7, 8, 9)}
     for _ in range(60):
         made.learn([(drafted("0", (7, 8, 9)), 1)])
