@@ -92,7 +92,7 @@ def audit(args: argparse.Namespace, lines: data.Lines, metric: Metric | None, fo
 
     values = vars(args)
     chosen = schemes.read(args.schemes, stored=args.reference is not None)
-    shape = {name: value for name, value in read.read_config(folder).items() if name != audit_record.QUANTISED}
+    shape = read.of_model(read.read_config(folder))
     context = find.find(shape.get("model_type")).Config.from_hf(shape).max_positions
     documents = data.encode(lines, Tokenizer.load(folder), values.get("max_model_len") or context)
     options = session.Options(args.max_tokens, args.max_kl, args.score == "all", args.repeat, args.seed, metric)

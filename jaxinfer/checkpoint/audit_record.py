@@ -17,15 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.checkpoint import manifest
 from jaxinfer.checkpoint.errors import CheckpointError, broken
+from jaxinfer.checkpoint.formats.find import FIELD
 from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, parse_audit_budget
 
 FILE = "audit.json"
 FORMAT = 1
-MANIFEST = "jaxinfer_manifest.json"
 WEIGHTS = "*.safetensors"
-QUANTISED = "quantization_config"  # of config.json
 KV, STORED = "kv-", "stored"
 CHUNK = 1 << 22
 
@@ -36,7 +36,7 @@ def is_quantised(folder: Path) -> bool:
     Raises:
         CheckpointError: config.json cannot be read.
     """
-    return read_json(folder / "config.json").get(QUANTISED) is not None
+    return read_json(folder / "config.json").get(FIELD) is not None
 
 
 def name_of(quantize: str | None, kv_dtype: str, *, stored: bool) -> str:
@@ -53,8 +53,8 @@ def fingerprint(folder: Path) -> str:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    manifest = folder / MANIFEST
-    files = [folder / "config.json", *([manifest] if manifest.is_file() else sorted(folder.glob(WEIGHTS)))]
+    hashes = folder / manifest.NAME
+    files = [folder / "config.json", *([hashes] if hashes.is_file() else sorted(folder.glob(WEIGHTS)))]
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_digest, files))
     lines = (f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))

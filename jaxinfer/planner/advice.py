@@ -90,7 +90,7 @@ def remedies(now: Estimate, found: list[Change]) -> list[Change]:
 
 def _lossless(choice: Choice) -> Iterator[_Proposal]:
     wish, config = choice.wish, choice.wish.config
-    for scheme in schemes() if config.model.quantize is None else ():
+    for scheme in (scheme for scheme in schemes() if scheme != stored_as(config.model.quantize)):
         other = _with(wish, model=replace(config.model, quantize=scheme))
         yield _Proposal(f"{scheme} weights", f"--quantize {scheme}", replace(choice, wish=other), f"{AUDIT} {scheme}")
     if config.cache.kv_dtype == "auto":

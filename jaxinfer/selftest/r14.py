@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     kind: Literal["safetensors", "orbax"]
 
 
-RECIPES = (Recipe("int8", "safetensors"), Recipe("w8a8", "orbax"), Recipe("fp8", "safetensors"))
+RECIPES = (Recipe("int8", "safetensors"), Recipe("fp8", "safetensors"), Recipe("w8a8", "orbax"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

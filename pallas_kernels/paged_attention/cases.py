@@ -22,7 +22,6 @@ ROPE: Extras = frozenset({"rope"})
 SINKS: Extras = frozenset({"sinks"})
 BOTH: Extras = ROPE | SINKS
 NOTHING: Extras = frozenset()
-CANONICAL = ("pages", "kv_heads", "kv", "page", "head_dim")
 LARGE = 1 << 20  # values of an array from which on numpy is too slow
 
 
@@ -134,16 +133,13 @@ class Case(Cache):
         return costs.total([costs.attention(each, queries=queries, **sizes) for queries, each in seen])
 
     def canonical(self, kv: Pool, implementation: str) -> np.ndarray:
-        """The numbers in an implementation's pool, in float64, dimensions in CANONICAL order."""
-        order = np.argsort(self._order(implementation))
-        if not isinstance(kv, QuantizedKV):
-            return np.asarray(kv, np.float64).transpose(order)
-        scales = np.asarray(kv.scales, np.float64).transpose([axis for axis in order if axis < len(order) - 1])
+        """The numbers in an implementation's pool, in float64, by head: pages, kv_heads, kv, page, head_dim."""
+        layout = self.layout(implementation)
+        if not (isinstance(kv, QuantizedKV) and isinstance(layout, QuantizedKV)):
+            return values_of(layout).by_head(np.asarray(kv, np.float64))
+        scales = layout.scales.by_head(np.asarray(kv.scales, np.float64))
         with np.errstate(invalid="ignore"):  # codes of no row may be NaN
-            return np.asarray(kv.values, np.float64).transpose(order) * scales[..., None]
-
-    def _order(self, implementation: str) -> list[int]:
-        return [CANONICAL.index(name) for name in values_of(self.layout(implementation)).dims]
+            return layout.values.by_head(np.asarray(kv.values, np.float64)) * scales[..., None]
 
     def _lengths(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Query and kv lengths per row."""
@@ -185,29 +181,29 @@ class Case(Cache):
     def _pool(self, rng: np.random.Generator, tables: np.ndarray, kv_lengths: np.ndarray, implementation: str) -> Pool:
         """A pool: data where a row has tokens, NaN elsewhere; if it is large and its rows are full, data everywhere."""
         shape = (tables.size + 1, self.kv_heads, 2, self.page_size, self.head_dim)
-        order = self._order(implementation)
+        layout = self.layout(implementation)
         if self.lengths == "full" and np.prod(shape) >= LARGE:
-            return self._drawn(int(rng.integers(1 << 31)), tuple(shape[axis] for axis in order))
+            return self._drawn(int(rng.integers(1 << 31)), layout, shape[0])
         used = np.zeros((tables.size + 1, self.page_size), bool)
         slots = np.arange(self.pages_per_row * self.page_size).reshape(1, self.pages_per_row, self.page_size)
         used[tables] = slots < kv_lengths[:, None, None]
         used[0] = False
         used = used[:, None, None]
-        if self.kv_dtype is None:
+        if not isinstance(layout, QuantizedKV):
             pool = np.where(used[..., None], _normal(rng, *shape), np.float32(np.nan))
-            return jnp.asarray(pool.transpose(*order).astype(jnp.dtype(self.dtype)))
-        largest, garbage = LARGEST[self.kv_dtype], 127 if self.kv_dtype == "int8" else np.nan
+            return jnp.asarray(layout.laid(pool).astype(jnp.dtype(self.dtype)))
+        largest, garbage = LARGEST[str(self.kv_dtype)], 127 if self.kv_dtype == "int8" else np.nan
         codes = np.clip(np.round(_normal(rng, *shape) * largest / 3), -largest, largest)
-        codes = np.where(used[..., None], codes, np.float32(garbage)).astype(jnp.dtype(self.kv_dtype))
+        codes = np.where(used[..., None], codes, np.float32(garbage)).astype(layout.values.dtype)
         scales = np.where(used, np.exp(_normal(rng, *shape[:-1]) / 2) * 3 / largest, np.float32(np.nan)).astype(np.float32)
-        scale_order = [axis for axis in order if axis < len(order) - 1]
-        return QuantizedKV(jnp.asarray(codes.transpose(*order)), jnp.asarray(scales.transpose(*scale_order)))
+        return QuantizedKV(jnp.asarray(layout.values.laid(codes)), jnp.asarray(layout.scales.laid(scales)))
 
-    def _drawn(self, seed: int, shape: tuple[int, ...]) -> Pool:
+    def _drawn(self, seed: int, layout: Layout, pages: int) -> Pool:
         """Data everywhere, made on the device."""
-        if self.kv_dtype is None:
-            return draw(seed, shape, self.dtype)
-        return jax.jit(_codes, static_argnums=(1, 2))(jax.random.key(seed), shape, self.kv_dtype)
+        if not isinstance(layout, QuantizedKV):
+            return draw(seed, layout.shape(pages, self.page_size), self.dtype)
+        shapes = layout.values.shape(pages, self.page_size), layout.scales.shape(pages, self.page_size)
+        return jax.jit(_codes, static_argnums=(1, 2, 3))(jax.random.key(seed), *shapes, self.kv_dtype)
 
 
 def draw(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
@@ -215,12 +211,12 @@ def draw(seed: int, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, jnp.dtype(dtype))
 
 
-def _codes(key: Any, shape: tuple[int, ...], kv_dtype: str) -> QuantizedKV:
-    """Random codes, whose scales bring them to about the size of normal numbers; codes are a pool's last dimension."""
+def _codes(key: Any, shape: tuple[int, ...], scales: tuple[int, ...], kv_dtype: str) -> QuantizedKV:
+    """Random codes, whose scales bring them to about the size of normal numbers."""
     bits = jax.random.bits(key, shape, jnp.uint8)
     codes = (bits & 0xBF).view(jnp.float8_e4m3fn) if kv_dtype != "int8" else bits.view(jnp.int8)  # no exponent of NaN
     unit = 1.0 if kv_dtype != "int8" else 1 / 64
-    return QuantizedKV(codes, jax.random.uniform(key, shape[:-1], jnp.float32, unit / 2, 2 * unit))
+    return QuantizedKV(codes, jax.random.uniform(key, scales, jnp.float32, unit / 2, 2 * unit))
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

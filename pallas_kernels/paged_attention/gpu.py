@@ -115,7 +115,7 @@ def paged_attention(  # noqa: PLR0913
     if decode:
         parts.append(_decode(placed, positions[:decode], metadata, spec=spec, sinks=sinks, sizes=sizes, row=work.row))
     if work.tiles is not None:
-        out = _prefill(placed, work, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
+        out = _prefill(placed, work.tiles, metadata, spec=spec, sinks=sinks, sizes=sizes, group=group)
         parts.append(way.collect(out, work.line, first=decode, group=group))
     out = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
     return PagedResult(out.reshape(q.shape), placed.kv)
@@ -209,7 +209,7 @@ def _decode(
 
 def _prefill(
     placed: gpu_lines.Placed,
-    work: gpu_lines.Lines,
+    blocks: packing.Blocks,
     metadata: PagedMetadata,
     *,
     spec: AttentionSpec,
@@ -218,8 +218,7 @@ def _prefill(
     group: int,
 ) -> Float[Array, "kv_heads lines head_dim"]:
     """Tiles of queries of one row each, in the order of the rows: tiles that run at the same time read the same keys."""
-    (kv_heads, lines, head_dim), blocks = placed.q.shape, work.tiles
-    assert blocks is not None  # noqa: S101
+    kv_heads, lines, head_dim = placed.q.shape
     tables, pages = _tables(metadata.page_tables, placed.kv, sizes.prefill_keys)
     codes = placed.kv.values.dtype if isinstance(placed.kv, QuantizedKV) else None
     scales = [placed.kv.scales.reshape(-1)] if isinstance(placed.kv, QuantizedKV) else []

@@ -1,4 +1,4 @@
-"""How a packed step goes through a pool whose pages lie by kv head, for every implementation that has this pool.
+"""How a packed step goes through a pool that plain jnp writes, for every implementation that does not write it itself.
 
 `in_parts` applies rope, writes the new keys and values, and hands the decode rows to one part and the other tokens to another. The others
 are what such parts need: rows as lines of queries, and tokens cut into blocks. Knows no arithmetic of attention.
@@ -21,10 +21,15 @@ Part = Callable[[Array, Array, Pool, PagedMetadata], Array]  # grouped q and pos
 
 def tuning_key(kv: Pool, q: Float[Array, "tokens heads head_dim"]) -> dict[str, int | str]:
     """What block sizes depend on; kv_dtype stands there for a quantised pool only."""
-    _, kv_heads, _, page_size, head_dim = values_of(kv).shape
-    key = {"page_size": page_size, "kv_heads": kv_heads, "heads": q.shape[1], "head_dim": head_dim, "dtype": q.dtype.name}
+    sizes = {"page_size": page_size_of(kv), "kv_heads": values_of(kv).shape[1], "heads": q.shape[1]}
+    key = sizes | {"head_dim": q.shape[2], "dtype": q.dtype.name}
     codes = code_dtype(kv)
     return key if codes is None else key | {"kv_dtype": codes}
+
+
+def page_size_of(kv: Pool) -> int:
+    """Tokens of a page, by head or side by side."""
+    return values_of(kv).shape[-2]
 
 
 def in_parts(  # noqa: PLR0913
@@ -62,7 +67,7 @@ def write(
     metadata: PagedMetadata,
 ) -> Pool:
     """The pool with the tokens' k and v in their slots; padding tokens land in the guard page. Donate kv: updated in place."""
-    page_size = values_of(kv).shape[3]
+    page_size = page_size_of(kv)
     real = jnp.maximum(positions, 0)
     page = take(metadata.page_tables, row_of_token(metadata, k.shape[0]), lax.div(real, jnp.int32(page_size)))
     page = jnp.where(positions >= 0, page, 0)
@@ -70,7 +75,14 @@ def write(
     slot = lax.rem(real, jnp.int32(page_size))
 
     def put(pool: Array, new: Array) -> Array:
-        return pool.at[page, :, :, slot].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
+        if values_of(kv).ndim == 5:  # by head
+            return pool.at[page, :, :, slot].set(new, mode="promise_in_bounds", wrap_negative_indices=False)
+        if pool.ndim == 3:  # scales: a page's keys and then its values
+            slots = slot[:, None] + jnp.array([[0, page_size]], jnp.int32)
+            return pool.at[page[:, None], :, slots].set(new.swapaxes(1, 2), mode="promise_in_bounds", wrap_negative_indices=False)
+        flat = new.reshape(*new.shape[:2], -1)
+        flat = jnp.pad(flat, ((0, 0), (0, 0), (0, pool.shape[3] - flat.shape[2])))
+        return pool.at[page, :, slot].set(flat, mode="promise_in_bounds", wrap_negative_indices=False)
 
     return jax.tree.map(put, kv, quantize(new, kv.values.dtype) if isinstance(kv, QuantizedKV) else new)
 

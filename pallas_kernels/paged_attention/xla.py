@@ -9,7 +9,7 @@ see is masked before and after the matmuls, so a row's result depends on the row
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,17 @@ from pallas_kernels.attention import (
     start,
 )
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
-from pallas_kernels.paged_attention.packing import by_row, by_token, ceil_div, cut, in_parts, keys_seen, take, tuning_key
-from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, by_head, dequantize, values_of
+from pallas_kernels.paged_attention.packing import by_row, by_token, ceil_div, cut, in_parts, keys_seen, page_size_of, take, tuning_key
+from pallas_kernels.paged_attention.pool import Layout, Pool, QuantizedKV, by_head, dequantize, side_by_side, values_of
 
 State = TypeVar("State")
 MAX_CHUNKS = 32  # a row's partial results are kept for at most so many chunks; longer tables get longer chunks
 
 
-kv_layout = by_head
+def kv_layout(*, kv_heads: int, head_dim: int, dtype: Any, kv_dtype: str | None = None) -> Layout:
+    """That of the platform's own kernels, whose place this implementation takes where they refuse."""
+    make = side_by_side if dispatch.target().platform == "tpu" else by_head
+    return make(kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, kv_dtype=kv_dtype)
 
 
 class Sizes(NamedTuple):
@@ -90,18 +93,19 @@ def paged_attention(  # noqa: PLR0913
 
 
 def _gather(
-    kv: Pool, pages: Int32[Array, "items pages_of_chunk"], which: int, seen: Bool[Array, "items keys"] | None, dtype: jnp.dtype
+    kv: Pool, pages: Int32[Array, "items pages_of_chunk"], which: int, seen: Bool[Array, "items keys"] | None, like: Float[Array, "..."]
 ) -> Float[Array, "items kv_heads keys head_dim"]:
-    """Keys (which=0) or values (1) of each item's pages, contiguous per kv head; 0 where not seen, since 0 * NaN is NaN."""
+    """Keys (which=0) or values (1) of each item's pages, contiguous per kv head; 0 where not seen, since 0 * NaN is NaN. like: queries."""
     items, count = pages.shape
-    _, kv_heads, _, page_size, head_dim = values_of(kv).shape
-    head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-    at = (pages[:, None] * kv_heads + head) * 2 + which  # as rows of a matrix: XLA on CPUs copies whole rows, but gathers boxes by element
-    shape = (items, kv_heads, count * page_size)
-    out = take(values_of(kv).reshape(-1, page_size * head_dim), at.reshape(-1)).reshape(*shape, head_dim)
+    values, kv_heads, page_size, head_dim = values_of(kv), values_of(kv).shape[1], page_size_of(kv), like.shape[-1]
+    head, shape, by_head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None], (items, kv_heads, count * page_size), values.ndim == 5
+    at = pages[:, None] * kv_heads + head  # as rows of a matrix: XLA on CPUs copies whole rows, but gathers boxes by element
+    both, at = (at, at * 2 + which) if by_head else (at, at)
+    found = take(values.reshape(-1, page_size * (head_dim if by_head else values.shape[3])), at.reshape(-1)).reshape(*shape, -1)
+    out = found if by_head else found[..., which * head_dim : (which + 1) * head_dim]
     if isinstance(kv, QuantizedKV):
-        scales = take(kv.scales.reshape(-1, page_size), at.reshape(-1)).reshape(shape)
-        out = dequantize(QuantizedKV(out, scales), dtype)
+        scales = take(kv.scales.reshape(-1, page_size), (2 * both + which).reshape(-1)).reshape(shape)
+        out = dequantize(QuantizedKV(out, scales), like.dtype)
     return out if seen is None else jnp.where(seen[:, None, :, None], out, 0)
 
 
@@ -131,7 +135,7 @@ def _decode(
     sizes: Sizes,
 ) -> Float[Array, "tokens kv_heads group head_dim"]:
     """A few queries per row. Items (row, chunk) in row order go through the matmuls some at a time; then each row combines its own."""
-    shape, rows, tokens, page_size = q.shape, metadata.decode_rows, metadata.decode_tokens, values_of(kv).shape[3]
+    shape, rows, tokens, page_size = q.shape, metadata.decode_rows, metadata.decode_tokens, page_size_of(kv)
     q = by_row(q, rows)
     sinks = None if sinks is None else jnp.tile(sinks, (1, tokens))
     tables = _chunked(metadata.page_tables[:rows], sizes.decode_keys, page_size, bounded=True)
@@ -177,13 +181,13 @@ def _attend_once(
 ) -> Running:
     """A few queries over one chunk of keys, for each item: what their softmax would start with."""
     wide, exact, known = accumulation_dtype(q.dtype), precision(q.dtype), jnp.any(seen, axis=1)
-    keys = _gather(kv, pages, 0, None, q.dtype)
+    keys = _gather(kv, pages, 0, None, q)
     scores = jnp.einsum("iksh,ikgh->iksg", keys, q, precision=exact, preferred_element_type=wide).swapaxes(2, 3)
     seen = (seen if seen.shape[1] == 1 else jnp.repeat(seen, q.shape[2] // seen.shape[1], axis=1))[:, None]
     scores = jnp.where(seen, shape_scores(scores, spec), LOWEST)
     top = jnp.max(scores, axis=-1)
     weights = jnp.where(seen, jnp.exp(scores - top[..., None]), 0)
-    values = _gather(kv, pages, 1, known, q.dtype)
+    values = _gather(kv, pages, 1, known, q)
     weighted = jnp.einsum("ikgs,iksh->ikgh", weights.astype(values.dtype), values, precision=exact, preferred_element_type=wide)
     return Running(top, jnp.sum(weights, axis=-1), weighted)
 
@@ -239,7 +243,7 @@ def _prefill(
     blocks = cut(metadata, positions, queries, at_once)
     room = blocks.row.shape[0]
     queued = take(q, blocks.token).transpose(0, 2, 3, 1, 4)
-    tables = _chunked(metadata.page_tables, sizes.prefill_keys, values_of(kv).shape[3], bounded=False)
+    tables = _chunked(metadata.page_tables, sizes.prefill_keys, page_size_of(kv), bounded=False)
 
     def attend(
         index: Int32[Array, ""], out: Float[Array, "blocks kv_heads group queries head_dim"]
@@ -270,7 +274,7 @@ def _attend_blocks(
 ) -> Float[Array, "blocks kv_heads group queries head_dim"]:
     """Blocks of queries through the chunks that any of them sees; position -1 sees nothing."""
     blocks, kv_heads, group, queries, head_dim = q.shape
-    wide, exact, keys = accumulation_dtype(q.dtype), precision(q.dtype), tables.shape[2] * values_of(kv).shape[3]
+    wide, exact, keys = accumulation_dtype(q.dtype), precision(q.dtype), tables.shape[2] * page_size_of(kv)
     stop = jnp.minimum(jnp.max(positions, axis=1) + 1, lengths)
     floor = jnp.zeros_like(stop)
     if spec.window is not None:
@@ -285,13 +289,13 @@ def _attend_blocks(
         seen = known[:, None] & (index[:, None] <= positions[..., None])
         if spec.window is not None:
             seen &= index[:, None] > positions[..., None] - spec.window
-        values = _gather(kv, pages, 1, known, q.dtype)
+        values = _gather(kv, pages, 1, known, q)
 
         def weigh(weights: Float[Array, "blocks kv_heads group queries keys"]) -> Float[Array, "blocks kv_heads group queries head_dim"]:
             weights = weights.astype(values.dtype).reshape(blocks, kv_heads, group * queries, keys)
             return jnp.einsum("bkms,bksh->bkmh", weights, values, precision=exact, preferred_element_type=wide).reshape(q.shape)
 
-        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None, q.dtype), precision=exact, preferred_element_type=wide)
+        scores = jnp.einsum("bkmh,bksh->bkms", flat, _gather(kv, pages, 0, None, q), precision=exact, preferred_element_type=wide)
         return absorb(state, shape_scores(scores, spec).reshape(*q.shape[:4], keys), seen[:, None, None], weigh)
 
     state = start(q, None if sinks is None else sinks[None, ..., None])

@@ -1,9 +1,9 @@
 """The quantised matmul of few tokens on Hopper GPUs (Pallas Mosaic GPU): the weight streams through shared memory once, as it is stored.
 
 The weight is dealt out to blocks of threads that stay for the whole kernel (`hopper_stream`). In each, a producer copies blocks of it and
-the inputs that they meet (TMA); consumers take 64 outputs each, bring them to the inputs' dtype in registers and multiply (wgmma, the
-weight on the left so that few tokens fill the tensor cores). While one consumer converts, another's products are on their way, and copies
-are several blocks ahead. Scales of whole rows multiply the sums afterwards; scales of groups multiply each group's sums.
+the inputs that they meet (TMA); consumers take 64 outputs each, bring them to the inputs' dtype in registers (`gpu_convert`) and multiply
+(wgmma, the weight on the left so that few tokens fill the tensor cores). While one consumer converts, another's products are on their
+way, and copies are several blocks ahead. Scales of whole rows multiply the sums afterwards; those of groups multiply each group's sums.
 
 int8 and 4 bits become bfloat16 exactly. float8 becomes float16, and so do the inputs, each token brought near 1 by a power of two first.
 Zeros other than 8 are a small product of their own. Many tokens are XLA's: it has the vendor's kernels for them.
@@ -26,11 +26,10 @@ from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
-from pallas_kernels.quantized_matmul.gpu_convert import converted, permute
+from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
 
 BY_NAME = "it has been timed alone but not in whole steps; ask for it by name"
 MOST = 64  # tokens
-DIRECT = True
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
 STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups of 64
 
@@ -188,10 +187,9 @@ def _parts(
     interpreted only keeps traces for the interpreter apart.
     """
     outputs = weight.shape[0]
-    if DIRECT:
-        x = permute(x, 4 if weight.dtype == PACKED else 8)
     if weight.dtype == PACKED:
         weight = lax.bitcast_convert_type(weight, jnp.int4).reshape(outputs, -1)
+    x = permute(x, bits_of(weight.dtype))
     scratch = (
         _swizzled((plan.stages, plan.consumers * TILE, plan.block), weight.dtype, plan.step),
         hopper.swizzled((plan.stages, plan.tokens, plan.block), x.dtype),
@@ -212,7 +210,7 @@ def _parts(
 
 def _swizzled(shape: tuple[int, ...], dtype: Any, step: int) -> Any:
     """Shared memory for weights, of which `step` inputs are read at a time."""
-    bits = 4 if jnp.dtype(dtype) == jnp.int4 else 8
+    bits = bits_of(dtype)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, step)), plgpu.SwizzleTransform(step * bits // 8)))
 
 
@@ -297,7 +295,7 @@ def _multiply(accumulator: Any, scratch: Scratch, slot: Any, inputs: Any) -> Non
     """Start the products of some inputs of a block; what was started before may still be running."""
     warpgroup = lax.axis_index("wg")
     stored = scratch.weight.at[slot].at[pl.ds(warpgroup * TILE, TILE), inputs]
-    values = converted(stored, scratch.x.dtype) if DIRECT else _converted(stored, scratch.x.dtype)
+    values = converted(stored, scratch.x.dtype)
     x = scratch.x.at[slot].at[:, inputs].transpose((1, 0))
     if scratch.spilled is not None:
         scratch.spilled.at[warpgroup][...] = values
@@ -307,10 +305,3 @@ def _multiply(accumulator: Any, scratch: Scratch, slot: Any, inputs: Any) -> Non
         return
     plgpu.wgmma(accumulator, values, x)
     plgpu.wgmma_wait(1)
-
-
-def _converted(stored: Any, dtype: Any) -> Any:
-    """Weights in shared memory to the inputs' dtype, in registers."""
-    if stored.dtype == jnp.int4:
-        return plgpu.layout_cast(hopper.load(stored, plgpu.Layout.WGMMA_UPCAST_4X) ^ jnp.int4(-8), hopper.WHOLE).astype(dtype)
-    return plgpu.layout_cast(hopper.load(stored, plgpu.Layout.WGMMA_UPCAST_2X), hopper.WHOLE).astype(dtype)

@@ -2,17 +2,18 @@
 
 An accelerator's compiler fuses the conversion into its matmul. A CPU's does not: it would write the whole weight out in x's dtype and
 read it again; so there the weight goes through the dot in blocks of output channels that stay in a core's cache. Halves of bytes are not
-put side by side: even inputs meet the low halves, odd ones the high ones, in two dots. int8 meets int8 in one dot of integers where the
-platform has units for that and each row one scale.
+put side by side on CPUs and TPUs: even inputs meet the low halves, odd ones the high ones, in two dots. int8 meets int8 in one dot of
+integers where the platform has units for that and each row one scale.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import accumulation_dtype, precision
@@ -83,10 +84,14 @@ def quantized_matmul(
 def _whole(
     weight: Shaped[Array, "out stored"], scales: Float[Array, "outs ins"], zeros: UInt8[Array, "outs ins"] | None, platform: str
 ) -> Weight:
-    """A CPU's compiler converts all of an array of float8 before it cuts it, one number at a time: there it gets the bits."""
+    """Bits are looked at where a compiler is slow: a CPU's converts all of an array of float8 before it cuts it, one number at a time; a
+    GPU's multiplies in two kernels when it gets even and odd inputs apart.
+    """
     repeat, convert = weight.shape[0] // scales.shape[0], None
     if weight.dtype == jnp.float8_e4m3fn and platform == "cpu":
         weight, convert = lax.bitcast_convert_type(weight, jnp.uint8), _float8
+    if weight.dtype == PACKED and platform == "gpu":
+        convert = partial(_interleaved, zero=ZERO if zeros is None else 0)
     return Weight(weight, jnp.repeat(scales, repeat, axis=0), None if zeros is None else jnp.repeat(zeros, repeat, axis=0), convert)
 
 
@@ -115,6 +120,12 @@ def _sums(x: Float[Array, "tokens in"], weight: Weight) -> Float[Array, "tokens 
     else:
         sums = dot(x, weight.values)
     return sums if grouped else sums * weight.scales.astype(wide).T
+
+
+def _interleaved(values: UInt8[Array, "out half"], *, zero: int) -> Int8[Array, "out in"]:
+    """Both numbers of each byte side by side, less `zero` (0 or 8)."""
+    signed = lax.bitcast_convert_type(values, jnp.int4).reshape(values.shape[0], -1)
+    return (signed.astype(jnp.int8) & jnp.int8(15)) - jnp.int8(zero)
 
 
 def _float8(values: UInt8[Array, "out in"]) -> Float32[Array, "out in"]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxinfer.checkpoint import audit_record
+from jaxinfer.checkpoint import audit_record, manifest
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError
 
@@ -59,11 +59,11 @@ def test_an_audit_of_other_weights(folder, changed):
 
 
 def test_a_manifest_stands_for_the_weights(folder):
-    (folder / audit_record.MANIFEST).write_text("{}")
+    (folder / manifest.NAME).write_text("{}")
     record(folder)
     (folder / "a.safetensors").write_bytes(b"changed: loading notices")
     require(folder)
-    (folder / audit_record.MANIFEST).write_text('{"other": 1}')
+    (folder / manifest.NAME).write_text('{"other": 1}')
     with pytest.raises(ConfigError, match="of other weights"):
         require(folder)
 

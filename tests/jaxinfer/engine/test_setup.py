@@ -234,5 +234,10 @@ def test_weights_that_are_quantised_already(early, tmp_path):
     model = setup._describe(EngineConfig(ModelConfig(str(out), dtype="float32")))
     asked = setup._describe(EngineConfig(ModelConfig(str(folder), dtype="float32", quantize="int8,lm_head=keep")))
     assert model.graph == asked.graph and model.parameters == asked.parameters
+    asked_plan = {
+        "model": "small", "slice": "cpu-1", "values": json.loads((out / "config.json").read_text()), "folder": str(out), "compile": False,
+        "config": {"page_size": 4, "dtype": "float32"}, "context": 64, "concurrency": 4, "output": 16, "goal": "throughput", "price": None,
+    }  # fmt: skip
+    assert child.planned(asked_plan, lambda *_: None).memory["weights"] == model.graph.nbytes
     with pytest.raises(ConfigError, match=r"--quantize int8: the weights in .*out are quantised already; leave --quantize out"):
         early(settings(out, quantize="int8", load_format="auto"))

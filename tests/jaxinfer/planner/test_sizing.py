@@ -42,6 +42,8 @@ def test_a_model_from_its_config_alone():
     assert made.max_tokens == 32 and made.graph.nbytes < 0.5 * described(CONFIG, SMALL, "cpu").graph.nbytes
     with pytest.raises(ConfigError, match="--max-model-len 65 exceeds the 64 tokens"):
         described(CONFIG, replace(SMALL, model=ModelConfig(max_model_len=65)), "cpu")
+    with pytest.raises(ConfigError, match="of a quantised checkpoint, whose files say how; plan for the folder"):
+        described({**CONFIG, "quantization_config": {"quant_method": "awq"}}, SMALL, "cpu")
     with pytest.raises(ConfigError, match="model_type 'qwen3' is not implemented"):
         described({**CONFIG, "model_type": "qwen3"}, SMALL, "cpu")
 

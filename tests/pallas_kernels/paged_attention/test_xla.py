@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import PagedMetadata, paged_attention, tuning
+from pallas_kernels import PagedMetadata, dispatch, paged_attention, tuning
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.cases import Case
 from pallas_kernels.paged_attention.packing import row_of_token
@@ -185,3 +185,14 @@ def test_padding_is_written_to_the_guard_page_only():
     )
     assert (np.asarray(result.kv)[1:] == 1).all()
     assert not np.asarray(result.out).any()
+
+
+def test_the_pool_of_tpus_is_as_good(monkeypatch):
+    case = Case("side", 2, 1, 11, pages_per_row=3, kv_heads=2, group=1, head_dim=96, kv_dtype="int8", decode_tokens=2)
+    by_head = compiled(case, options=QUICK)(case.make(0))
+    wanted = case.canonical(by_head.kv, "xla")
+    monkeypatch.setattr(dispatch, "target", lambda: dispatch.Target("tpu", "TPU v2"))
+    with tuning.forced(SMALL._asdict()):
+        found = jax.jit(lambda inputs: case.run(inputs, "xla"), compiler_options=QUICK)(case.make(0, "xla"))
+    assert np.allclose(found.out, by_head.out, rtol=1e-5, atol=1e-5)
+    assert np.allclose(case.canonical(found.kv, "xla")[1:], wanted[1:], rtol=1e-5, atol=1e-5, equal_nan=True)

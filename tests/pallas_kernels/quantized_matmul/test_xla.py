@@ -53,3 +53,9 @@ def test_float8_by_its_bits_is_exact():
     bits = np.arange(256, dtype=np.uint8).reshape(16, 16)
     values = np.where((bits & 0x7F) == 0x7F, 0, bits).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
     assert np.array_equal(jax.jit(xla._float8)(jnp.asarray(values.view(np.uint8))), values.astype(np.float32))
+
+
+@pytest.mark.parametrize("zero", [0, 8])
+def test_halves_side_by_side(zero):
+    values = jnp.asarray([[0x10, 0xF8], [0x37, 0xA5]], jnp.uint8)
+    assert np.array_equal(xla._interleaved(values, zero=zero), np.asarray([[0, 1, 8, 15], [7, 3, 5, 10]]) - zero)

@@ -1,0 +1,61 @@
+import pytest
+
+from pallas_kernels import dispatch, tensorcore
+from pallas_kernels.dispatch import Target
+from pallas_kernels.quantized_matmul import tpu
+from pallas_kernels.quantized_matmul.cases import TUNING, Case
+
+V5E = Target("tpu", "TPU v5 lite")
+SOON = [
+    Case("rows", 5, 384, 256, "bfloat16"),
+    Case("both", 3, 256, 160, "bfloat16", activations="int8"),  # the second tile is short
+    Case("packed", 3, 512, 256, "bfloat16", "int4", 128, zeros="given"),
+]
+LATER = [
+    Case("packed_narrow", 3, 512, 128, "bfloat16", "int4", 64),
+    Case("packed_wide", 37, 1024, 384, "bfloat16", "int4", 512),
+    Case("packed_rows", 3, 512, 256, "float32", "int4"),
+    Case("packed_both", 5, 512, 256, "bfloat16", "int4", 128, zeros="given", activations="int8"),
+    Case("grouped", 70, 512, 256, "bfloat16", "int8", 128),
+    Case("grouped_both", 70, 512, 256, "bfloat16", "int8", 128, activations="int8"),
+    Case("float8", 20, 256, 256, "bfloat16", "fp8"),
+    Case("tiles", 20, 512, 256, "float32", "fp8", 128, 128),
+    Case("many", 1100, 256, 256, "bfloat16"),
+    Case("many_packed", 300, 512, 256, "bfloat16", "int4", 128),
+]
+
+
+@pytest.mark.parametrize("case", SOON, ids=lambda case: case.name)
+def test_against_float64(case, simulated, against_float64):
+    against_float64("quantized_matmul", "tpu", case, range(5))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("case", [*SOON, *LATER[:-1]], ids=lambda case: case.name)
+def test_at_length(case, simulated, against_float64):
+    against_float64("quantized_matmul", "tpu", case, range(5, 22))
+
+
+def test_many_tokens_of_groups_that_share_vectors_are_left_to_xla(race_states, against_float64):
+    against_float64("quantized_matmul", "tpu", LATER[-1], range(1))
+    assert not race_states
+
+
+@pytest.mark.parametrize(("case", "most"), [(Case("few", 16, 2048, 512, "bfloat16"), 1.1), (Case("many", 512, 512, 512, "bfloat16"), 1.3)])
+def test_bytes_that_are_copied(case, most, simulated):
+    inputs = case.make(0)
+    with tensorcore.counted() as found:
+        case.run(inputs, "tpu").block_until_ready()
+    assert case.cost(inputs).bytes <= sum(found) <= most * case.cost(inputs).bytes
+
+
+def test_refusals_and_sizes():
+    for case in TUNING:
+        key = case.tuning_key()
+        assert tpu.heuristic("tpu", key) in tpu.candidates("tpu", key)
+    key = TUNING[1].tuning_key()
+    assert dispatch.choose("quantized_matmul", "auto", V5E, key) == "tpu"
+    assert "not 96 and" in tpu.refusal(V5E, key | {"in": 96})
+    assert "not 4096 and 200" in tpu.refusal(V5E, key | {"out": 200})
+    assert tpu.refusal(V5E, key | {"out": 16032}) is None
+    assert "not of 96" in tpu.refusal(V5E, key | {"in": 768, "group": 96})
