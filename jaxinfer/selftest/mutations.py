@@ -226,9 +226,9 @@ def copy_forgotten(original: Original) -> Original:
 def copy_source_kept(original: Original) -> Original:
     """The page that a copy read is never given back."""
 
-    def commit(self: Scheduler, batch: Any) -> Any:
+    def commit(self: Scheduler, batch: Any, counts: Sequence[int] = ()) -> Any:
         self._launched[0].sources.clear()
-        return original(self, batch)
+        return original(self, batch, counts)
 
     return commit
 
