@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     ways: Sequence[str] = args.way or WAYS
     batches, kinds = args.batch or BATCHES, args.kind or KINDS
     values: dict[str, Any] = {"max_sequences": max(batches), **vars(args)}
-    configs = [from_arguments(EngineConfig, {**values, "speculate": way}) for way in ("off", *ways)]
+    small = {"draft_model": values.pop("draft_model", None)}
+    settings = [{**values, "speculate": way, **(small if way in ("draft", "auto") else {})} for way in ("off", *ways)]
+    configs = [from_arguments(EngineConfig, own) for own in settings]
     equal = True
     with engines.opened(configs) as opened, Report("speculation", args) as report:
         named: dict[str, Any] = dict(zip(("off", *ways), opened, strict=True))
