@@ -1,28 +1,31 @@
 """What the scheduler hands to the compiled step: plain Python values that never reach jax.
 
-A step works on *rows*; each row is one sequence's next tokens. A prefill chunk (n tokens), a decode (1 token) and later a
-verification (k + 1 tokens) differ only in how many tokens they carry. On a mesh with a data axis every replica has its own rows,
-pages and slots; `replica` says whose a row is, and page ids count within that replica's pool.
+A step works on *rows*; each row is one sequence's next tokens. A prefill chunk (n tokens), a decode (1 token) and a verification (k + 1
+tokens, of which k are drafts) differ only in how many tokens they carry. On a mesh with a data axis every replica has its own rows, pages
+and slots; `replica` says whose a row is, and page ids count within that replica's pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from jaxinfer.request import Request
 
 LAST_SAMPLED = -1  # a row's token that is taken from the slot on the device: the one the previous step sampled there
+DRAFTED = -2  # a draft that is taken from what the draft model on the device proposed for this row
 
 
 class Row(NamedTuple):
     """One sequence's share of a step.
 
-    slot: where its state lives on the device. start: position of `tokens[0]`. tokens: ids, or `LAST_SAMPLED`.
+    slot: where its state lives on the device. start: position of `tokens[0]`. tokens: ids, or `LAST_SAMPLED`; in a decode row drafts follow
+    (ids, or `DRAFTED`), each of which is kept if it is what the step draws in its place.
     pages: page ids that hold positions 0 .. start + len(tokens) - 1, and perhaps more: the sequence's own list, which grows with it, not
     a copy (a long context has thousands); read it before the next batch is scheduled. samples: whether the step draws a token after
-    the last one.
+    the last one (a decode row: after each, as far as its drafts are kept).
     """
 
     request: Request
@@ -58,7 +61,7 @@ class PageCopy(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: decode rows first (one token each), then prefill rows; before it sequences enter their slots and pages are copied.
+    """One step: decode rows first (one token each, and drafts), then prefill rows; before it sequences enter slots and pages are copied.
 
     Within the step every row writes its K and V before any row reads: a row may read pages that another row of the step fills.
     """
@@ -72,6 +75,16 @@ class Batch:
     def rows(self) -> tuple[Row, ...]:
         """All rows, decodes first."""
         return self.decodes + self.prefills
+
+    @cached_property
+    def decode_tokens(self) -> int:
+        """Most tokens of a decode row: more than 1 when there are drafts."""
+        return max((len(row.tokens) for row in self.decodes), default=1)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether drafts are among the tokens that the draft model has still to think of."""
+        return self.decode_tokens > 1 and any(DRAFTED in row.tokens for row in self.decodes)
 
     def folded(self) -> Batch:
         """The same step with its decodes as prefill rows of one token."""

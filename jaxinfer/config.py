@@ -20,6 +20,8 @@ LOAD_FORMATS = ("auto", "random")
 KV_DTYPES = ("auto", "int8", "fp8")
 IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
 SWITCH = ("on", "off")
+SPECULATE = ("off", "lookup", "draft", "auto")
+MOST_DRAFTS = 7  # attention takes up to 8 tokens of a decode row
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -196,6 +198,26 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class SpeculationConfig:
+    """Several tokens in a step: drafts that the model verifies. The tokens are the same as without."""
+
+    speculate: str = option(
+        "off", "drafts from the text itself (lookup), a smaller model (draft), or whichever is better (auto); only while they pay",
+        choices=SPECULATE,
+    )  # fmt: skip
+    draft_model: str | None = option(None, "smaller model of the same tokenizer: folder or repository (default: the embedded model's own)")
+    draft_tokens: int = option(4, f"drafts of a sequence in one step, at most {MOST_DRAFTS}")
+
+    def __post_init__(self) -> None:
+        _one_of("speculate", self.speculate, SPECULATE)
+        _at_least("draft-tokens", self.draft_tokens, 1)
+        if self.draft_tokens > MOST_DRAFTS:
+            raise ConfigError(f"--draft-tokens {self.draft_tokens} is above {MOST_DRAFTS}, which the attention kernels take")
+        if self.draft_model is not None and self.speculate in ("off", "lookup"):
+            raise ConfigError(f"--draft-model has no part in --speculate {self.speculate}; use draft or auto, or leave it out")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything that an engine is built from."""
 
@@ -203,6 +225,11 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     execution: ExecutionConfig = ExecutionConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+
+    def __post_init__(self) -> None:
+        if self.speculation.speculate != "off" and self.execution.deterministic == "on":
+            raise ConfigError("--speculate and --deterministic exclude each other: drafts need steps of another shape; leave one out")
 
 
 @dataclass(frozen=True)
@@ -275,4 +302,4 @@ def _reported(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parser
 
 
-_SECTIONS = (ModelConfig, CacheConfig, SchedulerConfig, ExecutionConfig)
+_SECTIONS = (ModelConfig, CacheConfig, SchedulerConfig, ExecutionConfig, SpeculationConfig)

@@ -334,6 +334,14 @@ class Output:
     error: str | None = None
 
 
+def joined(first: Output, second: Output) -> Output:
+    """Two deltas of one sequence that follow each other, as one."""
+    return replace(
+        second, text=first.text + second.text, token_ids=first.token_ids + second.token_ids, logprobs=first.logprobs + second.logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+    )  # fmt: skip
+
+
 def _derived_seed(seed: int | None, index: int) -> int | None:
     if seed is None:
         return None

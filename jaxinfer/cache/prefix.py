@@ -49,7 +49,8 @@ class Chain:
 
     context: what is hashed before the first token. indexes: where it is looked up. found: what was there last. borrowed: its first pages
     that others wrote. written: nodes that hold pages which this sequence wrote, in any tenure. closed: nothing more is entered, because of
-    a collision (until `restart`) or because the content is not to be trusted (`poisoned`).
+    a collision (until `restart`) or because the content is not to be trusted (`poisoned`). reused: tokens
+    that were found computed when the tenure began.
     """
 
     context: tuple[str, ...]
@@ -61,6 +62,7 @@ class Chain:
     borrowed: int = 0
     written: list[tuple[PrefixIndex, Node]] = field(default_factory=list)
     closed: bool = False
+    reused: int = 0
     poisoned: bool = False
 
     def longest(self, tokens: Sequence[int]) -> int:

@@ -1,10 +1,11 @@
 """The one generation loop: schedule a batch, launch it on the devices, commit what the one before produced.
 
-`add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became
-final; `generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host
-commits the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is
-committed before the next is scheduled; the tokens are the same. Each request has a wall around it: what goes wrong in its own text or
-numbers ends that request alone. This file does not know how arrays look or where requests come from.
+`add` checks a request against the model and puts it in line; each `step` moves every running sequence on and returns what became final;
+`generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host commits
+the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is committed
+before the next is scheduled; the tokens are the same. With drafts (`speculation.py`) a step may give a sequence several tokens, and as
+how many there are decides where it goes on, it is committed before the next is scheduled. Each request has a wall around it: what goes
+wrong in its own text or numbers ends that request alone. This file does not know how arrays look or where requests come from.
 """
 
 from __future__ import annotations
@@ -23,20 +24,23 @@ from jaxtyping import UInt32
 
 from jaxinfer.batch import Admission, Batch
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import words
+from jaxinfer.engine import speculation, words
+from jaxinfer.engine.drawn import Drawn, fetch
 from jaxinfer.engine.grammar import Grammars, Matcher, masks
 from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
+from jaxinfer.engine.speculation import Candidate
 from jaxinfer.engine.text import OutputText
-from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, TokenLogprob
+from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import Sampled
 from jaxinfer.step.forward import Computed, Demand
 from jaxinfer.step.inputs import Packed, pack
 from jaxinfer.step.score import Scored, places
 from jaxinfer.step.slots import Draws
+from jaxinfer.step.verify import Verified
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +70,15 @@ class _Flight:
     begun: float
     host_gap: float
     scored: Scored | None = None
-    sampled: Sampled | None = None
+    sampled: Sampled | Verified | None = None
 
-
-@dataclass(frozen=True)
-class _Drawn:
-    """What a step drew for one row, on the host."""
-
-    token: int
-    logprob: TokenLogprob | None
-    finite: bool
-    possible: bool
+    @property
+    def done(self) -> bool:
+        """Whether its tokens can be read without waiting."""
+        if self.sampled is None:
+            return True
+        drawn = self.sampled.drawn if isinstance(self.sampled, Verified) else self.sampled
+        return drawn.token.is_ready()
 
 
 class Engine:
@@ -105,6 +107,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
         self._idle_since = 0.0
+        self.speculator = speculation.make(config.speculation, built.program.config, built.costs, self.metrics)
 
     @property
     def has_work(self) -> bool:
@@ -139,13 +142,15 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule one batch, launch it on the devices, commit what the one before produced; [] when nothing became final."""
-        batch = self.scheduler.schedule()
+        outputs, drafts = self._propose() if self.speculator is not None else ([], {})
+        batch = self.scheduler.schedule(drafts)
         flight = None if batch is None else self._launch(batch)
-        outputs = self._take_pending()
+        outputs += self._take_pending()
         if flight is not None:
             if any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows):
                 outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
-            flight.sampled = self.program.sample(flight.computed, self._demand(flight.packed), self._masks(flight.packed))
+            draw = self.program.verify if flight.packed.shapes.bucket.decode_tokens > 1 else self.program.sample
+            flight.sampled = draw(flight.computed, self._demand(flight.packed), self._masks(flight.packed))
             self._flights.append(flight)
         outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
@@ -171,9 +176,27 @@ class Engine:
 
     def _masks(self, packed: Packed) -> UInt32[np.ndarray, "rows words"] | None:
         """What the rows' grammars allow next, from the tokens that are known now; None if no row has one."""
-        found = ((index, self._active.get(row.request.key)) for index, row in packed.rows if row.samples)
-        matchers = {index: active.matcher for index, active in found if active is not None and active.matcher is not None}
-        return masks(matchers, packed.shapes.bucket.rows * packed.shapes.replicas, self.program.config.vocab)
+        bucket, matchers = packed.shapes.bucket, {}
+        for index, row in packed.rows:
+            active = self._active.get(row.request.key) if row.samples else None
+            if active is not None and active.matcher is not None:
+                matchers[index] = active.matcher, row.tokens[1:] if bucket.decode_tokens > 1 else ()
+        return masks(matchers, (bucket.rows * packed.shapes.replicas, bucket.decode_tokens), self.program.config.vocab)
+
+    def _propose(self) -> tuple[list[Output], dict[Key, tuple[int, ...]]]:
+        """The drafts of the next step. While a step is on its way they are guessed from what is known; if they seem to be worth it, that
+        step is committed first and they are guessed again."""
+        outputs = self._land(0) if any(flight.batch.decode_tokens > 1 for flight in self._flights) else []
+        drafts = self._guess()
+        if drafts and self._flights:
+            outputs += self._land(0)
+            drafts = self._guess()
+        return outputs, drafts
+
+    def _guess(self) -> dict[Key, tuple[int, ...]]:
+        running = self.scheduler.decoding if self.speculator is not None else []
+        candidates = [Candidate(sequence, self._active[sequence.request.key].matcher is None) for sequence in running]
+        return self.speculator.propose(candidates) if self.speculator is not None and candidates else {}
 
     def _launch(self, batch: Batch) -> _Flight:
         """Send a batch on its way: pages copied, slots written, then the forward pass."""
@@ -181,9 +204,9 @@ class Engine:
         self.program.copy_pages([(copy.replica, copy.source, copy.target) for copy in batch.copies])
         for admission in batch.admissions:
             self._admit(admission)
-        self.last_packed = packed = pack(batch, self.program.bucket_for(batch))
-        idle = all(flight.sampled is None or flight.sampled.token.is_ready() for flight in self._flights)
-        computed = self.program.forward(packed)
+        self.last_packed = packed = pack(batch, self.program.config.bucket_for(batch))
+        idle = all(flight.done for flight in self._flights)
+        computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
 
@@ -197,14 +220,28 @@ class Engine:
     def _commit(self, flight: _Flight) -> list[Output]:
         """Fetch what a flight drew and move its sequences on: append tokens, end what is finished, emit."""
         self._take_scores(flight)
-        drawn = _fetch(flight)
-        sequences = self.scheduler.commit(flight.batch)
+        if flight.sampled is None:
+            raise RuntimeError("a flight is committed whose sampler was not launched")
+        rows, drawn = flight.packed.rows, fetch(flight.packed, flight.sampled)
+        counts = [len(drawn.get(index, ())) for index, _ in rows]
+        if self.speculator is not None and flight.batch.decode_tokens > 1:
+            self.speculator.learn((row, count) for (_, row), count in zip(rows, counts, strict=True))
+        sequences = self.scheduler.commit(flight.batch, counts)
         outputs = []
-        for (index, row), sequence in zip(flight.packed.rows, sequences, strict=True):
+        for (index, row), sequence in zip(rows, sequences, strict=True):
             if row.samples and sequence is not None:
-                outputs.append(self._advance(self._active[row.request.key], drawn[index]))
+                outputs.append(self._advance_by(self._active[row.request.key], drawn[index]))
         self._measure(flight)
         return outputs
+
+    def _advance_by(self, active: _Active, drawn: list[Drawn]) -> Output:
+        """What a step drew for one sequence, up to where it ends, as one delta."""
+        output = self._advance(active, drawn[0])
+        for item in drawn[1:]:
+            if output.finish_reason is not None:
+                break
+            output = joined(output, self._advance(active, item))
+        return output
 
     def _take_scores(self, flight: _Flight) -> None:
         if flight.scored is None:
@@ -229,7 +266,7 @@ class Engine:
             raise RequestError(message, "allowed_token_ids")
         return Draws(secrets.randbits(64) if params.seed is None else params.seed, held, banned)
 
-    def _advance(self, active: _Active, drawn: _Drawn) -> Output:
+    def _advance(self, active: _Active, drawn: Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
         if not drawn.finite:
             pages = self.scheduler.poison(active.sequence)
@@ -249,7 +286,7 @@ class Engine:
             logger.exception("request %s failed while its text was made", active.sequence.request.id)
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
 
-    def _emit(self, active: _Active, drawn: _Drawn) -> Output:
+    def _emit(self, active: _Active, drawn: Drawn) -> Output:
         params = active.sequence.request.params
         count = active.sequence.drawn
         stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
@@ -289,6 +326,8 @@ class Engine:
 
     def _forget(self, active: _Active, reason: FinishReason) -> None:
         self.scheduler.finish(active.sequence)
+        if self.speculator is not None:
+            self.speculator.forget(active.sequence.request.key)
         del self._active[active.sequence.request.key]
         self.metrics.finished[reason.value] += 1
 
@@ -329,6 +368,8 @@ class Engine:
         shapes, batch = flight.packed.shapes, flight.batch
         padded = shapes.bucket.tokens * shapes.replicas
         phase = "mixed" if batch.prefills else "decode"
+        if self.speculator is not None and self._idle_since:
+            self.speculator.observe(batch, shapes.bucket, now - self._idle_since)
         self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 
@@ -337,7 +378,7 @@ class Engine:
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 
 
-def _logprobs(active: _Active, drawn: _Drawn) -> dict[str, Any]:
+def _logprobs(active: _Active, drawn: Drawn) -> dict[str, Any]:
     """What an output says about probabilities: those of the prompt come with the first token."""
     first = active.sequence.drawn == 1
     return {
@@ -351,23 +392,3 @@ def _reason(active: _Active, *, stopped: bool) -> FinishReason | None:
     if stopped or (active.matcher is not None and active.matcher.finished):
         return FinishReason.STOP
     return FinishReason.LENGTH if active.sequence.drawn >= active.limit else None
-
-
-def _fetch(flight: _Flight) -> dict[int, _Drawn]:
-    """What a step drew for each row that samples, copied to the host; log probabilities only when a row asks for them."""
-    rows, sampled = flight.packed.rows, flight.sampled
-    if sampled is None:
-        raise RuntimeError("a flight is committed whose sampler was not launched")
-    wanted = any(row.samples and row.request.params.logprobs is not None for _, row in rows)
-    tokens, finite, possible = jax.device_get((sampled.token, sampled.finite, sampled.possible))
-    scores = jax.device_get((sampled.logprob, sampled.top_tokens, sampled.top_logprobs)) if wanted else None
-    drawn = {}
-    for index, row in rows:
-        if not row.samples:
-            continue
-        logprob, count = None, row.request.params.logprobs
-        if scores is not None and count is not None:
-            top = tuple(zip(scores[1][index, :count].tolist(), scores[2][index, :count].tolist(), strict=True))
-            logprob = TokenLogprob(int(tokens[index]), float(scores[0][index]), top)
-        drawn[index] = _Drawn(int(tokens[index]), logprob, bool(finite[index]), bool(possible[index]))
-    return drawn

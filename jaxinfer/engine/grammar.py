@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt32
@@ -141,12 +141,29 @@ class Matcher:
         if self._vocab % 32:
             row[-1] &= np.uint32((1 << self._vocab % 32) - 1)
 
+    def fill_along(self, rows: UInt32[np.ndarray, "places words"], drafts: Sequence[int]) -> None:
+        """Write which tokens may come next, then which after the first draft, and so on as far as the grammar allows the drafts: behind one
+        that it does not allow nothing is drawn. The matcher stays where it is."""
+        taken = 0
+        for row, draft in zip(rows, (*drafts, None), strict=False):
+            self.fill(row)
+            if draft is None or self._core.is_error() or self._core.is_stopped() or self._core.try_consume_tokens([draft]) != 1:
+                break
+            taken += 1
+        if taken:
+            self._core.rollback(taken)
 
-def masks(matchers: Mapping[int, Matcher], rows: int, vocab: int) -> UInt32[np.ndarray, "rows words"] | None:
-    """A fresh mask for a step's sampler (see `sampling.masked`): rows without a matcher allow everything. None if there is no matcher."""
+
+def masks(
+    matchers: Mapping[int, tuple[Matcher, Sequence[int]]], shape: tuple[int, int], vocab: int
+) -> UInt32[np.ndarray, "rows words"] | None:
+    """A fresh mask for a step's sampler (see `sampling.masked`): rows without a matcher allow everything. None if there is no matcher.
+
+    matchers: with the drafts of the row. shape: rows and places of each; a row's places follow each other.
+    """
     if not matchers:
         return None
-    mask = np.full((rows, mask_words(vocab)), ALL_ALLOWED)
-    for index, matcher in matchers.items():
-        matcher.fill(mask[index])
-    return mask
+    mask = np.full((*shape, mask_words(vocab)), ALL_ALLOWED)
+    for index, (matcher, drafts) in matchers.items():
+        matcher.fill_along(mask[index], drafts)
+    return mask.reshape(-1, mask.shape[-1])

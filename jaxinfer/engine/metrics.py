@@ -23,7 +23,10 @@ class StepRecord:
 
 @dataclass
 class EngineMetrics:
-    """Gauges (running, waiting, kv_usage from 0 to 1), totals since the start, and the latest steps (oldest dropped)."""
+    """Gauges (running, waiting, kv_usage from 0 to 1), totals since the start, and the latest steps (oldest dropped).
+
+    drafts: rows that had some. accepted_at: drafts that stood, by their place among the row's, from 0.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -34,6 +37,10 @@ class EngineMetrics:
     steps_total: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     compile_seconds: dict[str, float] = field(default_factory=dict)
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: Counter[int] = field(default_factory=Counter)
     steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=4096))
 
     def record(self, step: StepRecord) -> None:

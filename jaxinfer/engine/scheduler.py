@@ -2,8 +2,9 @@
 
 Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a slot, pages for its whole prompt; pages whose content is
 cached already are taken as they are), computes its prompt in chunks beside the decodes of the others, then decodes one token a step;
-`append` takes the token that a step sampled; `finish` ends it at any moment. On a mesh with a data axis every replica has its own
-pages and slots, and a sequence stays where it was admitted.
+`append` takes the token that a step sampled; `finish` ends it at any moment. A decode may carry drafts: pages are planned for the case
+that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. On a mesh with a data axis
+every replica has its own pages and slots, and a sequence stays where it was admitted.
 
 Steps overlap: `schedule` may be called while the batch before is not committed. What a launched step still uses (pages, a slot)
 comes free only when `commit` is told that the step is done, and a sequence whose last possible token is on its way rests until then.
@@ -20,8 +21,8 @@ This file does not know about texts, stop rules or buckets.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Values
 from itertools import chain, count
 
@@ -29,6 +30,7 @@ from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, PageCopy, Row
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import Chain
 from jaxinfer.engine import policies
+from jaxinfer.engine.accounts import Accounts, check
 from jaxinfer.engine.line import Line
 from jaxinfer.engine.sequence import NEVER, Family, Key, Launched, Limits, Place, Sequence, Step
 from jaxinfer.request import Request
@@ -36,6 +38,7 @@ from jaxinfer.request import Request
 __all__ = ["Key", "Limits", "Scheduler", "Sequence"]
 
 HEADROOM = 2  # pages kept free at admission for each sequence that runs
+NO_DRAFTS: Mapping[Key, Values[int]] = {}
 _DECODE = (LAST_SAMPLED,)
 
 
@@ -101,8 +104,18 @@ class Scheduler:
         """Every sequence of one request, running or waiting."""
         return list(self._families[request_id].members) if request_id in self._families else []
 
-    def schedule(self) -> Batch | None:
+    @property
+    def decoding(self) -> list[Sequence]:
+        """The sequences that the next step decodes, if it is one without prompts as far as is known now; else none: it takes no drafts."""
+        if any(sequence.missing > 1 for sequence in self._running) or (len(self._line) and any(self._slots)):
+            return []
+        return [sequence for sequence in self._running if not sequence.last and not sequence.drafts]
+
+    def schedule(self, drafts: Mapping[Key, Values[int]] = NO_DRAFTS) -> Batch | None:
         """Choose the rows of the next step and reserve their pages.
+
+        drafts: for sequences that decode, the tokens that may come after their last one (ids, or `DRAFTED`); as many of them are taken as
+        pages and the sequence's limit allow.
 
         Returns:
             None when nothing can run now: nobody is here, or all depends on a batch that is not committed.
@@ -117,16 +130,18 @@ class Scheduler:
             missing = sequence.missing
             if missing > 1:
                 prefilling.append(sequence)
-            elif missing == 1 and sequence.running and not sequence.last and self._room(sequence, step):
-                self._decode(sequence, step)
+            elif missing == 1 and sequence.running and not (sequence.last or sequence.drafts) and self._room(sequence, step):
+                self._decode(sequence, step, drafts.get(sequence.request.key, ()))
         for sequence in prefilling:
             if sequence.running:
                 self._prefill(sequence, step)
         self._admit(step)
         return self._launch(step)
 
-    def commit(self, batch: Batch) -> list[Sequence | None]:
+    def commit(self, batch: Batch, counts: Values[int] = ()) -> list[Sequence | None]:
         """A batch is done on the device: what only it still used comes free. Once for each batch, in order, before its tokens are appended.
+
+        counts: how many tokens each of its decode rows has drawn; needed where there were drafts.
 
         Returns:
             For each row its sequence, None if that has ended since.
@@ -139,6 +154,9 @@ class Scheduler:
         launched = self._launched.popleft()
         for replica, page in launched.sources:
             self.pools[replica].release((page,))
+        for row, sequence, drawn in zip(batch.decodes if batch.decode_tokens > 1 else (), launched.sequences, counts, strict=False):
+            if len(row.tokens) > 1:
+                sequence.take_back(len(row.tokens) - drawn)
         for sequence in launched.sequences:
             sequence.in_flight -= 1
             if not sequence.in_flight and sequence in self._leaving:
@@ -189,33 +207,8 @@ class Scheduler:
         Raises:
             RuntimeError: an invariant is broken.
         """
-        holding = [*self._running, *self._leaving]
-        for replica, pool in enumerate(self.pools):
-            held: list[Values[int]] = [sequence.pages for sequence in holding if sequence.replica == replica]
-            held += [(page,) for launched in self._launched for at, page in launched.sources if at == replica]
-            pool.check(held)
-            pages = list(chain.from_iterable(sequence.pages for sequence in holding if sequence.replica == replica))
-            if len(pages) != len(set(pages)):
-                self._check_shared(replica, Counter(pages))
-        slots = [sequence.slot for sequence in holding] + list(chain(*self._slots))
-        if sorted(slots) != list(range(self.limits.sequences * self.limits.replicas)):
-            raise RuntimeError("a slot is lost or used twice")
-        self._check_running()
-
-    def _check_running(self) -> None:
-        for sequence in self._running:
-            if not 0 <= sequence.computed <= sequence.length or len(sequence.pages) * self._page_size < sequence.computed:
-                raise RuntimeError("a sequence has more tokens computed than it has tokens or pages")
-            if not 0 <= sequence.pending <= sequence.in_flight or sequence.length - len(sequence.request.prompt) > sequence.limit:
-                raise RuntimeError("a sequence draws more tokens than it may")
-        if [s.standing for s in self._running] != sorted(s.standing for s in self._running):
-            raise RuntimeError("the running sequences are not in the order of their standing")
-
-    def _check_shared(self, replica: int, owners: Counter[int]) -> None:
-        for sequence in self._running:
-            written = sequence.pages[sequence.computed // self._page_size :] if sequence.replica == replica else ()
-            if any(owners[page] > 1 for page in written):
-                raise RuntimeError("a page is shared but not full")
+        sources = [source for launched in self._launched for source in launched.sources]
+        check(Accounts(self.limits, self.pools, self._running, list(self._leaving), sources, list(chain(*self._slots))))
 
     def _room(self, sequence: Sequence, step: Step) -> bool:
         """Make room for a sequence's next token, at the cost of those of lower standing.
@@ -240,10 +233,15 @@ class Scheduler:
         step.coming[replica] -= 1
         return False
 
-    def _decode(self, sequence: Sequence, step: Step) -> None:
-        """The row of a sequence whose last token alone is missing; what stands in its slot is that token."""
+    def _decode(self, sequence: Sequence, step: Step, drafts: Values[int] = ()) -> None:
+        """The row of a sequence whose last token alone is missing; what stands in its slot is that token. Drafts cost nobody a page."""
         at = sequence.computed
-        self._row(sequence, _DECODE if at >= len(sequence.request.prompt) else (sequence.tokens[at],), step, 0)
+        row = _DECODE if at >= len(sequence.request.prompt) else (sequence.tokens[at],)
+        most = min(len(drafts), sequence.limit - sequence.drawn - sequence.pending - 1) if drafts else 0
+        if most > 0 and self.pools[sequence.replica].grow(sequence.pages, sequence.length + most):
+            row += tuple(drafts[:most])
+            sequence.drafts = most
+        self._row(sequence, row, step, 0)
 
     def _prefill(self, sequence: Sequence, step: Step) -> None:
         """The next chunk of a sequence whose tokens are not computed yet, as far as the step's limits go."""
@@ -259,12 +257,12 @@ class Scheduler:
         start, request = sequence.computed, sequence.request
         sequence.computed = end = start + len(tokens)
         sequence.in_flight += 1
-        samples = end == len(sequence.tokens) + sequence.pending
+        samples = end == len(sequence.tokens) + sequence.pending + sequence.drafts
         row = Row(request, sequence.slot, start, tokens, sequence.pages, samples, sequence.replica)
         (step.prefills if kind else step.decodes).append(row)
         step.sequences[kind].append(sequence)
         if samples:
-            sequence.pending += 1
+            sequence.pending += 1 + sequence.drafts
         if tokens is not _DECODE:
             self._enter(sequence)
         if start < len(request.prompt) <= end:
@@ -338,7 +336,7 @@ class Scheduler:
             step.copies.append(PageCopy(place.source, sequence.pages[len(place.pages)], replica))
         sequence.chain.restart(place.node, len(place.pages))
         sequence.slot, sequence.replica, sequence.running = self._slots[replica].pop(), replica, True
-        sequence.computed = sequence.reused = place.computed
+        sequence.computed = sequence.chain.reused = place.computed
         self.looked_up += len(sequence.tokens)
         self.reused += place.computed
         insort(self._running, sequence, key=_standing)
@@ -350,6 +348,8 @@ class Scheduler:
     def _launch(self, step: Step) -> Batch | None:
         if not step.decodes and not step.prefills:
             return None
+        if step.prefills:
+            step.drop_drafts()
         batch = Batch(tuple(step.decodes), tuple(step.prefills), tuple(step.admissions), tuple(step.copies))
         sources = [(copy.replica, copy.source) for copy in step.copies]
         self._launched.append(Launched(batch, step.sequences[0] + step.sequences[1], sources))

@@ -34,8 +34,9 @@ class Sequence:
     """One request on its way. Invariant: 0 <= computed <= length, and while it runs its pages hold the first `computed` tokens.
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
-    sampled on the device and not known yet (one for each uncommitted batch at most). in_flight: launched, uncommitted batches with a
-    row of it. slot: -1 while it has none. reused: tokens found computed when it was admitted last.
+    sampled on the device and not known yet (one for each uncommitted batch at most, and the drafts, all of which may stand).
+    in_flight: launched, uncommitted batches with a row of it. drafts: those that are being verified: until it is known which of them
+    stand, nothing more of the sequence is scheduled. slot: -1 while it has none.
     """
 
     request: Request
@@ -46,13 +47,13 @@ class Sequence:
     computed: int = 0
     pending: int = 0
     in_flight: int = 0
+    drafts: int = 0
     pages: array[int] = field(default_factory=lambda: array("i"))
     slot: int = -1
     replica: int = 0
     running: bool = False
     ended: bool = False
     preemptions: int = 0
-    reused: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -73,6 +74,11 @@ class Sequence:
     def missing(self) -> int:
         """Tokens that no scheduled step has computed; 1 means that the next step is a decode."""
         return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def reused(self) -> int:
+        """Tokens found computed when it was admitted last."""
+        return self.chain.reused
 
     @property
     def last(self) -> bool:
@@ -97,6 +103,13 @@ class Sequence:
     def standing(self) -> tuple[float, int]:
         """Who keeps its pages longest: by priority, then by arrival; who was preempted often enough goes before every priority."""
         return (float("-inf") if self.preemptions >= PATIENCE else self.request.priority, self.arrival)
+
+    def take_back(self, drafts: int) -> None:
+        """So many of its drafts do not stand: what the cache holds of them is written over by what comes in their places."""
+        self.drafts = 0
+        self.pending -= drafts
+        if self.running:
+            self.computed -= drafts
 
 
 @dataclass(eq=False)
@@ -133,6 +146,13 @@ class Step:
     copies: list[PageCopy] = field(default_factory=list)
     coming: dict[int, int] = field(default_factory=dict)
     headroom: dict[int, int] = field(default_factory=dict)
+
+    def drop_drafts(self) -> None:
+        """The decode rows of a step with prompts in it have no drafts."""
+        for number, sequence in enumerate(self.sequences[0]):
+            if sequence.drafts:
+                self.decodes[number] = self.decodes[number]._replace(tokens=self.decodes[number].tokens[:1])
+                sequence.take_back(sequence.drafts)
 
 
 @dataclass(frozen=True)

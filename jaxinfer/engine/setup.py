@@ -7,6 +7,7 @@ program while the weights are read, then load. Nothing here runs again once the 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
+from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, random_weights
@@ -73,11 +75,13 @@ class Built:
     program: Program
     scheduler: Scheduler
     defaults: dict[str, Any]
+    costs: Costs
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model before its weights: where it lives (None with random weights of a known shape), what it is, how long it may run."""
+    """A model before its weights: where it lives (None with random weights of a known shape), what it is, how long it may run, its draft
+    model if it is to have one."""
 
     folder: Path | None
     name: str
@@ -85,6 +89,7 @@ class _Model:
     dtype: np.dtype
     max_tokens: int
     architecture: str
+    draft: _Model | None = None
 
     @property
     def parameters(self) -> int:
@@ -107,15 +112,17 @@ def build(config: EngineConfig, progress: Progress) -> Built:
 def _build(config: EngineConfig, progress: Progress) -> Built:
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
-    model = _describe(config)
+    model = _with_draft(config, _describe(config))
     _require_audit(config, model)
     tokenizer = Tokenizer.load(model.folder) if model.folder is not None else None
+    _check_tokenizers(model, tokenizer)
     defaults = _sampling_defaults(model.folder)
     sized = _sizing(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
     memory, program = sized.sized()
     scheduler = _scheduler(config, model, memory)
-    if config.model.load_format != "random" and model.folder is not None:
-        read.verify(model.folder, model.graph)  # before anything is compiled
+    for of in _models(model):
+        if config.model.load_format != "random" and of.folder is not None:
+            read.verify(of.folder, of.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
         memory, program = _compiled(sized, memory, program, progress)
@@ -123,7 +130,35 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     if scheduler.pools[0].size != memory.pool.pages:
         scheduler = _scheduler(config, model, memory)
     info = _info(config, model, program.config, memory)
-    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults)
+    costs = Costs() if config.speculation.speculate == "off" else measure(program)
+    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults, costs=costs)
+
+
+def _models(model: _Model) -> tuple[_Model, ...]:
+    return (model,) if model.draft is None else (model, model.draft)
+
+
+def _with_draft(config: EngineConfig, model: _Model) -> _Model:
+    """The model with its draft model: the one that was named, or the embedded model's own."""
+    speculation = config.speculation
+    if speculation.speculate in ("off", "lookup"):
+        return model
+    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
+    if name is None and speculation.speculate == "auto":
+        return model
+    if name is None:
+        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
+    small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
+    return replace(model, draft=_describe(small))
+
+
+def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:
+    """Refuse a draft model whose token ids mean something else: its drafts would never stand."""
+    if model.draft is None or model.draft.folder is None or tokenizer is None:
+        return
+    ours, theirs = (json.loads(of.to_json())["model"].get("vocab") for of in (tokenizer, Tokenizer.load(model.draft.folder)))
+    if ours != theirs:
+        raise ConfigError(f"--draft-model {model.draft.name} has another tokenizer than {model.name}; name one of the same family")
 
 
 def _scheduler(config: EngineConfig, model: _Model, memory: MemoryPlan) -> Scheduler:
@@ -203,7 +238,8 @@ def _limits(config: EngineConfig) -> Limits:
 
 def _sizing(config: EngineConfig, model: _Model, placement: Placement) -> sizing.Sizing:
     machine = sizing.Machine(devices.platform(), devices.memory_bytes(placement.mesh.devices.flat[0]))
-    return sizing.Sizing(config, sizing.Described(model.graph, model.max_tokens), placement, machine)
+    draft = None if model.draft is None else model.draft.graph
+    return sizing.Sizing(config, sizing.Described(model.graph, model.max_tokens, draft), placement, machine)
 
 
 def _compiled(sized: sizing.Sizing, memory: MemoryPlan, program: Program, progress: Progress) -> tuple[MemoryPlan, Program]:
@@ -217,11 +253,14 @@ def _compiled(sized: sizing.Sizing, memory: MemoryPlan, program: Program, progre
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:
-    if config.model.load_format == "random" or model.folder is None:
-        weights = random_weights(model.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
-    else:
-        weights = read.load(model.folder, model.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
-    return model.graph.leaves(weights)
+    leaves: tuple[jax.Array, ...] = ()
+    for of in _models(model):
+        if config.model.load_format == "random" or of.folder is None:
+            weights = random_weights(of.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
+        else:
+            weights = read.load(of.folder, of.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
+        leaves += of.graph.leaves(weights)
+    return leaves
 
 
 def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: MemoryPlan) -> EngineInfo:

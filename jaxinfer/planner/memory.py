@@ -92,15 +92,22 @@ class Account:
         return self.weights + self.slots + programs + (self.row * sequences + 1) * self.page - self.limit
 
 
-def account(graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int) -> Account:
-    """Add up what is known from shapes; `pool` says the page size and the replicas. Allocates nothing."""
-    mesh, rules = placement.mesh, placement.rules
+def account(
+    graph: Graph, pool: PoolShape, demand: Demand, cache: CacheConfig, *, placement: Placement, device_memory: int,
+    draft: Graph | None = None,
+) -> Account:  # fmt: skip
+    """Add up what is known from shapes; `pool` says the page size and the replicas, `draft` is a draft model. Allocates nothing."""
+    mesh, rules, graphs = placement.mesh, placement.rules, (graph,) if draft is None else (graph, draft)
     vocab, sequences = graph.config.vocab_size, demand.sequences * pool.replicas
-    one_page = graph.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
+    one_page = [
+        array for of in graphs for array in jax.tree.leaves(
+            of.kv_specs(pool.replicas, pool.page_size, implementation=placement.implementation, codes=pool.codes)
+        )
+    ]  # fmt: skip
     row = -(-demand.tokens // pool.page_size)
     return Account(
         limit=int(device_memory * cache.memory_fraction),
-        weights=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(graph.arrays).items()),
+        weights=sum(device_bytes(spec, mesh, rules) * count for of in graphs for spec, count in Counter(of.arrays).items()),
         slots=sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(describe(sequences + 1, vocab))),
         page=sum(device_bytes(spec, mesh, rules) * count for spec, count in Counter(jax.tree.leaves(one_page)).items()),
         row=row,
@@ -119,13 +126,15 @@ def plan_memory(
     placement: Placement,
     device_memory: int,
     programs: int | None = None,
+    draft: Graph | None = None,
 ) -> MemoryPlan:
-    """Size the pool (the given one's `pages` are replaced); `device_memory` and `programs` are bytes per device (None: not known yet).
+    """Size the pool (the given one's `pages` are replaced); `device_memory` and `programs` are bytes per device (None: not known yet). A
+    draft model has its own part of every page.
 
     Raises:
         ConfigError: not even one sequence of `demand.tokens` tokens fits, with what is there and what would help.
     """
-    asked = account(graph, pool, demand, cache, placement=placement, device_memory=device_memory)
+    asked = account(graph, pool, demand, cache, placement=placement, device_memory=device_memory, draft=draft)
     needed = asked.guess if programs is None else programs
     pages = asked.pages(needed)
     if pages < asked.row:

@@ -23,7 +23,7 @@ from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account, Demand, MemoryPlan, account, plan_memory
-from jaxinfer.step.buckets import Bucket, buckets, fixed
+from jaxinfer.step.buckets import Bucket, buckets, fixed, verifying
 from jaxinfer.step.program import Program, ProgramConfig
 
 MARGIN = (9, 8)  # programs that are compiled again, for another pool, may need a little more
@@ -45,10 +45,11 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Described:
-    """A model before its weights: its graph and how many tokens a sequence may have."""
+    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model if there is one."""
 
     graph: Graph
     max_tokens: int
+    draft: Graph | None = None
 
 
 def with_margin(programs: int) -> int:
@@ -78,7 +79,11 @@ def widths(config: EngineConfig, platform: str) -> Widths:
 
 def bucket_list(config: EngineConfig, platform: str) -> tuple[Bucket, ...]:
     """The list of step shapes that are compiled, run and planned."""
-    return (fixed if config.execution.deterministic == "on" else buckets)(*widths(config, platform))
+    if config.execution.deterministic == "on":
+        return fixed(*widths(config, platform))
+    speculation, (sequences, tokens) = config.speculation, widths(config, platform)
+    wide = () if speculation.speculate == "off" else verifying(sequences, speculation.draft_tokens)
+    return tuple(sorted((*buckets(sequences, tokens), *wide)))
 
 
 def described(values: Mapping[str, Any], config: EngineConfig, platform: str, folder: Path | None = None) -> Described:
@@ -135,8 +140,9 @@ class Sizing:
     def account(self) -> Account:
         """What memory is asked for."""
         return account(
-            self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement, device_memory=self.machine.memory
-        )
+            self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement,
+            device_memory=self.machine.memory, draft=self.model.draft,
+        )  # fmt: skip
 
     def planned(self, programs: int | None = None) -> tuple[MemoryPlan, Program]:
         """The pool beside programs of so many bytes (None: a guess), and the programs for it, not compiled yet.
@@ -146,7 +152,7 @@ class Sizing:
         """
         memory = plan_memory(
             self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement,
-            device_memory=self.machine.memory, programs=programs,
+            device_memory=self.machine.memory, programs=programs, draft=self.model.draft,
         )  # fmt: skip
         return memory, self.program(memory.pool)
 
@@ -155,7 +161,7 @@ class Sizing:
         return Program(ProgramConfig(
             graph=self.model.graph, placement=self.placement, pool=pool, buckets=bucket_list(self.config, self.machine.platform),
             max_sequences=self.demand.sequences, max_tokens=self.model.max_tokens,
-            threads=self.config.execution.compile_threads or os.cpu_count() or 1,
+            threads=self.config.execution.compile_threads or os.cpu_count() or 1, draft=self.model.draft,
         ))  # fmt: skip
 
     def sized(self) -> tuple[MemoryPlan, Program]:

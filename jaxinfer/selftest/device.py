@@ -1,15 +1,16 @@
 """A device without arithmetic: for every slot of every page it keeps which text the K and V there were computed from.
 
 The content of a position is a *mark*: a number that stands for the salt and all tokens up to that position, so equal marks mean equal
-beginnings. A batch is run as the compiled step runs it: pages are copied, sequences enter their slots, every row writes, then every
-row reads; what a row finds in its pages must be exactly its own text. Also refused: a write to a page that another row reads, in this
-batch or in one that is not committed. What the model draws is a function of the mark, so equal beginnings go on equally.
-This file does not know how batches are chosen.
+beginnings. A batch is run as the compiled step runs it: pages are copied, sequences enter their slots, every row writes, then every row
+reads; what a row finds in its pages must be exactly its own text, aside from drafts: those may be wrong. Also refused: a write to a page
+that another row reads, in this batch or in one that is not committed. What the model draws is a function of the mark, so equal beginnings
+go on equally. This file does not know how batches are chosen.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Values
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -48,13 +49,32 @@ class Life:
         """One more token."""
         before = self.marks[-1] if self.marks else crc32(self.sequence.request.cache_salt.encode())
         self.tokens.append(token)
-        self.marks.append(hash((before, token)) & 0x7FFFFFFFFFFFFFFF)
+        self.marks.append(_mark(before, token))
 
     def draw(self) -> int:
         """What the model says next; the sequences of one request differ in their seeds."""
-        token = hash((self.marks[-1], self.sequence.request.index)) // 7 % VOCABULARY
+        (token,) = self.foresee(1)
         self.grow(token)
         return token
+
+    def foresee(self, count: int) -> list[int]:
+        """What the model is going to say."""
+        found, mark = [], self.marks[-1]
+        for _ in range(count):
+            found.append(hash((mark, self.sequence.request.index)) // 7 % VOCABULARY)
+            mark = _mark(mark, found[-1])
+        return found
+
+    def marks_along(self, start: int, tokens: Values[int]) -> list[int]:
+        """The marks of tokens that are written from a position on, right or wrong."""
+        found = self.marks[:start][-1:] or [crc32(self.sequence.request.cache_salt.encode())]
+        for token in tokens:
+            found.append(_mark(found[-1], token))
+        return found[1:]
+
+
+def _mark(before: int, token: int) -> int:
+    return hash((before, token)) & 0x7FFFFFFFFFFFFFFF
 
 
 class Device:
@@ -68,11 +88,11 @@ class Device:
         self.slots: dict[int, tuple[Key, int]] = {}
         self._reading: deque[dict[tuple[int, int], Key]] = deque()
 
-    def run(self, batch: Batch, lives: list[Life]) -> list[int | None]:
+    def run(self, batch: Batch, lives: list[Life]) -> list[tuple[int, ...]]:
         """Run a batch; `lives` are those of its rows.
 
         Returns:
-            What each row draws, None for one that draws nothing.
+            What each row draws: nothing, a token, or as many as its drafts allow.
 
         Raises:
             Broken: a row reads, writes or draws what it must not.
@@ -118,9 +138,12 @@ class Device:
         owner, last = self.slots[row.slot]
         if owner != key:
             raise Broken("a row names another sequence's slot")
-        tokens = list(row.tokens) if row.tokens[0] != LAST_SAMPLED else [last]
-        if tokens != life.tokens[row.start : end]:
+        tokens = [last if token == LAST_SAMPLED else token for token in row.tokens]
+        certain = len(life.tokens) - row.start
+        if tokens[:certain] != life.tokens[row.start : end] or (certain < len(tokens) and (certain != 1 or not row.samples)):
             raise Broken("a row computes tokens that are not its sequence's")
+        marks = life.marks_along(row.start, tokens)
+        behind = [RUINED, *life.marks[: row.start], *marks]
         for number in range(row.start // size, (end - 1) // size + 1):
             page, first = row.pages[number], number * size
             place = (replica, page)
@@ -129,21 +152,25 @@ class Device:
             if any(batch.get(place, key) != key for batch in self._reading):
                 raise Broken("a row writes to a page that a launched step of another sequence reads")
             low, high = max(first, row.start), min(first + size, end)
-            self.memory[replica][page][low - first : high - first] = life.marks[low:high]
+            self.memory[replica][page][low - first : high - first] = marks[low - row.start : high - row.start]
             self.writers[replica][page] = key
-            self.before[replica][page] = life.marks[first - 1] if first else RUINED
+            self.before[replica][page] = behind[first]
 
-    def _read(self, row: Row, life: Life) -> int | None:
-        memory, length = self.memory[row.replica], row.kv_length
+    def _read(self, row: Row, life: Life) -> tuple[int, ...]:
+        memory, length = self.memory[row.replica], min(row.kv_length, len(life.tokens))
         held = [mark for page in row.pages for mark in memory[page]]
         if held[:length] != life.marks[:length]:
             raise Broken("a row's pages hold something else than its text")
         if not row.samples:
-            return None
+            return ()
         if length != len(life.tokens):
             raise Broken("a token is drawn before all before it are computed")
-        token = life.draw()
+        drawn = [life.draw()]
+        for draft in row.tokens[length - row.start :]:
+            if drawn[-1] != draft:
+                break
+            drawn.append(life.draw())
         if len(life.tokens) - len(row.request.prompt) > life.limit:
             raise Broken("a sequence draws more tokens than it may")
-        self.slots[row.slot] = row.request.key, token
-        return token
+        self.slots[row.slot] = row.request.key, drawn[-1]
+        return tuple(drawn)

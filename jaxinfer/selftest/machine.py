@@ -29,7 +29,8 @@ LIVES = 24
 
 @dataclass(frozen=True)
 class Setting:
-    """What a machine is made of. digest_bits: 0 switches the prefix index off, few force collisions. overlap: 0 or 1 batches ahead."""
+    """What a machine is made of. digest_bits: 0 switches the prefix index off, few force collisions. overlap: 0 or 1 batches ahead.
+    drafts: at most so many of a sequence in a step."""
 
     pages: int = 24
     replicas: int = 1
@@ -37,6 +38,7 @@ class Setting:
     overlap: int = 1
     digest_bits: int = 256
     limits: Limits = Limits(sequences=4, prefill_tokens=16, prefill_rows=2)
+    drafts: int = 0
 
     @classmethod
     def drawn(cls, draw: random.Random) -> Setting:
@@ -44,7 +46,7 @@ class Setting:
         replicas = draw.choice((1, 1, 1, 2))
         limits = Limits(draw.choice((2, 4, 6)), draw.choice((3, 16, 30)), draw.choice((1, 2, 4)), replicas)
         pages, policy = draw.choice((12, 12, 16, 24, 40)), draw.choice(policies.names())
-        return cls(pages, replicas, policy, draw.randrange(2), draw.choice((0, 3, 6, 256, 256, 256)), limits)
+        return cls(pages, replicas, policy, draw.randrange(2), draw.choice((0, 3, 6, 256, 256, 256)), limits, draw.choice((0, 2, 7)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Machine:
         self.lives: dict[Key, Life] = {}
         self.counts: Counter[str] = Counter()
         self._texts = list(tuple(random.Random(text).choices(range(1, VOCABULARY), k=LONGEST)) for text in range(6))
-        self._launched: deque[tuple[Batch, list[int | None]]] = deque()
+        self._launched: deque[tuple[Batch, list[tuple[int, ...]]]] = deque()
+        self._guesses = random.Random(setting.drafts)
 
     def arrive(self, arrival: Arrival) -> None:
         """A call comes in."""
@@ -129,7 +132,7 @@ class Machine:
             Broken: nothing runs though something could, or somebody is passed over.
         """
         before = {key: life.sequence.running for key, life in self.lives.items()}
-        batch = self.scheduler.schedule()
+        batch = self.scheduler.schedule(self._drafts())
         if batch is None:
             if self.lives and not self._launched:
                 raise Broken("there is work, but nothing runs")
@@ -152,6 +155,15 @@ class Machine:
         if self.scheduler.usage or self.counts["arrived"] != sum(self.counts[how] for how in ("done", "aborted", "left", "poisoned")):
             raise Broken("all have ended, but something is owned or missing")
 
+    def _drafts(self) -> dict[Key, tuple[int, ...]]:
+        """Guesses of what comes next, some of them right to the end, some up to a point; for more sequences than may have any."""
+        found: dict[Key, tuple[int, ...]] = {}
+        for key, life in self.lives.items() if self.setting.drafts else ():
+            count = self._guesses.randint(0, self.setting.drafts)
+            right = self._guesses.choice((0, 1, count, count))
+            found[key] = tuple(life.foresee(right)[:count]) + tuple(self._guesses.randrange(VOCABULARY) for _ in range(count - right))
+        return found
+
     def _launch(self, batch: Batch, before: dict[Key, bool]) -> None:
         keys = [row.request.key for row in batch.rows]
         if len(set(keys)) != len(keys) or any(key not in self.lives for key in keys):
@@ -168,16 +180,24 @@ class Machine:
     def _commit(self) -> None:
         batch, drawn = self._launched.popleft()
         self.device.commit()
-        for row, sequence, token in zip(batch.rows, self.scheduler.commit(batch), drawn, strict=True):
+        for row, sequence, tokens in zip(batch.rows, self.scheduler.commit(batch, list(map(len, drawn))), drawn, strict=True):
+            self.counts.update(drafts=len(row.tokens[1:]) if row in batch.decodes else 0, stood=len(tokens[1:]))
             life = self.lives.get(row.request.key)
             if (sequence is None) != (life is None) or (life is not None and life.sequence is not sequence):
                 raise Broken("a committed row is given to the wrong sequence")
-            if sequence is not None and life is not None and token is not None:
-                self.scheduler.append(sequence, token)
-                if sequence.tokens != life.tokens[: len(sequence.tokens)]:
-                    raise Broken("a sequence's tokens are not those that were drawn")
-                if token == STOP or len(sequence.output) >= life.limit:
-                    self._end(row.request.key, "done")
+            if life is not None:
+                self._append(life, tokens)
+
+    def _append(self, life: Life, tokens: tuple[int, ...]) -> None:
+        """A sequence gets what a step drew, up to where it ends."""
+        sequence = life.sequence
+        for token in tokens:
+            self.scheduler.append(sequence, token)
+            if sequence.tokens != life.tokens[: len(sequence.tokens)]:
+                raise Broken("a sequence's tokens are not those that were drawn")
+            if token == STOP or len(sequence.output) >= life.limit:
+                self._end(sequence.request.key, "done")
+                return
 
     def _end(self, key: Key, how: str) -> None:
         life = self.lives.pop(key)
@@ -192,6 +212,8 @@ class Machine:
             decodes = [row for row in batch.decodes if row.replica == replica]
             prefills = [row for row in batch.prefills if row.replica == replica]
             tokens = sum(len(row.tokens) for row in prefills)
+            if batch.decode_tokens > 1 + (0 if batch.prefills else self.setting.drafts):
+                raise Broken("a row has more drafts than it may")
             if len(prefills) > limits.prefill_rows or tokens > limits.prefill_tokens or len(decodes) + len(prefills) > limits.sequences:
                 raise Broken("a batch exceeds its limits")
             if any(row.slot // limits.sequences != replica for row in (*decodes, *prefills)):

@@ -226,9 +226,9 @@ def copy_forgotten(original: Original) -> Original:
 def copy_source_kept(original: Original) -> Original:
     """The page that a copy read is never given back."""
 
-    def commit(self: Scheduler, batch: Any) -> Any:
+    def commit(self: Scheduler, batch: Any, counts: Sequence[int] = ()) -> Any:
         self._launched[0].sources.clear()
-        return original(self, batch)
+        return original(self, batch, counts)
 
     return commit
 
@@ -300,3 +300,33 @@ def siblings_wait_for_ever(original: Original) -> Original:
 def poison_ignored(original: Original) -> Original:
     """What a broken row wrote is found by others."""
     return lambda self, chain: []
+
+
+@mutates(Running, "take_back")
+def rejected_draft_kept(original: Original) -> Original:
+    """Where a draft did not stand its keys and values stay."""
+
+    def take_back(self: Running, drafts: int) -> None:
+        computed = self.computed
+        original(self, drafts)
+        self.computed = computed if drafts == 1 else self.computed
+
+    return take_back
+
+
+@mutates(Step, "drop_drafts")
+def drafts_beside_prompts(original: Original) -> Original:
+    """A step with a prompt in it keeps its drafts."""
+    return lambda self: None
+
+
+@mutates(Scheduler, "_decode")
+def drafts_past_the_limit(original: Original) -> Original:
+    """A sequence may draw more tokens than it may have, if they are drafts."""
+
+    def decode(self: Scheduler, sequence: Running, step: Step, drafts: Sequence[int] = ()) -> None:
+        limit, sequence.limit = sequence.limit, sequence.limit + 1
+        original(self, sequence, step, drafts)
+        sequence.limit = limit
+
+    return decode

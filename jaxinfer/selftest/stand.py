@@ -92,7 +92,7 @@ def settings(values: Mapping[str, Any]) -> EngineConfig:
 def flags(config: EngineConfig) -> list[str]:
     """The command line that gives these settings."""
     found = []
-    for section in (config.model, config.cache, config.scheduler, config.execution):
+    for section in (config.model, config.cache, config.scheduler, config.execution, config.speculation):
         for name, value in asdict(section).items():
             if value is not None:
                 text = ",".join(f"{axis}={size}" for axis, size in value._asdict().items()) if hasattr(value, "_asdict") else str(value)

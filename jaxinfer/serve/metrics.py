@@ -43,6 +43,10 @@ class _Reading:
     label: str = ""
 
 
+def _drafts(name: str, help: str, read: Callable[[Any], Any], label: str = "") -> _Reading:
+    return _Reading(f"spec_decode_num_{name}", f"spec_decode_num_{name}", help, read, label=label)
+
+
 _READINGS = (
     _Reading("requests_running", "num_requests_running", "Sequences that the engine works on.", lambda m: m.running, GaugeMetricFamily),
     _Reading("requests_waiting", "num_requests_waiting", "Sequences that wait for a place.", lambda m: m.waiting, GaugeMetricFamily),
@@ -51,6 +55,10 @@ _READINGS = (
     _Reading("generation_tokens", "generation_tokens", "Tokens generated.", lambda m: m.generation_tokens),
     _Reading("preemptions", "num_preemptions", "Sequences that gave up their pages and were computed again.", lambda m: m.preemptions),
     _Reading("requests_finished", "request_success", "Sequences ended, by reason.", lambda m: dict(m.finished), label="finished_reason"),
+    _drafts("drafts", "Rows of steps that had drafts.", lambda m: m.drafts),
+    _drafts("draft_tokens", "Drafts that were verified.", lambda m: m.draft_tokens),
+    _drafts("accepted_tokens", "Drafts that stood.", lambda m: m.accepted_tokens),
+    _drafts("accepted_tokens_per_pos", "Drafts that stood, by place.", lambda m: dict(m.accepted_at), label="position"),
     _Reading("steps", "", "Steps of the engine.", lambda m: m.steps_total),
     _Reading("compilations", "", "Programs compiled, by bucket.", lambda m: dict.fromkeys(m.compile_seconds, 1), label="bucket"),
     _Reading("compile_seconds", "", "Seconds spent on compiling, by bucket.", lambda m: dict(m.compile_seconds), label="bucket"),

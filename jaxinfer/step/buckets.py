@@ -1,7 +1,8 @@
 """The shapes that programs are compiled for: THE one list, read by the planner, the compiler and the runner.
 
-A step holds `decode_rows` one-token rows, then `prefill_rows` rows that share `prefill_tokens` tokens; sizes count per data
-replica. Batches are padded to the smallest bucket that holds them. The number of programs grows with the logarithm of the limits.
+A step holds `decode_rows` rows of `decode_tokens` tokens (one, or with drafts to be verified a few), then `prefill_rows` rows that share
+`prefill_tokens` tokens; sizes count per data replica. Batches are padded to the smallest bucket that holds them. The number of programs
+grows with the logarithm of the limits.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ class Bucket:
     prefill_tokens: int
     prefill_rows: int
     decode_rows: int
+    decode_tokens: int = 1
+
+    @property
+    def decode_size(self) -> int:
+        """Packed tokens that the decode rows own."""
+        return self.decode_rows * self.decode_tokens
 
     @property
     def tokens(self) -> int:
         """Packed tokens that the step computes."""
-        return self.decode_rows + self.prefill_tokens
+        return self.decode_size + self.prefill_tokens
 
     @property
     def rows(self) -> int:
@@ -31,7 +38,8 @@ class Bucket:
         return self.decode_rows + self.prefill_rows
 
     def __str__(self) -> str:
-        return f"decode{self.decode_rows}" + (f"-prefill{self.prefill_tokens}x{self.prefill_rows}" if self.prefill_tokens else "")
+        wide = f"x{self.decode_tokens}" if self.decode_tokens > 1 else ""
+        return f"decode{self.decode_rows}{wide}" + (f"-prefill{self.prefill_tokens}x{self.prefill_rows}" if self.prefill_tokens else "")
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Occupancy:
     prefill_tokens: int
     prefill_rows: int
     decode_rows: int
+    decode_tokens: int = 1
 
 
 def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
@@ -52,6 +61,11 @@ def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
         for rows in dict.fromkeys((0, max_sequences))
     ]
     return tuple(sorted(decodes + mixed))
+
+
+def verifying(max_sequences: int, drafts: int) -> tuple[Bucket, ...]:
+    """The shapes beside `buckets` in which each decode row may have so many drafts; steps with prompts in them have none."""
+    return tuple(Bucket(0, 0, rows, 1 + drafts) for rows in _powers(1, max_sequences, 4))
 
 
 def fixed(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
@@ -74,6 +88,7 @@ def choose(available: Sequence[Bucket], need: Occupancy) -> Bucket:
     fitting = [
         b for b in available
         if b.prefill_tokens >= need.prefill_tokens and b.prefill_rows >= need.prefill_rows and b.decode_rows >= need.decode_rows
+        and b.decode_tokens >= need.decode_tokens
     ]  # fmt: skip
     if not fitting:
         raise LookupError(f"no compiled program holds {need}")
@@ -89,7 +104,7 @@ def occupancy(batch: Batch, replicas: int) -> Occupancy:
             sums[row.replica] += len(row.tokens) if weigh == "tokens" else 1
         return max(sums)
 
-    return Occupancy(most(batch.prefills, "tokens"), most(batch.prefills, "rows"), most(batch.decodes, "rows"))
+    return Occupancy(most(batch.prefills, "tokens"), most(batch.prefills, "rows"), most(batch.decodes, "rows"), batch.decode_tokens)
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

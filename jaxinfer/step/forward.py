@@ -1,9 +1,11 @@
 """What one step computes, as pure functions: packed tokens through the model, then one drawn token for each row that samples.
 
-`Forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the
-paged cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled
-programs, so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as
-many rows. This file does not know about compilation, buffers on the host or requests.
+`Forward` embeds the step's tokens (a decode's token comes from its slot: the one sampled there last), runs every layer against the paged
+cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled programs,
+so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as many rows.
+Where decode rows have drafts, logits are made of each of their tokens and `verify.py` draws. A draft model, if there is one, runs over
+the same tokens, so that it has seen what the model has (`propose.py`). This file does not know about compilation, buffers on the host or
+requests.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxinfer import sampling
-from jaxinfer.batch import LAST_SAMPLED
+from jaxinfer.batch import DRAFTED, LAST_SAMPLED
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, StepContext
 from jaxinfer.request import SamplingParams
 from jaxinfer.sampling import Sampled, pytree
 from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
+from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
 from pallas_kernels import PagedMetadata, Pool
@@ -41,39 +44,65 @@ class RowInputs:
 
 @pytree
 @dataclass(frozen=True)
+class DraftRows:
+    """What the verifier needs to know of each row: its slot, the position of the first token to be drawn, how many of its tokens are real
+    (0: a row that draws nothing), and those: the last one that is certain, then drafts."""
+
+    slots: Int[Array, " rows"]
+    positions: Int[Array, " rows"]
+    lengths: Int[Array, " rows"]
+    tokens: Int[Array, "rows width"]
+
+
+@pytree
+@dataclass(frozen=True)
 class Computed:
-    """What a forward pass leaves for later programs: hidden states of all tokens, float32 logits of each row's last one, its rows."""
+    """What a forward pass leaves for later programs: hidden states of all tokens, float32 logits of each row's last one (with drafts: of
+    each token), its rows."""
 
     hidden: Float[Array, "tokens embed"]
-    logits: Float[Array, "rows vocab"]
-    rows: RowInputs
+    logits: Float[Array, "drawn vocab"]
+    rows: RowInputs | DraftRows
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Everything static about a forward pass: the model's description, the bucket's shapes, where arrays live."""
+    """Everything static about a forward pass: the model's description, the bucket's shapes, where arrays live, the draft model's if any."""
 
     graph: Graph
     shapes: Shapes
     placement: Placement
+    draft: Graph | None = None
 
     def __call__(
-        self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"]
-    ) -> tuple[tuple[Pool, ...], Computed]:
-        """(kv, computed) after the step's tokens went through the model. Donates `kv`."""
+        self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"],
+        drafts: Int[Array, "rows drafts"] | None = None,
+    ) -> tuple[tuple[Pool, ...], Computed]:  # fmt: skip
+        """(kv, computed) after the step's tokens went through the model. Donates `kv`. With a draft model its leaves and pools follow the
+        model's; drafts: what it proposed for the decode rows."""
         inputs, bucket, replicas = unpack(buffer, self.shapes), self.shapes.bucket, self.shapes.replicas
+        weights, layers = len(self.graph.arrays), len(self.graph.config.attention_shapes)
+        leaves, others = (leaves, ()) if self.draft is None else (leaves[:weights], leaves[weights:])
+        kv, seen = (kv, ()) if self.draft is None else (kv[:layers], kv[layers:])
         model: Any = self.graph.bind(leaves)
         metadata = PagedMetadata(
             page_tables=inputs.page_tables, query_starts=inputs.query_starts, query_lengths=inputs.query_lengths,
-            kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows,
+            kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows, decode_tokens=bucket.decode_tokens,
         )  # fmt: skip
         context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement)
-        result = model(_current_tokens(inputs, slots, self.shapes), kv, context)
+        current = current_tokens(inputs, slots, self.shapes, drafts)
+        result = model(current, kv, context)
+        pools = result.kv
+        if self.draft is not None:
+            small: Any = self.draft.bind(others)
+            pools += small(current, seen, context).kv
+        if bucket.decode_tokens > 1:
+            return pools, Computed(result.hidden, model.head(result.hidden, self.placement), _draft_rows(inputs, current, bucket))
         tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens
         last = (inputs.query_starts + jnp.maximum(inputs.query_lengths - 1, 0)).reshape(replicas, bucket.rows, 1)
         of_rows = jnp.take_along_axis(tokens, last, axis=1).reshape(replicas * bucket.rows, -1)
         rows = RowInputs(inputs.slots, inputs.kv_lengths, inputs.samples)
-        return result.kv, Computed(result.hidden, model.head(of_rows, self.placement), rows)
+        return pools, Computed(result.hidden, model.head(of_rows, self.placement), rows)
 
 
 class Demand(IntEnum):
@@ -137,9 +166,18 @@ class Sampler:
         return jax.lax.cond(jnp.any(mask != sampling.ALL_ALLOWED), lambda: sampling.masked(ruled, mask), lambda: ruled)
 
 
-def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Array, " tokens"]:
-    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last: in decode rows, or anywhere without any."""
+def current_tokens(
+    inputs: StepInputs, slots: Slots, shapes: Shapes, drafts: Int[Array, "rows drafts"] | None = None
+) -> Int[Array, " tokens"]:
+    """The step's token ids, with `LAST_SAMPLED` replaced by what the row's slot drew last (in decode rows, or anywhere without any) and
+    `DRAFTED` by the row's own draft (0 if there are none)."""
     bucket, replicas = shapes.bucket, shapes.replicas
+    if bucket.decode_tokens > 1:
+        held = slots.last_token[inputs.slots][:, None]
+        made = jnp.zeros((held.shape[0], bucket.decode_tokens - 1), jnp.int32) if drafts is None else drafts
+        tokens = inputs.tokens.reshape(held.shape[0], bucket.decode_tokens)
+        tokens = jnp.where(tokens == LAST_SAMPLED, held, tokens)
+        return jnp.where(tokens == DRAFTED, jnp.concatenate([held, made], axis=1), tokens).reshape(-1)
     tokens = inputs.tokens.reshape(replicas, bucket.tokens)
     last = slots.last_token[inputs.slots.reshape(replicas, bucket.rows)]
     if bucket.decode_rows:
@@ -151,3 +189,8 @@ def _current_tokens(inputs: StepInputs, slots: Slots, shapes: Shapes) -> Int[Arr
     first = held.shape[1]
     decodes = jnp.where(tokens[:, :first] == LAST_SAMPLED, held, tokens[:, :first])
     return jnp.concatenate([decodes, tokens[:, first:]], axis=1).reshape(-1)
+
+
+def _draft_rows(inputs: StepInputs, tokens: Int[Array, " tokens"], bucket: Bucket) -> DraftRows:
+    positions = inputs.kv_lengths - inputs.query_lengths + 1
+    return DraftRows(inputs.slots, positions, inputs.query_lengths * inputs.samples, tokens.reshape(-1, bucket.decode_tokens))

@@ -96,12 +96,12 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     for row in batch.decodes:
         index = decodes[row.replica]
         decodes[row.replica] += 1
-        _place(parts[row.replica], row, index, index, page_size=shapes.page_size)
+        _place(parts[row.replica], row, index, index * shapes.bucket.decode_tokens, page_size=shapes.page_size)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     for row in batch.prefills:
         index = shapes.bucket.decode_rows + prefills[row.replica]
         prefills[row.replica] += 1
-        _place(parts[row.replica], row, index, shapes.bucket.decode_rows + tokens[row.replica], page_size=shapes.page_size)
+        _place(parts[row.replica], row, index, shapes.bucket.decode_size + tokens[row.replica], page_size=shapes.page_size)
         tokens[row.replica] += len(row.tokens)
         placed.append((row.replica * shapes.bucket.rows + index, row))
     return Packed(shapes, buffer, tuple(placed))

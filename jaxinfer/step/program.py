@@ -29,12 +29,14 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
-from jaxinfer.step.forward import Computed, Demand, Forward, RowInputs, Sampler
+from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
+from jaxinfer.step.propose import Propose
 from jaxinfer.step.score import Score, Scored, pack_targets
 from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
+from jaxinfer.step.verify import Verified, Verifier
 
 ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
 
@@ -43,13 +45,31 @@ Progress = Callable[[str, int, int], None]  # stage, done, total; from any threa
 
 @dataclass(frozen=True)
 class SamplerKey:
-    """Names the sampler for so many rows (of all replicas) that ask for no more than `demand`."""
+    """Names the sampler for so many rows (of all replicas) that ask for no more than `demand`; of several tokens each, the verifier."""
 
     rows: int
     demand: Demand = Demand.FULL
+    width: int = 1
 
     def __str__(self) -> str:
-        return f"sample{self.rows}-{self.demand.name.lower()}"
+        name = f"sample{self.rows}" if self.width == 1 else f"verify{self.rows}x{self.width}"
+        return f"{name}-{self.demand.name.lower()}"
+
+    @property
+    def draws(self) -> int:
+        """Rows of logits."""
+        return self.rows * self.width
+
+
+@dataclass(frozen=True)
+class ProposeKey:
+    """Names the program in which the draft model proposes for a bucket's decode rows."""
+
+    bucket: Bucket
+    greedy: bool
+
+    def __str__(self) -> str:
+        return f"propose-{self.bucket}-{'greedy' if self.greedy else 'drawn'}"
 
 
 @dataclass(frozen=True)
@@ -73,12 +93,19 @@ class ProgramConfig:
     max_sequences: int
     max_tokens: int
     threads: int
+    draft: Graph | None = None
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The model, and the draft model if there is one: leaves and pools follow in this order."""
+        return (self.graph,) if self.draft is None else (self.graph, self.draft)
 
     @property
     def kv_specs(self) -> tuple[Any, ...]:
         """The pool of every layer: an ArraySpec for each of its arrays."""
-        pool = self.pool
-        return self.graph.kv_specs(pool.all_pages, pool.page_size, implementation=self.placement.implementation, codes=pool.codes)
+        pool, implementation = self.pool, self.placement.implementation
+        specs = (graph.kv_specs(pool.all_pages, pool.page_size, implementation=implementation, codes=pool.codes) for graph in self.graphs)
+        return tuple(spec for of_graph in specs for spec in of_graph)
 
     @property
     def vocab(self) -> int:
@@ -94,8 +121,14 @@ class ProgramConfig:
     def samplers(self) -> tuple[SamplerKey, ...]:
         """One for each number of rows that a bucket has and each demand; with one fixed shape, one fixed arithmetic too."""
         demands = Demand if any(bucket.decode_rows for bucket in self.buckets) else (Demand.FULL,)
-        rows = sorted({bucket.rows * self.pool.replicas for bucket in self.buckets})
-        return tuple(SamplerKey(count, demand) for count in rows for demand in demands)
+        sizes = sorted({(bucket.decode_tokens, bucket.rows * self.pool.replicas) for bucket in self.buckets})
+        return tuple(SamplerKey(rows, demand, width) for width, rows in sizes for demand in demands)
+
+    @property
+    def proposers(self) -> tuple[ProposeKey, ...]:
+        """Two for each bucket with drafts, if there is a draft model."""
+        buckets = () if self.draft is None else tuple(bucket for bucket in self.buckets if bucket.decode_tokens > 1)
+        return tuple(ProposeKey(bucket, greedy) for bucket in buckets for greedy in (True, False))
 
     @property
     def scorers(self) -> tuple[ScoreKey, ...]:
@@ -105,13 +138,13 @@ class ProgramConfig:
     @property
     def keys(self) -> tuple[Any, ...]:
         """Everything that is compiled."""
-        return (*self.buckets, *self.samplers, *self.scorers, ADMIT, COPY, WIPE)
+        return (*self.buckets, *self.samplers, *self.proposers, *self.scorers, ADMIT, COPY, WIPE)
 
     @property
     def largest(self) -> tuple[Any, ...]:
         """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, sampler and scorer."""
         most = max(self.buckets, key=lambda bucket: bucket.tokens)
-        widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.rows))
+        widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.tokens))
         scorer = max(self.scorers, key=lambda key: key.bucket.tokens, default=None)
         return (*dict.fromkeys((most, widest)), self.samplers[-1], *(() if scorer is None else (scorer,)))
 
@@ -119,6 +152,11 @@ class ProgramConfig:
         """The layout of a bucket's input buffer."""
         page_size = self.pool.page_size
         return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot)
+
+    def bucket_for(self, batch: Batch) -> Shapes:
+        """The layout that a batch is packed into."""
+        laid = batch if any(bucket.decode_rows for bucket in self.buckets) else batch.folded()
+        return self.shapes(choose(self.buckets, occupancy(laid, self.pool.replicas)))
 
 
 class Program:
@@ -132,6 +170,7 @@ class Program:
         self._kv: tuple[Any, ...] = ()
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
+        self._no_drafts: dict[Bucket, Array] = {}
         mesh = config.placement.mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_replica = NamedSharding(mesh, PartitionSpec("data"))
@@ -163,7 +202,7 @@ class Program:
     @property
     def leaves(self) -> tuple[Array, ...]:
         """The weights, in the graph's order; empty before `load`."""
-        return self._leaves
+        return self._leaves[: len(self.config.graph.arrays)]
 
     @property
     def bytes_beside(self) -> int:
@@ -180,6 +219,8 @@ class Program:
             return self._lower_forward(self.config.shapes(key))
         if isinstance(key, SamplerKey):
             return self._lower_sampler(key)
+        if isinstance(key, ProposeKey):
+            return self._lower_propose(key)
         if isinstance(key, ScoreKey):
             return self._lower_score(self.config.shapes(key.bucket))
         if key == ADMIT:
@@ -196,25 +237,33 @@ class Program:
         self._kv = kv_cache.allocate(config.kv_specs, config.placement.mesh, config.placement.rules)
         self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
         words = sampling.mask_words(config.vocab)
-        for rows in {key.rows for key in config.samplers}:
-            self._open_masks[rows] = jax.device_put(np.full((rows, words), sampling.ALL_ALLOWED), self._by_replica)
-
-    def bucket_for(self, batch: Batch) -> Shapes:
-        """The layout that a batch is packed into."""
-        buckets = self.config.buckets
-        laid = batch if any(bucket.decode_rows for bucket in buckets) else batch.folded()
-        return self.config.shapes(choose(buckets, occupancy(laid, self.config.pool.replicas)))
+        for draws in {key.draws for key in config.samplers}:
+            self._open_masks[draws] = jax.device_put(np.full((draws, words), sampling.ALL_ALLOWED), self._by_replica)
+        for bucket in {key.bucket for key in config.proposers}:
+            size = (config.pool.replicas * bucket.decode_rows, bucket.decode_tokens - 1)
+            self._no_drafts[bucket] = jax.device_put(np.zeros(size, np.int32), self._by_replica)
 
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
 
-    def forward(self, packed: Packed) -> Computed:
-        """Launch the forward pass of a step."""
-        buffer = self._send(packed.buffer, self._by_replica)
-        self._kv, computed = self._compiled[packed.shapes.bucket](self._leaves, self._kv, self._slots, buffer)
+    def forward(self, packed: Packed, drafting: Demand | None = None) -> Computed:
+        """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
+        sampler."""
+        bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
+        extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
+        if drafting is not None:
+            extra = (self._propose(bucket, buffer, drafting),)
+        self._kv, computed = self._compiled[bucket](self._leaves, self._kv, self._slots, buffer, *extra)
         return computed
+
+    def _propose(self, bucket: Bucket, buffer: Array, demand: Demand) -> Array:
+        weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
+        program = self._compiled[ProposeKey(bucket, demand is Demand.GREEDY)]
+        own, drafts = program(self._leaves[weights:], self._kv[layers:], self._slots, buffer)
+        self._kv = self._kv[:layers] + own
+        return drafts
 
     def sample(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:
         """Launch the sampler on what a forward pass computed; the result is on its way to the host. mask: see `sampling.masked`.
@@ -229,13 +278,23 @@ class Program:
             result.copy_to_host_async()
         return sampled
 
+    def verify(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Verified:
+        """Launch the verifier on what a forward pass with drafts computed; like `sample`, with a row of the mask for each position."""
+        draws = computed.logits.shape[0]
+        rows, width = computed.rows.tokens.shape if isinstance(computed.rows, DraftRows) else (draws, 1)
+        allowed = self._open_masks[draws] if mask is None else self._send(mask, self._by_replica)
+        self._slots, verified = self._compiled[SamplerKey(rows, demand, width)](computed.logits, computed.rows, allowed, self._slots)
+        for result in (verified.drawn.token, verified.drawn.finite, verified.drawn.possible, verified.counts):
+            result.copy_to_host_async()
+        return verified
+
     def score(self, packed: Packed, computed: Computed) -> Scored | None:
         """Launch the scoring of the prompts that ask for it; None if there are none."""
         targets = pack_targets(packed)
         if targets is None:
             return None
         program = self._compiled[ScoreKey(packed.shapes.bucket)]
-        return program(self._leaves, computed.hidden, self._send(targets, self._by_replica))
+        return program(self.leaves, computed.hidden, self._send(targets, self._by_replica))
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
@@ -249,19 +308,34 @@ class Program:
 
     def _lower_forward(self, shapes: Shapes) -> Any:
         config = self.config
-        leaves = config.graph.structs(config.placement.mesh, config.placement.rules)
+        leaves = tuple(leaf for graph in config.graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
         out = (self._pool_shardings, self._by_replica)
-        step = Forward(config.graph, shapes, config.placement)
-        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, self._pool_structs, self._slot_structs, buffer)
+        step = Forward(config.graph, shapes, config.placement, config.draft)
+        size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
+        drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
+        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, self._pool_structs, self._slot_structs, buffer, *drafts)
+
+    def _lower_propose(self, key: ProposeKey) -> Any:
+        config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
+        leaves = draft.structs(config.placement.mesh, config.placement.rules)
+        pools = self._pool_structs[len(config.graph.config.attention_shapes) :]
+        buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
+        step = Propose(draft, shapes, config.placement, config.vocab, key.greedy)
+        out = (self._pool_shardings[len(config.graph.config.attention_shapes) :], self._by_replica)
+        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, pools, self._slot_structs, buffer)
 
     def _lower_sampler(self, key: SamplerKey) -> Any:
         config, shape, rows = self.config, jax.ShapeDtypeStruct, key.rows
-        logits = shape((rows, config.vocab), np.float32, sharding=self._by_replica)
-        mask = shape((rows, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
+        logits = shape((key.draws, config.vocab), np.float32, sharding=self._by_replica)
+        mask = shape((key.draws, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
         of_row = shape((rows,), np.int32, sharding=self._by_replica)
         of_rows = sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), of_row))
         step = Sampler(config.spare_slot, config.placement, key.demand)
+        if key.width > 1:
+            tokens = shape((rows, key.width), np.int32, sharding=self._by_replica)
+            of_rows = sampling.unchecked(DraftRows, dict.fromkeys(("slots", "positions", "lengths"), of_row) | {"tokens": tokens})
+            step = Verifier(config.spare_slot, config.placement, key.demand)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
 

@@ -53,7 +53,7 @@ class Score:
     ) -> Scored:
         """Score the tokens that have a target; blocks without any are skipped at run time."""
         bucket, replicas = self.shapes.bucket, self.shapes.replicas
-        prefill = hidden.reshape(replicas, bucket.tokens, -1)[:, bucket.decode_rows :]
+        prefill = hidden.reshape(replicas, bucket.tokens, -1)[:, bucket.decode_size :]
         scored = jax.lax.map(lambda block: self._block(leaves, *block), (_blocks(prefill), _blocks(targets[..., None], NO_TARGET)))
         return jax.tree.map(lambda values: _joined(values, replicas, bucket.prefill_tokens), scored)
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
-from jaxinfer.config import CacheConfig, EngineConfig, ExecutionConfig, MeshShape, ModelConfig, SchedulerConfig
+from jaxinfer.config import CacheConfig, EngineConfig, ExecutionConfig, MeshShape, ModelConfig, SchedulerConfig, SpeculationConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from tests.fakes import byte_tokenizer
@@ -30,13 +30,14 @@ def write_folder(folder, **config):
     return folder
 
 
-def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="off", **model):
+def settings(folder, *, sequences=4, mesh=None, policy="fcfs", deterministic="off", speculation=None, **model):
     """Settings that compile few and small programs."""
     return EngineConfig(
         ModelConfig(**{"model": str(folder), "dtype": "float32", "load_format": "random", **model}),
         CacheConfig(page_size=4),
         SchedulerConfig(max_sequences=sequences, max_step_tokens=32, max_waiting=16, policy=policy),
         ExecutionConfig(mesh=mesh or MeshShape(), compilation_cache="off", deterministic=deterministic),
+        speculation or SpeculationConfig(),
     )
 
 
@@ -86,3 +87,11 @@ def cramped(reschedule):
 def meshed(folder):
     """Two replicas of two shards."""
     return Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1))
+
+
+@pytest.fixture(scope="session")
+def speculating(folder):
+    """As the plain engine, with drafts whatever they cost: from the text, and from a draft model that is the model itself."""
+    engine = Engine(settings(folder, speculation=SpeculationConfig("auto", str(folder), 2)))
+    engine.speculator.always = True
+    return engine

@@ -1,6 +1,6 @@
 """What the scheduler hands to the step: order and counting."""
 
-from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
+from jaxinfer.batch import DRAFTED, LAST_SAMPLED, Admission, Batch, Row
 from jaxinfer.request import Request
 
 
@@ -21,5 +21,12 @@ def test_decodes_come_first_and_all_tokens_count():
     assert batch.admissions[0].generated == () == batch.copies
 
 
-def test_the_placeholder_is_no_token():
-    assert LAST_SAMPLED < 0
+def test_drafts_widen_the_decodes():
+    batch = Batch((row("a", 3, (LAST_SAMPLED,)), row("b", 3, (LAST_SAMPLED, 7, 8))), ())
+    assert (batch.decode_tokens, batch.hidden, batch.tokens) == (3, False, 4)
+    assert Batch((row("a", 3, (LAST_SAMPLED, DRAFTED)),), ()).hidden
+    assert Batch((), (row("a", 0, (1, 2)),)).decode_tokens == 1
+
+
+def test_the_placeholders_are_no_tokens():
+    assert LAST_SAMPLED < 0 > DRAFTED != LAST_SAMPLED

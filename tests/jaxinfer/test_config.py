@@ -16,6 +16,7 @@ from jaxinfer.config import (
     ModelConfig,
     SchedulerConfig,
     ServerConfig,
+    SpeculationConfig,
     add_arguments,
     from_arguments,
     parse_audit_budget,
@@ -84,6 +85,11 @@ def test_audit_budgets():
         (lambda: ExecutionConfig(implementation="cuda"), "--implementation"),
         (lambda: ExecutionConfig(compilation_cache="yes"), "--compilation-cache"),
         (lambda: ExecutionConfig(compile_threads=-1), "--compile-threads"),
+        (lambda: SpeculationConfig("maybe"), "--speculate"),
+        (lambda: SpeculationConfig("lookup", draft_tokens=0), "--draft-tokens"),
+        (lambda: SpeculationConfig("lookup", draft_tokens=8), "--draft-tokens"),
+        (lambda: SpeculationConfig("lookup", draft_model="draft"), "--draft-model"),
+        (lambda: EngineConfig(execution=ExecutionConfig(deterministic="on"), speculation=SpeculationConfig("auto")), "--deterministic"),
         (lambda: ServerConfig(port=65536), "--port"),
     ],
 )
@@ -97,7 +103,8 @@ def test_every_setting_is_a_flag():
     for settings in (EngineConfig, ServerConfig):
         add_arguments(parser, settings)
     flags = {flag for action in parser._actions for flag in action.option_strings}
-    leaves = [field for part in (ModelConfig, CacheConfig, SchedulerConfig, ExecutionConfig, ServerConfig) for field in fields(part)]
+    parts = (ModelConfig, CacheConfig, SchedulerConfig, ExecutionConfig, SpeculationConfig, ServerConfig)
+    leaves = [field for part in parts for field in fields(part)]
     assert {"--" + field.name.replace("_", "-") for field in leaves} <= flags
     assert all(field.metadata["help"] for field in leaves)
     assert "%" not in parser.format_help().replace("%%", "")

@@ -84,10 +84,26 @@ def test_a_token_outside_breaks_that_matcher_alone(grammars):
 
 
 def test_masks_of_a_step(grammars):
-    assert masks({}, 4, 300) is None
-    mask = masks({2: grammars.matcher(Grammar.regex("a"))}, 4, 300)
+    assert masks({}, (4, 1), 300) is None
+    mask = masks({2: (grammars.matcher(Grammar.regex("a")), ())}, (4, 1), 300)
     assert mask.shape == (4, mask_words(300)) and mask.dtype == np.uint32
     assert (mask[[0, 1, 3]] == ALL_ALLOWED).all() and mask[2].sum() < ALL_ALLOWED
+
+
+def test_masks_along_drafts_leave_the_matcher_where_it_is(grammars):
+    matcher = grammars.matcher(Grammar.regex("abc?"))
+    a, b, c = BYTES.encode("abc", special=False)
+    sets = lambda mask: [set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()) for row in mask]
+    anything = len(sets(np.full((1, mask_words(300)), ALL_ALLOWED))[0])
+    for drafts, wanted in (
+        ((a, b, c), [{a}, {b}, {c, EOS}, {EOS}]), ((a, c, c), [{a}, {b}, None, None]), ((), [{a}, None, None, None]),
+        ((a, b, EOS), [{a}, {b}, {c, EOS}, None]),
+    ):  # fmt: skip
+        found = sets(masks({0: (matcher, drafts)}, (1, 4), 300))
+        for tokens, expected in zip(found, wanted, strict=True):
+            assert tokens == expected or (expected is None and (len(tokens) == anything or tokens == {EOS})), drafts
+    matcher.accept(a)
+    assert allowed(matcher) == {b}
 
 
 def test_the_cache_is_bounded_and_keeps_the_latest(grammars):

@@ -407,3 +407,65 @@ def test_check_sees_broken_accounts(fault):
     fault(line)
     with pytest.raises(RuntimeError):
         line.check()
+
+
+# Drafts
+
+
+def decoding(line, *names, limit=20):
+    """Sequences whose prompt is computed and whose first token is known."""
+    for name in names:
+        line.add(prompt(name, 3), limit)
+    step(line)
+    return {name: line.find(name)[0] for name in names}
+
+
+def test_a_decode_carries_drafts_and_what_does_not_stand_is_taken_back():
+    line = scheduler()
+    found = decoding(line, "a", "b")
+    assert line.decoding == [found["a"], found["b"]]
+    batch = line.schedule({("a", 0): (5, 6, 9), ("c", 0): (1,)})
+    assert [row.tokens for row in batch.decodes] == [(LAST_SAMPLED, 5, 6, 9), (LAST_SAMPLED,)]
+    assert found["a"].length == 8 and line.decoding == [found["b"]]
+    line.check()
+    assert [row.request.id for row in line.schedule().decodes] == ["b"]  # where "a" goes on is not known
+    line.commit(batch, [3, 1])
+    for token in (5, 6, 7):
+        line.append(found["a"], token)
+    line.append(found["b"], 7)
+    line.check()
+    assert (found["a"].computed, found["a"].length, found["a"].pending, found["a"].drafts) == (6, 7, 0, 0)
+    assert [row.start for row in line.schedule().decodes if row.request.id == "a"] == [6]
+
+
+def test_drafts_end_with_the_limit_and_cost_nobody_a_page():
+    line = scheduler(pages=4)
+    decoding(line, "a", limit=3)
+    assert line.schedule({("a", 0): (5, 6, 9)}).decodes[0].tokens == (LAST_SAMPLED, 5)
+    line = scheduler(pages=2)
+    decoding(line, "a")
+    batch = line.schedule({("a", 0): (5, 6, 9)})
+    assert [len(row.tokens) for row in batch.decodes] == [1] and not line.preemptions
+
+
+def test_there_are_no_drafts_beside_prompts():
+    line = scheduler()
+    found = decoding(line, "a")
+    line.add(prompt("b", 6))
+    assert line.decoding == []
+    batch = line.schedule({("a", 0): (5, 6)})
+    assert ([row.tokens for row in batch.decodes], ids(batch.prefills)) == ([(LAST_SAMPLED,)], ["b"])
+    done(line, batch)
+    assert (found["a"].computed, found["a"].drafts) == (4, 0)
+
+
+def test_pages_with_drafts_are_not_known_before_they_stand():
+    line = scheduler()
+    found = decoding(line, "a")
+    batch = line.schedule({("a", 0): (5, 6, 9, 4, 3, 2)})
+    assert len(found["a"].pages) * PAGE >= 10 and found["a"].chain.entered == 1
+    line.commit(batch, [2])
+    for token in (5, 8):
+        line.append(found["a"], token)
+    assert found["a"].chain.entered == 1 and found["a"].computed == 5
+    line.check()

@@ -27,8 +27,8 @@ def run(device, *rows, lives, copies=()):
 
 def test_a_prompt_in_two_chunks_and_a_decode():
     device, who = Device(1, 5, 4), life()
-    assert run(device, row(who, 0, TEXT[:5], (1, 2), samples=False), lives=[who]) == [None]
-    (token,) = run(device, row(who, 5, TEXT[5:], (1, 2)), lives=[who])
+    assert run(device, row(who, 0, TEXT[:5], (1, 2), samples=False), lives=[who]) == [()]
+    ((token,),) = run(device, row(who, 5, TEXT[5:], (1, 2)), lives=[who])
     assert who.tokens == [*TEXT, token]
     assert len(run(device, row(who, 6, (LAST_SAMPLED,), (1, 2)), lives=[who])) == 1
     assert len(who.marks) == len(who.tokens) == 8
@@ -44,7 +44,7 @@ def test_a_row_may_read_what_another_row_of_the_step_writes():
     device, one, two = Device(1, 5, 4), life(), life("b")
     device.slots[1] = (two.sequence.request.key, 6)
     reader, writer = row(two, 4, TEXT[4:], (1, 3), slot=1), row(one, 0, TEXT, (1, 2))
-    assert None not in run(device, reader, writer, lives=[two, one])
+    assert () not in run(device, reader, writer, lives=[two, one])
 
 
 def test_a_copied_page_holds_the_same():
@@ -90,3 +90,19 @@ def test_ruined_pages_and_tokens_past_the_limit_are_refused():
     device.slots[1] = (other.sequence.request.key, 6)
     with pytest.raises(Broken, match="something else"):
         run(device, row(other, 4, TEXT[4:], (1, 3), slot=1), lives=[other])
+
+
+def test_drafts_stand_up_to_the_first_wrong_one_and_what_is_written_of_it_is_not_read():
+    who = life("a")
+    device = Device(1, 6, 4)
+    ((first,),) = run(device, row(who, 0, TEXT, (1, 2)), lives=[who])
+    second, third = who.foresee(2)
+    batch = Batch((row(who, 6, (LAST_SAMPLED, second, third + 1, 3), (1, 2, 3)),), ())
+    assert device.run(batch, [who]) == [(second, third)]
+    device.commit()
+    assert who.tokens == [*TEXT, first, second, third]
+    assert len(device.run(Batch((row(who, 8, (LAST_SAMPLED,), (1, 2, 3)),), ()), [who])[0]) == 1
+    with pytest.raises(Broken, match="something else than its text"):  # as if the wrong draft had been kept
+        device.run(Batch((row(who, 9, (who.tokens[9],), (1, 2, 3)),), ()), [who])
+        device.memory[0][3][0] = 1
+        device.run(Batch((row(who, 10, (LAST_SAMPLED,), (1, 2, 3)),), ()), [who])

@@ -64,6 +64,8 @@ def test_the_engines_own_counters(engine):
     counters.running, counters.waiting, counters.kv_usage, counters.preemptions = 3, 2, 0.25, 7
     counters.prompt_tokens, counters.generation_tokens = 11, 13
     counters.finished["stop"] = 4
+    counters.drafts, counters.draft_tokens, counters.accepted_tokens = 5, 20, 8
+    counters.accepted_at.update({0: 5, 1: 3})
     metrics = Metrics(lambda: engine, "served")
     found = values(metrics)
     assert found["vllm:num_requests_running"] == found["jaxinfer_requests_running"] == 3
@@ -73,6 +75,9 @@ def test_the_engines_own_counters(engine):
     assert found["vllm:generation_tokens_total"] == 13
     assert found["vllm:num_preemptions_total"] == 7
     assert found["vllm:request_success_total|stop"] == 4
+    assert found["vllm:spec_decode_num_drafts_total"] == found["jaxinfer_spec_decode_num_drafts_total"] == 5
+    assert (found["vllm:spec_decode_num_draft_tokens_total"], found["vllm:spec_decode_num_accepted_tokens_total"]) == (20, 8)
+    assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total|1"] == 3
     assert found["jaxinfer_compilations_total|t16"] == 1
     assert found["jaxinfer_compile_seconds_total|t16"] == 0.5
     assert 'vllm:num_requests_running{engine="0",model_name="served"} 3.0' in metrics.text().decode()

@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfer.batch import Batch, Row
 from jaxinfer.request import Request
-from jaxinfer.step.buckets import Bucket, Occupancy, buckets, choose, occupancy, prefill_rows
+from jaxinfer.step.buckets import Bucket, Occupancy, buckets, choose, occupancy, prefill_rows, verifying
 
 SIZES = [(1, 16), (4, 32), (16, 512), (7, 100), (256, 2048)]
 
@@ -70,3 +70,14 @@ def test_occupancy_is_that_of_the_fullest_replica():
     batch = Batch((row(0, (1,)), row(1, (1,)), row(1, (1,))), (row(0, (1, 2, 3)), row(0, (4,)), row(1, (1, 2, 3, 4, 5))))
     assert occupancy(batch, 2) == Occupancy(prefill_tokens=5, prefill_rows=2, decode_rows=2)
     assert occupancy(Batch((), ()), 2) == Occupancy(0, 0, 0)
+
+
+def test_rows_with_drafts_have_a_few_buckets_of_their_own():
+    wide = verifying(64, 4)
+    assert [str(bucket) for bucket in wide] == ["decode1x5", "decode4x5", "decode16x5", "decode64x5"]
+    available = (*buckets(64, 512), *wide)
+    assert choose(available, Occupancy(0, 0, 3)) == Bucket(0, 0, 4)
+    assert choose(available, Occupancy(0, 0, 3, 2)) == Bucket(0, 0, 4, 5)
+    assert (Bucket(0, 0, 4, 5).tokens, Bucket(0, 0, 4, 5).rows) == (20, 4)
+    with pytest.raises(LookupError):
+        choose(available, Occupancy(32, 1, 3, 2))

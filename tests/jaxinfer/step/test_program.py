@@ -23,7 +23,7 @@ def rows(count, tokens, start=0):
 
 
 def step(program, batch):
-    return program.sample(program.forward(pack(batch, program.bucket_for(batch))))
+    return program.sample(program.forward(pack(batch, program.config.bucket_for(batch))))
 
 
 def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
@@ -39,7 +39,7 @@ def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
 
 
 def test_the_smallest_bucket_that_holds_the_batch_runs(plain):
-    choose = lambda *batch: plain.program.bucket_for(Batch(*batch)).bucket
+    choose = lambda *batch: plain.program.config.bucket_for(Batch(*batch)).bucket
     assert choose(rows(1, (LAST_SAMPLED,)), ()) == Bucket(0, 0, 1)
     assert choose(rows(3, (LAST_SAMPLED,)), ()) == Bucket(0, 0, 4)
     assert choose((), rows(2, (1, 2))) == Bucket(32, 4, 0)
@@ -49,7 +49,7 @@ def test_the_smallest_bucket_that_holds_the_batch_runs(plain):
 @pytest.mark.parametrize("batch", [Batch(rows(5, (1,)), ()), Batch((), rows(1, (1,) * 33)), Batch((), rows(5, (1,)))])
 def test_a_batch_that_fits_no_bucket_is_an_error_and_no_compilation(plain, batch):
     with pytest.raises(LookupError, match="no compiled program holds"):
-        plain.program.bucket_for(batch)
+        plain.program.config.bucket_for(batch)
 
 
 def test_one_shape_of_everything(plain):

@@ -1,0 +1,149 @@
+"""Prompt lookup: what followed the longest end of a text the last time that it stood in the same text. Plain Python.
+
+A suffix automaton (Blumer et al. 1985) over prompt and output grows by one token in amortised constant time; its state for the whole text
+links to the state of the longest end that occurred before, so a look-up is constant too. States with one way out, nearly all, are kept in
+flat arrays: about 30 bytes for each, 1.5 states for each token. This file does not know what a draft is worth.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple
+
+from jaxinfer.engine.proposers.proposal import Proposal
+from jaxinfer.engine.sequence import Key
+from jaxinfer.engine.sequence import Sequence as Running
+
+NONE = -1
+SHORTEST = 2  # tokens of a match that says something
+AT_ONCE = 512  # tokens of prompts that are read between two calls of `rest`: a long prompt must not hold up the others
+KINDS = ((2, "lookup 2"), (4, "lookup 3-4"), (8, "lookup 5-8"))
+
+
+class Match(NamedTuple):
+    """The longest end of a text that occurred before (0: none), and where its latest earlier occurrence is followed on."""
+
+    length: int
+    following: int
+
+
+class Lookup:
+    """One sequence's text. `text` may be read by anyone."""
+
+    def __init__(self) -> None:
+        self.text = array("i")
+        self._link, self._length, self._end = array("i", (NONE,)), array("i", (0,)), array("i", (0,))
+        self._token, self._target = array("i", (NONE,)), array("i", (NONE,))  # the first way out of each state
+        self._more: dict[int, dict[int, int]] = {}  # the others
+        self._last = 0
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Add tokens at the end."""
+        for token in tokens:
+            self._add(token)
+
+    @property
+    def match(self) -> Match:
+        """What the text's end was like before."""
+        if not self.text:
+            return Match(0, 0)
+        state = self._link[self._last]
+        return Match(self._length[state], self._end[state])
+
+    def propose(self, count: int) -> Sequence[int]:
+        """The `count` tokens that followed the match, over and over where it reaches the text's end; none without a match."""
+        length, at = self.match
+        if not length:
+            return ()
+        period = len(self.text) - at
+        return [self.text[at + place % period] for place in range(count)]
+
+    def _add(self, token: int) -> None:
+        self._remember()
+        self.text.append(token)
+        state, new = self._last, self._state(self._length[self._last] + 1, len(self.text))
+        found = self._next(state, token)
+        while state != NONE and found == NONE:
+            self._lead(state, token, new)
+            state = self._link[state]
+            found = self._next(state, token) if state != NONE else NONE
+        if state == NONE:
+            self._link[new] = 0
+        elif self._length[found] == self._length[state] + 1:
+            self._link[new] = found
+        else:
+            self._link[new] = self._split(state, token, found)
+        self._last = new
+
+    def _remember(self) -> None:
+        """The text as it stands is the latest occurrence of its longest repeated end."""
+        if self.text:
+            self._end[self._link[self._last]] = len(self.text)
+
+    def _split(self, state: int, token: int, found: int) -> int:
+        """A state of its own for the shorter ends among those of `found`, which occur in one more place now."""
+        twin = self._state(self._length[state] + 1, self._end[found])
+        self._link[twin], self._link[found] = self._link[found], twin
+        self._token[twin], self._target[twin] = self._token[found], self._target[found]
+        if found in self._more:
+            self._more[twin] = dict(self._more[found])
+        while state != NONE and self._next(state, token) == found:
+            self._lead(state, token, twin)
+            state = self._link[state]
+        return twin
+
+    def _state(self, length: int, end: int) -> int:
+        self._link.append(NONE)
+        self._length.append(length)
+        self._end.append(end)
+        self._token.append(NONE)
+        self._target.append(NONE)
+        return len(self._link) - 1
+
+    def _next(self, state: int, token: int) -> int:
+        if self._token[state] == token:
+            return self._target[state]
+        others = self._more.get(state)
+        return NONE if others is None else others.get(token, NONE)
+
+    def _lead(self, state: int, token: int, target: int) -> None:
+        if self._token[state] in (NONE, token):
+            self._token[state], self._target[state] = token, target
+        else:
+            self._more.setdefault(state, {})[token] = target
+
+
+class LookupProposer:
+    """Prompt lookup for every sequence, each in its own text."""
+
+    DEVICE: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._texts: dict[Key, Lookup] = {}
+        self._left = AT_ONCE
+
+    def rest(self) -> None:
+        """A new step: so much may be read again."""
+        self._left = AT_ONCE
+
+    def propose(self, sequence: Running, count: int) -> Proposal | None:
+        """What followed the text's end before; None without a match, and while a long prompt is still being read."""
+        text, tokens = self._texts.setdefault(sequence.request.key, Lookup()), sequence.tokens
+        fresh = len(tokens) - len(text)
+        if fresh > 0:
+            reading = min(fresh, max(self._left, 8))
+            text.extend(tokens[len(text) : len(text) + reading])
+            self._left -= reading
+        length = text.match.length
+        if length < SHORTEST or len(text) < len(tokens):
+            return None
+        kind = next((name for most, name in KINDS if length <= most), "lookup 9-")
+        return Proposal(tuple(text.propose(count)), kind)
+
+    def forget(self, key: Key) -> None:
+        """Drop a sequence's text."""
+        self._texts.pop(key, None)
