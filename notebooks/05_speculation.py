@@ -28,9 +28,9 @@ if importlib.util.find_spec("jaxinfer") is None:
 # %%
 from jaxinfer import LLM
 
-small = {"max_sequences": 1, "max_step_tokens": 64, "max_model_len": 512}
-plain = LLM("demo", **small)
-lookup = LLM("demo", speculate="lookup", draft_tokens=4, **small)
+settings = {"max_sequences": 1, "max_step_tokens": 64, "max_model_len": 512}
+plain = LLM("demo", **settings)
+lookup = LLM("demo", speculate="lookup", draft_tokens=4, **settings)
 
 # %% [markdown]
 # Copying is the best case: everything that follows stands in the prompt already.

@@ -22,9 +22,9 @@ def test_a_buffer_that_is_used_again_is_seen(tested, monkeypatch):
     program = tested.engine.program
     forward = program.forward
 
-    def twice(packed):
+    def twice(packed, *rest):
         program._send(packed.buffer, program._by_replica)
-        return forward(packed)
+        return forward(packed, *rest)
 
     monkeypatch.setattr(program, "forward", twice)
     verdict = r24.check(tested, 3, 0)
