@@ -39,10 +39,11 @@ def race_states(monkeypatch):
 
 
 @pytest.fixture
-def simulated(race_states):
+def simulated(race_states, request):
     """Kernels for TPUs run in jax's simulator, memory NaN until it is written, and copies never race with their use."""
     yield race_states
-    assert race_states and not any(state.races_found for state in race_states)
+    assert race_states or getattr(request.node, "refused", False)  # a case that a kernel refuses is the only one in which none ran
+    assert not any(state.races_found for state in race_states)
 
 
 def widen(x):
