@@ -66,5 +66,9 @@ def test_a_kernel_runs_and_its_copies_are_counted(simulated):
 
 
 def test_a_race_is_found(race_states):
-    double(jnp.ones((8, 128), jnp.float32), waits=False).block_until_ready()
+    try:
+        double(jnp.ones((8, 128), jnp.float32), waits=False).block_until_ready()
+    except RuntimeError as error:  # jax 0.12 raises where it finds one
+        assert "RACE DETECTED" in str(error)
+        return
     assert any(state.races_found for state in race_states)
