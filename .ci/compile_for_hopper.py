@@ -98,7 +98,7 @@ def quantized() -> list[QuantizedCase]:
     base = QuantizedCase("quantized", 16, 4096, 6144, dtype="bfloat16")
     found = [replace(base, tokens=tokens, **form) for form in formats for tokens in (1, 16, 64)]
     found += [replace(base, features=14336, outputs=4096, **form) for form in formats]
-    found += [replace(base, features=128, outputs=64, weight="int4"), replace(base, activations="int8"), replace(base, dtype="float16")]
+    found += [replace(base, features=128, outputs=64, weight="int4"), replace(base, activations="int8")]
     return [*found, replace(base, weight="fp8", group=128, rows=128, outputs=128256)]
 
 

@@ -75,6 +75,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
     if reason is not None:
         return reason
+    if key.get("dtype", "bfloat16") != "bfloat16":
+        return f"its kernel takes inputs in bfloat16, not in {key['dtype']}"
     features, outputs, group = int(key.get("in", 128)), int(key.get("out", TILE)), int(key.get("group", 0))
     if features % 128 or outputs % TILE:
         return f"its kernel needs inputs in multiples of 128 and outputs in multiples of {TILE}, not {features} and {outputs}"
