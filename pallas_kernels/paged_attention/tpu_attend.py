@@ -329,8 +329,9 @@ def _put_new(kernel: Kernel, item: Any, first: Any, slot: Any, half: Any) -> Non
                 wide = jnp.where(mine, scratch.new[half, token][:, None, : wide.shape[2]], wide)
             scratch.keys[slot, :, place, :] = scratch.tiles[slot, which] = _narrow(wide, values.dtype)
             page = lax.div(row, jnp.int32(page_size))
-            if isinstance(kernel.pool, QuantizedKV):
-                _put_scales(kernel, slot, half, page, begin, count)
+            if isinstance(kernel.pool, QuantizedKV):  # once a page: the tile before has begun to copy those of its own
+                fresh = (which == 0) | (page != lax.div(row - rows, jnp.int32(page_size)))
+                pl.when(fresh)(lambda: _put_scales(kernel, slot, half, page, begin, count))
             _copy_tile(kernel, (slot, which, page), (kernel.tables[table + page], lax.rem(row, jnp.int32(page_size))), start=True)
             scratch.counts[slot] = scratch.counts[slot] + 1
 
