@@ -1,6 +1,6 @@
-"""One tiny random model in Hugging Face's layout and the two engines on it that all tests share: compiling is what costs time.
+"""One tiny random model in Hugging Face's layout and the engines on it that all tests share: compiling is what costs time.
 
-Leave an engine as you found it: idle.
+After each test every shared engine is idle again and knows nothing of what its KV pool holds, whatever the test did with either.
 """
 
 import json
@@ -53,9 +53,30 @@ def progress():
 
 
 @pytest.fixture(scope="session")
-def plain(folder, progress):
+def shared():
+    """The shared engines made so far, each with the scheduler that it was made with."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def left_idle(shared):
+    """No test sees what the one before left in an engine."""
+    yield
+    for engine, usual in shared:
+        for part in (engine._active, engine._pending, engine._flights):
+            part.clear()
+        engine.scheduler = Scheduler(usual.limits, [PagePool(pool.size, 4, PrefixIndex(4)) for pool in usual.pools])
+
+
+def share(shared, engine):
+    shared.append((engine, engine.scheduler))
+    return engine
+
+
+@pytest.fixture(scope="session")
+def plain(folder, progress, shared):
     """One device, room for everybody."""
-    return Engine(settings(folder), progress=lambda *report: progress.append(report))
+    return share(shared, Engine(settings(folder), progress=lambda *report: progress.append(report)))
 
 
 def scheduler(limits, pages, policy="fcfs"):
@@ -65,16 +86,14 @@ def scheduler(limits, pages, policy="fcfs"):
 
 @pytest.fixture
 def reschedule(plain):
-    """Put the same programs behind another scheduler for the length of a test; the one after it knows nothing of the pool either."""
+    """Put the same programs behind another scheduler for the length of a test."""
 
     def replace(limits, pages, policy="fcfs"):
         assert pages <= plain.program.config.pool.pages
         plain.scheduler = scheduler(limits, pages, policy)
         return plain
 
-    usual = plain.scheduler
-    yield replace
-    plain.scheduler = scheduler(usual.limits, usual.pools[0].size)
+    return replace
 
 
 @pytest.fixture
@@ -84,14 +103,14 @@ def cramped(reschedule):
 
 
 @pytest.fixture(scope="session")
-def meshed(folder):
+def meshed(folder, shared):
     """Two replicas of two shards."""
-    return Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1))
+    return share(shared, Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1)))
 
 
 @pytest.fixture(scope="session")
-def speculating(folder):
+def speculating(folder, shared):
     """As the plain engine, with drafts whatever they cost: from the text, and from a draft model that is the model itself."""
     engine = Engine(settings(folder, speculation=SpeculationConfig("auto", str(folder), 2)))
     engine.speculator.always = True
-    return engine
+    return share(shared, engine)

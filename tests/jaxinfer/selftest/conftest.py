@@ -7,8 +7,6 @@ from jaxinfer.selftest.stand import Stand
 
 @pytest.fixture
 def tested(plain):
-    usual = plain.scheduler
     stand = Stand(plain)
     yield stand
     stand.restore()
-    plain.scheduler = usual

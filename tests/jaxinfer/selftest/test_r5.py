@@ -8,9 +8,7 @@ from jaxinfer.selftest.stand import Stand
 
 @pytest.fixture
 def both(tested, speculating):
-    usual = speculating.scheduler
-    yield tested, Stand(speculating)
-    speculating.scheduler = usual
+    return tested, Stand(speculating)
 
 
 @pytest.fixture
