@@ -104,7 +104,7 @@ def kinds() -> dict[str, ModuleType]:
     """Every kind of student by its name: the modules of this folder that offer `student`."""
     modules = {item.name: f"{train.__name__}.{item.name}" for item in pkgutil.iter_modules(train.__path__)}
     named = {name: importlib.import_module(module) for name, module in modules.items() if module != __name__}
-    return {name: module for name, module in named.items() if hasattr(module, "student")}
+    return {name: module for name, module in named.items() if callable(getattr(module, "student", None))}
 
 
 def find(name: str) -> Factory:
