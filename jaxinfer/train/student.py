@@ -92,8 +92,9 @@ class Student(Protocol):
         """Float32 logits of some of those hidden states. Differentiable in `weights` and `hidden`."""
         ...
 
-    def save(self, folder: Path, weights: Weights) -> None:
-        """Write a folder that `serve --draft-model` takes: config, weights, tokenizer. What is the same for all (figures, manifest) follows."""
+    def save(self, folder: Path, weights: Weights) -> Mapping[str, Mapping[str, str]]:
+        """Write into a folder what `serve --draft-model` takes: config, weights, tokenizer; the SHA-256 of each tensor, by file (what
+        `checkpoint.save` and `checkpoint.write` return). Figures and the manifest are written by whoever calls."""
         ...
 
 
