@@ -54,7 +54,7 @@ class DraftModel:
         return {name: spec for name, spec in zip(whole.names, whole.specs, strict=True) if isinstance(spec, ArraySpec)}
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def tapped(self) -> tuple[int, ...]:
         """It reads nothing of the target."""
         return ()
 

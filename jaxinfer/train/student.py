@@ -45,14 +45,15 @@ class Lesson:
     """Packed texts and what the target left of them. Lives inside a trace only, so it is not a pytree.
 
     tokens: rows of `context.metadata.length` tokens, one row after another, whole texts side by side in a row. context.positions: the
-    place of each token in its text, so 0 begins one; -1 is padding, at the end of a row. features: the residual stream of the target after
-    each of the student's `layers`, at the same places; features[:, t] has seen tokens[t], and a student uses it for places after t (see
-    above). leaves: the target's own arrays, for a student that borrows its embedding or head; nothing learns through them.
+    place of each token in its text, so 0 begins one; -1 is padding, at the end of a row. features: the residual stream of the target before
+    each of the layers that the student taps, side by side, at the same places; features[t] has seen tokens[t], and a student uses it for
+    places after t (see above). leaves: the target's own arrays, for a student that borrows its embedding or head; nothing learns through
+    them.
     """
 
     tokens: Int[Array, " tokens"]
     context: StepContext
-    features: Float[Array, "layers tokens embed"]
+    features: Float[Array, "tokens features"]
     leaves: Leaves
 
 
@@ -66,8 +67,9 @@ class Student(Protocol):
         ...
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The target's layers whose features it reads, in the order of `Lesson.features`; () for none."""
+    def tapped(self) -> tuple[int, ...]:
+        """The target's layers before which it reads the residual stream, in the order of `Lesson.features` (the number of layers: after the
+        last); () for none."""
         ...
 
     @property

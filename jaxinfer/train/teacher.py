@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.checkpoint import read
@@ -24,10 +25,10 @@ Leaves = tuple[Array, ...]
 
 
 class Seen(NamedTuple):
-    """What a model makes of packed texts: hidden states after the final norm, and the residual stream after some of its layers."""
+    """What a model makes of packed texts: hidden states after the final norm, and the residual stream where it was tapped, side by side."""
 
     hidden: Float[Array, "tokens embed"]
-    features: Float[Array, "layers tokens embed"]
+    features: Float[Array, "tokens features"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Teacher:
         weights = read.load(self.folder, self.graph, self.placement.mesh, self.placement.rules, progress=progress)
         return self.graph.leaves(weights)
 
-    def look(self, leaves: Leaves, tokens: Int[Array, " tokens"], context: StepContext, layers: Sequence[int] = ()) -> Seen:
+    def look(self, leaves: Leaves, tokens: Int[Array, " tokens"], context: StepContext, tapped: Sequence[int] = ()) -> Seen:
         """Run over packed texts; inside a trace. No gradient flows through."""
-        return jax.lax.stop_gradient(look(self.graph.bind(leaves), self.graph, tokens, context, layers))
+        return jax.lax.stop_gradient(look(self.graph.bind(leaves), self.graph, tokens, context, tapped))
 
     def head(self, leaves: Leaves, hidden: Float[Array, "places embed"]) -> Float[Array, "places vocab"]:
         """Float32 logits of some of the hidden states; inside a trace."""
@@ -58,26 +59,26 @@ class Teacher:
         return model.head(hidden, self.placement)
 
 
-def look(model: Any, graph: Graph, tokens: Int[Array, " tokens"], context: StepContext, layers: Sequence[int] = ()) -> Seen:
-    """Run a bound model over packed texts, whose context has `Sequences`, and note the residual stream after `layers`. Differentiable if
-    the model's matmuls are (implementation "xla", weights that are not quantised)."""
-    noted: dict[int, Array] = {}
-    for number in layers:
-        model.layers[number] = _Tap(model.layers[number], number, noted)
+def look(model: Any, graph: Graph, tokens: Int[Array, " tokens"], context: StepContext, tapped: Sequence[int] = ()) -> Seen:
+    """Run a bound model over packed texts, whose context has `Sequences`, and note the residual stream before the layers `tapped` (the
+    number of layers: after the last). Differentiable if the model's matmuls are (implementation "xla", weights that are not quantised)."""
+    streams: list[Array] = []
+    if tapped:
+        model.layers = nnx.List([_Tap(block, streams) for block in model.layers])
     none = tuple(jnp.zeros((), graph.dtype) for _ in graph.config.attention_shapes)
     hidden = model(tokens, none, context).hidden
-    features = jnp.stack([noted[number] for number in layers]) if layers else jnp.zeros((0, *hidden.shape), hidden.dtype)
-    return Seen(hidden, features)
+    features = [streams[number] for number in tapped] or [jnp.zeros((len(tokens), 0), hidden.dtype)]
+    return Seen(hidden, jnp.concatenate(features, axis=-1))
 
 
 class _Tap:
-    """A layer that keeps what it gave; lives inside a trace."""
+    """A layer that keeps what goes into it and what the last one gives; lives inside a trace."""
 
-    def __init__(self, block: Any, number: int, noted: dict[int, Array]) -> None:
-        self._block, self._number, self._noted = block, number, noted
+    def __init__(self, block: Any, streams: list[Array]) -> None:
+        self._block, self._streams = block, streams
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, x: Array, *rest: Any) -> Any:
         """What the layer gives."""
-        result = self._block(*inputs)
-        self._noted[self._number] = result.hidden
+        result = self._block(x, *rest)
+        self._streams[-1:] = [x, result.hidden]
         return result
