@@ -88,9 +88,9 @@ class Learner:
         """One update; rows as `put` gives them. Donates the state when compiled."""
 
         def loss(weights: Weights) -> Float[Array, ""]:
-            context = self._context(rows["positions"])
+            context = self.context(rows["positions"])
             seen = self.teacher.look(leaves, rows["tokens"], context, self.student.tapped)
-            own = self._context(rows["positions"], student=True)
+            own = self.context(rows["positions"], student=True)
             lesson = Lesson(rows["tokens"], own, seen.features, leaves)
             return divergence(self.teacher, self.student, weights, lesson, seen, rows["learned"]).loss
 
@@ -142,7 +142,7 @@ class Learner:
             shapes,
         )
 
-    def _context(self, positions: Int[Array, " tokens"], *, student: bool = False) -> StepContext:
+    def context(self, positions: Int[Array, " tokens"], *, student: bool = False) -> StepContext:
         """Whole texts; for the student with matmuls that have a gradient."""
         placement = self.teacher.placement
         if student:
