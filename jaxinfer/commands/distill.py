@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer [128]")
     group.add_argument("--temperatures", default="0,0.7", metavar="LIST", help="each prompt is answered at each of them [0,0.7]")
     group.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the lines, for measuring [0.1]")
+    learned = "tokens to learn: all adds the prompts' [completion]"
+    group.add_argument("--learn", choices=("completion", "all"), default="completion", help=learned)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=300, metavar="N", help="[300]")
     group.add_argument("--batch", type=int, default=8, metavar="ROWS", help="rows of packed texts in a step [8]")
@@ -75,7 +77,7 @@ def settings_of(args: argparse.Namespace) -> Any:
     return Settings(
         target=args.target, draft=args.draft, out=args.out, state=args.state or args.out.with_name(args.out.name + ".state"),
         revision=args.revision, overwrite=args.overwrite, mesh=args.mesh, dtype=args.dtype, max_model_len=args.max_model_len,
-        save_seconds=args.save_seconds, wanted=Wanted(args.max_tokens, temperatures, args.held_out, args.seed),
+        save_seconds=args.save_seconds, wanted=Wanted(args.max_tokens, temperatures, args.held_out, args.seed, args.learn),
         recipe=Recipe(args.steps, args.batch, args.learning_rate, seed=args.seed),
     )  # fmt: skip
 
@@ -83,12 +85,12 @@ def settings_of(args: argparse.Namespace) -> Any:
 def rows(figures: dict[str, Any]) -> list[list[str]]:
     """One line for each temperature, before and after."""
     count = len(figures["after"][0]["stand"])
-    found = [["", "places", "first draft", *(f"{at + 1} in a row" for at in range(1, count)), "tokens a step"]]
+    found = [["", "tokens", "first draft stands", *(f"{at + 1} in a row" for at in range(count)), "tokens a step"]]
     for before, after in zip(figures["before"], figures["after"], strict=True):
         warmth = f"temperature {after['temperature']:g}" if after["temperature"] else "greedy"
         for name, it in (("before", before), ("after", after)):
-            shares = [f"{share:.1%}" for share in it["stand"]]
-            found.append([f"{warmth}, {name}", f"{it['places']:,}", *shares, f"{it['tokens_per_step']:.2f}"])
+            shares = [f"{share:.1%}" for share in (it["agreement"], *it["stand"])]
+            found.append([f"{warmth}, {name}", f"{it['tokens_compared']:,}", *shares, f"{it['tokens_per_step']:.2f}"])
     return found
 
 

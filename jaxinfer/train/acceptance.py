@@ -30,16 +30,14 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Over all places of the texts where so many drafts could be compared.
-
-    agreement: share of single drafts that stand. stand[j]: share of places where drafts 0..j all stand. tokens: what a step gives on
-    average, 1 + the sum of `stand`.
-    """
+    """agreement: share of all tokens that are the first draft there. stand[j]: share of places where drafts 0..j all stand, of those
+    `places` behind which the text has so many tokens. tokens: what a step gives on average, 1 + the sum of `stand`."""
 
     temperature: float
-    places: int
     agreement: float
+    tokens_compared: int
     stand: tuple[float, ...]
+    places: int
 
     @property
     def tokens(self) -> float:
@@ -104,19 +102,19 @@ class Examiner:
 
 
 def _hits(drawn: Int[np.ndarray, "depth tokens"], text: Text) -> Bool[np.ndarray, "places drafts"]:
-    """For each place of a text from the last one of its prompt on, whether each of the drafts made there is the text's token."""
+    """For each token of a text behind its prompt, whether the first draft for it stands, and whether those for the ones behind it do (False
+    where the text is over)."""
     tokens, depth = np.asarray(text.tokens), len(drawn)
-    places = np.arange(text.first - 1, len(tokens) - DRAFTS)
-    found = np.zeros((max(len(places), 0), DRAFTS), bool)
+    places = np.arange(text.first - 1, len(tokens) - 1)
+    found = np.zeros((len(places), DRAFTS), bool)
     for ahead in range(DRAFTS):
-        level = min(ahead, depth - 1)
-        found[:, ahead] = drawn[level, places + ahead - level] == tokens[places + 1 + ahead]
+        level, there = min(ahead, depth - 1), places[: max(len(places) - ahead, 0)]
+        found[: len(there), ahead] = drawn[level, there + ahead - level] == tokens[there + 1 + ahead]
     return found
 
 
 def _acceptance(temperature: float, hits: Sequence[np.ndarray]) -> Acceptance:
-    every = np.concatenate(hits)
-    if not len(every):
-        return Acceptance(temperature, 0, 0.0, (0.0,) * DRAFTS)
-    stand = np.cumprod(every, axis=1).mean(axis=0)
-    return Acceptance(temperature, len(every), float(every[:, 0].mean()), tuple(float(share) for share in stand))
+    first = np.concatenate([found[:, 0] for found in hits])
+    whole = np.concatenate([found[: max(len(found) - DRAFTS + 1, 0)] for found in hits])
+    stand = np.cumprod(whole, axis=1).mean(axis=0) if len(whole) else np.zeros(DRAFTS)
+    return Acceptance(temperature, float(first.mean()), len(first), tuple(float(share) for share in stand), len(whole))

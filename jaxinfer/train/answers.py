@@ -28,12 +28,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """max_tokens: of an answer. held_out: share of the lines. seed: of the choice of lines and of the answers."""
+    """max_tokens: of an answer. held_out: share of the lines. seed: of the choice of lines and of the answers. learn: "completion", or "all"
+    to learn the prompts' tokens too."""
 
     max_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.7)
     held_out: float = 0.1
     seed: int = 0
+    learn: str = "completion"
 
     def __post_init__(self) -> None:
         if self.max_tokens < 8:
@@ -78,7 +80,8 @@ def make(config: EngineConfig, documents: Sequence[Document], wanted: Wanted, pr
     with LLM.build(config, progress=progress) as llm:
         answered = answers(llm, [*asked, *held], wanted, progress)
     count = len(asked) * len(wanted.temperatures)
-    return Texts((*given, *(it for it in answered[:count] if _long_enough(it))), tuple(it for it in answered[count:] if _long_enough(it)))
+    learned = [it if wanted.learn == "completion" else it._replace(first=1) for it in (*given, *answered[:count])]
+    return Texts(tuple(learned), tuple(answered[count:]))
 
 
 def answers(llm: Any, documents: Sequence[Document], wanted: Wanted, progress: Progress) -> list[Text]:
@@ -118,7 +121,3 @@ def read(path: Path) -> Texts:
         return Texts(*map(tuple, parts))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(path, "texts as `distill` keeps them", str(error), remedy="remove the folder and begin anew") from None
-
-
-def _long_enough(text: Text) -> bool:
-    return len(text.tokens) > text.first

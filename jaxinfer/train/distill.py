@@ -167,10 +167,7 @@ def _texts(run: Run, settings: Settings, documents: list[prompts.Document], prog
     """What the run learns from: kept, or made now."""
     if not run.texts.is_file():
         longest = max(len(it.prompt) + max(len(it.completion), min(settings.wanted.max_tokens, it.room)) for it in documents)
-        made = answers.make(_engine(settings, max(longest, 2)), documents, settings.wanted, progress)
-        if not made.train or not made.held_out:
-            raise ConfigError("--data: the target ends every answer at once, so there is nothing to learn; give prompts that it answers")
-        answers.write(run.texts, made)
+        answers.write(run.texts, answers.make(_engine(settings, max(longest, 2)), documents, settings.wanted, progress))
     return answers.read(run.texts)
 
 
@@ -187,8 +184,8 @@ def _measured(course: Course, name: str, state: State) -> list[dict[str, Any]]:
 def as_json(found: Acceptance) -> dict[str, Any]:
     """One temperature's figures."""
     return {
-        "temperature": found.temperature, "places": found.places, "agreement": round(found.agreement, 4),
-        "stand": [round(share, 4) for share in found.stand], "tokens_per_step": round(found.tokens, 3),
+        "temperature": found.temperature, "agreement": round(found.agreement, 4), "tokens_compared": found.tokens_compared,
+        "stand": [round(share, 4) for share in found.stand], "places": found.places, "tokens_per_step": round(found.tokens, 3),
     }  # fmt: skip
 
 

@@ -11,8 +11,8 @@ no kernel without a gradient, nothing quantised among the student's own weights.
 `metadata` is `Sequences` (models/layers.py): attention within each text, over no pool.
 
 Places. Position t of a text holds token x[t]. What a student makes of place t, j tokens ahead (j = 0, 1, ...), is its guess of x[t + 1 + j]
-when x[0..t + j] are known and the target has run over x[0..t - 1] only: features of places from t on must not reach it (so it is in serving,
-where x[t] was just drawn). A draft model reads no features, so its guess j ahead of t is its guess of the next token at t + j: depth 1.
+when x[0..t + j] are known and the target has run over x[0..t - 1] only: features of places from t on must not reach it (so it is when
+serving, where x[t] was just drawn). A draft model reads no features, so its guess j ahead of t is its guess of the next token at t + j: depth 1.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Student(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many tokens ahead it has hidden states of their own for: 1 if those for j ahead of t are those for the next token at t + j."""
+        """How many tokens ahead it has hidden states of their own for: 1 if what it makes of t, j ahead, is what it makes of t + j."""
         ...
 
     @property
@@ -87,7 +87,7 @@ class Student(Protocol):
         ...
 
     def hidden(self, weights: Weights, lesson: Lesson) -> tuple[Float[Array, "tokens embed"], ...]:
-        """`depth` arrays: what is made of each place 0, 1, ... tokens ahead. Differentiable in `weights`. Padding may hold anything finite."""
+        """`depth` arrays: what is made of each place 0, 1, ... tokens ahead. Differentiable in `weights`; finite at padding too."""
         ...
 
     def head(self, weights: Weights, hidden: Float[Array, "places embed"], leaves: Leaves) -> Float[Array, "places vocab"]:
