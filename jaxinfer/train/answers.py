@@ -28,8 +28,8 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """max_tokens: of an answer. held_out: share of the lines. seed: of the choice of lines and of the answers. learn: "completion", or "all"
-    to learn the prompts' tokens too."""
+    """max_tokens: of an answer. held_out: share of the lines. seed: of the choice of lines and of the answers. learn: "completion", or
+    "all" to learn the prompts' tokens too."""
 
     max_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 0.7)
@@ -117,7 +117,7 @@ def read(path: Path) -> Texts:
     """
     try:
         found = read_json(path)
-        parts = ([Text(tuple(tokens), first, temperature, seed) for tokens, first, temperature, seed in found[name]] for name in Texts._fields)
+        parts = [[Text(tuple(tokens), *rest) for tokens, *rest in found[name]] for name in Texts._fields]
         return Texts(*map(tuple, parts))
     except (KeyError, TypeError, ValueError) as error:
         raise broken(path, "texts as `distill` keeps them", str(error), remedy="remove the folder and begin anew") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -96,9 +97,10 @@ def distill(settings: Settings, lines: prompts.Lines, stamp: Callable[[], dict[s
     state = learn(course, state, settings.save_seconds)
     after = _measured(course, "after", state)
     figures = {
-        "target": settings.target, "draft": settings.draft, "parameters": sum(int(np.prod(spec.shape)) for spec in learns.specs.values()),
+        "target": settings.target, "draft": settings.draft, "parameters": sum(math.prod(spec.shape) for spec in learns.specs.values()),
         "data": {
-            "file": lines.name, "sha256": lines.sha256, "lines": len(lines.lines), "texts": len(texts.train), "held_out": len(texts.held_out),
+            "file": lines.name, "sha256": lines.sha256, "lines": len(lines.lines),
+            "texts": len(texts.train), "held_out": len(texts.held_out),
             "learned_tokens": sum(len(it.tokens) - it.first for it in texts.train), "cut": sum(it.cut for it in documents),
         },
         "recipe": asdict(settings.recipe), "texts": asdict(settings.wanted), "length": length,
@@ -195,5 +197,6 @@ def _fingerprint(settings: Settings, lines: prompts.Lines, folder: Path) -> Mapp
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     return {
         "target": [str(folder.resolve()), config, weights], "data": lines.sha256, "draft": settings.draft, "mesh": list(settings.mesh),
-        "dtype": settings.dtype, "max_model_len": settings.max_model_len, "texts": asdict(settings.wanted), "recipe": asdict(settings.recipe),
+        "dtype": settings.dtype, "max_model_len": settings.max_model_len, "texts": asdict(settings.wanted),
+        "recipe": asdict(settings.recipe),
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """What a run keeps so that it can go on: its settings, the texts, what was measured before, and the last state (Orbax).
 
-A folder of its own beside the result: `settings.json` says which run it belongs to, so that another run never goes on from it; `step-NNNNNNNN`
-is the last state, written by Orbax beside its place and renamed when whole, and only then is the one before removed. A process killed at any
-moment leaves a state from which the same run ends with the same bits. This file does not know what is trained.
+A folder of its own beside the result: `settings.json` says which run it belongs to, so that another run never goes on from it;
+`step-NNNNNNNN` is the last state, written by Orbax beside its place and renamed when whole, and only then is the one before removed. A
+process killed at any moment leaves a state from which the same run ends with the same bits. This file does not know what is trained.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ class Run:
         path, given = folder / "settings.json", json.loads(json.dumps(settings))
         if path.is_file():
             known = read_json(path)
-            if differs := sorted(name for name in known.keys() | given.keys() if known.get(name) != given.get(name)):
+            differs = sorted(name for name in known.keys() | given.keys() if known.get(name) != given.get(name))
+            if differs:
                 raise CheckpointError(
-                    f"{folder}: a run with another {', '.join(differs)} was begun here (was {_short(known, differs)}); give it the same again"
-                    " to go on, remove the folder to begin anew, or name another with --state"
+                    f"{folder}: a run with another {', '.join(differs)} was begun here (was {_short(known, differs)}); give it the same"
+                    " again to go on, remove the folder to begin anew, or name another with --state"
                 )
             return
         if folder.exists() and any(folder.iterdir()):

@@ -12,7 +12,7 @@ no kernel without a gradient, nothing quantised among the student's own weights.
 
 Places. Position t of a text holds token x[t]. What a student makes of place t, j tokens ahead (j = 0, 1, ...), is its guess of x[t + 1 + j]
 when x[0..t + j] are known and the target has run over x[0..t - 1] only: features of places from t on must not reach it (so it is when
-serving, where x[t] was just drawn). A draft model reads no features, so its guess j ahead of t is its guess of the next token at t + j: depth 1.
+serving, where x[t] was just drawn). A draft model reads no features: what it makes of t, j ahead, is what it makes of t + j: depth 1.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_int8_activations_become_better(model, texts, known, tmp_path):
 
 def test_lines_that_are_not_texts(model, tmp_path):
     (tmp_path / "texts").write_text('{"prompt": "x"}\n["x"]')
-    with pytest.raises(ConfigError, match="--calibrate .*line 2: a JSON list"):
+    with pytest.raises(ConfigError, match=r"--calibrate .*line 2: a JSON list"):
         calibrate.documents(tmp_path / "texts", Tokenizer.load(model), 100)
 
 
