@@ -63,7 +63,8 @@ def measured(weights):
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, asked, tmp_path, monkeypatch, school, whole):
     """Nothing is compiled again; or, at length, everything."""
     if not whole:
-        monkeypatch.setattr(Learner, "compiled", lambda self, leaves, state: school.step)
+        step = school.step
+        monkeypatch.setattr(Learner, "compiled", lambda self, leaves, state: step)
         monkeypatch.setattr(Examiner, "measure", lambda self, leaves, weights, texts: [measured(weights)])
     settings, reports = settings_of(target, small, tmp_path / "out"), []
 
@@ -76,9 +77,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, 
     assert not settings.out.exists() and (settings.state / "step-00000002").is_dir()
     with pytest.raises(CheckpointError, match="another recipe was begun here"):
         distill.distill(replace(settings, recipe=replace(settings.recipe, steps=99)), lines, stamp, killing)
-    resumed = distill.distill(settings, lines, stamp, lambda *report: reports.append(report))
+    resumed = distill.distill(replace(settings, save_seconds=60.0), lines, stamp, lambda *report: reports.append(report))
     assert [report[1] for report in reports if report[0] == "learn"] == [*range(3, STEPS + 1)] and len(asked) == 1
-    straight = distill.distill(settings_of(target, small, tmp_path / "straight"), lines, stamp, lambda *_: None)
+    straight = distill.distill(replace(settings, out=tmp_path / "straight", state=tmp_path / "state", save_seconds=60.0), lines, stamp, lambda *_: None)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert all(resumed[name] == straight[name] for name in ("loss", "before", "after")) and resumed["before"] != resumed["after"]
