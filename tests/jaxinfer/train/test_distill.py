@@ -79,7 +79,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, 
         distill.distill(replace(settings, recipe=replace(settings.recipe, steps=99)), lines, stamp, killing)
     resumed = distill.distill(replace(settings, save_seconds=60.0), lines, stamp, lambda *report: reports.append(report))
     assert [report[1] for report in reports if report[0] == "learn"] == [*range(3, STEPS + 1)] and len(asked) == 1
-    straight = distill.distill(replace(settings, out=tmp_path / "straight", state=tmp_path / "state", save_seconds=60.0), lines, stamp, lambda *_: None)
+    straight = distill.distill(
+        replace(settings, out=tmp_path / "straight", state=tmp_path / "state", save_seconds=60.0), lines, stamp, lambda *_: None
+    )
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
     assert all(resumed[name] == straight[name] for name in ("loss", "before", "after")) and resumed["before"] != resumed["after"]
