@@ -28,6 +28,7 @@ from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
+from jaxinfer.models.eagle import is_head
 from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
@@ -143,18 +144,36 @@ def _with_draft(config: EngineConfig, model: _Model) -> _Model:
     speculation = config.speculation
     if speculation.speculate in ("off", "lookup"):
         return model
-    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
+    name, eagle = speculation.draft_model, speculation.speculate == "eagle"
+    if name is None and config.model.model == "demo" and not eagle:
+        name = "draft"
     if name is None and speculation.speculate == "auto":
         return model
+    if name is None and eagle and config.model.load_format == "random":
+        return replace(model, draft=_head(config, model, "made-up head", None))
     if name is None:
-        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
+        needed = "the model's EAGLE-3 head" if eagle else "a smaller model with the same tokenizer"
+        raise ConfigError(f"--speculate {speculation.speculate} needs --draft-model: {needed}; or use --speculate lookup")
+    folder = None if name in find.known_shapes() else hub.resolve(name)
+    if folder is not None and is_head(read.read_config(folder)):
+        if speculation.speculate == "draft":
+            raise ConfigError(f"--draft-model {name} is an EAGLE-3 head, no model of its own; use --speculate eagle")
+        return replace(model, draft=_head(config, model, Path(name).name, folder))
+    if eagle:
+        raise ConfigError(f"--draft-model {name} is a model of its own, no EAGLE-3 head; use --speculate draft")
     small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
     return replace(model, draft=_describe(small))
 
 
+def _head(config: EngineConfig, model: _Model, name: str, folder: Path | None) -> _Model:
+    """The model's EAGLE-3 head; without a folder one that is made up."""
+    graph = sizing.head_of(model.graph, config, folder)
+    return _Model(folder, name, graph, graph.dtype, model.max_tokens, "eagle3")
+
+
 def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:
     """Refuse a draft model whose token ids mean something else: its drafts would never stand."""
-    if model.draft is None or model.draft.folder is None or tokenizer is None:
+    if model.draft is None or model.draft.folder is None or tokenizer is None or model.draft.graph.tapped:
         return
     ours, theirs = (json.loads(of.to_json())["model"].get("vocab") for of in (tokenizer, Tokenizer.load(model.draft.folder)))
     if ours != theirs:
