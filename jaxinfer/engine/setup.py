@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxinfer import devices
 from jaxinfer.cache.pages import PagePool
@@ -278,8 +279,24 @@ def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress
             weights = random_weights(of.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
         else:
             weights = read.load(of.folder, of.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
+            if "d2t" in weights:
+                check_draft_vocabulary(of.name, np.asarray(weights["d2t"]), model.graph.config.vocab_size)
         leaves += of.graph.leaves(weights)
     return leaves
+
+
+def check_draft_vocabulary(name: str, offsets: Int[np.ndarray, " drafts"], vocab: int) -> None:
+    """Refuse a head that would draft tokens which its target does not have.
+
+    Raises:
+        ConfigError: its d2t leads out of the vocabulary, or to one token twice.
+    """
+    targets = offsets + np.arange(len(offsets))
+    if targets.min() < 0 or targets.max() >= vocab or len(np.unique(targets)) < len(targets):
+        raise ConfigError(
+            f"--draft-model {name}: d2t must lead from {len(targets)} draft tokens to as many of {vocab} tokens, found"
+            f" {len(np.unique(targets))} from {targets.min()} to {targets.max()}; the file is damaged, or of another model"
+        )
 
 
 def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: MemoryPlan) -> EngineInfo:

@@ -93,7 +93,13 @@ class Config:
 
     @classmethod
     def beside(cls, target: Any, draft_vocab: int = DRAFT_VOCAB) -> Config:
-        """The head that one would train for a target of the Llama family: a layer like its own."""
+        """The head that one would train for a target: a layer like its own, in the way of the Llama family.
+
+        Raises:
+            ConfigError: a target that is not like that.
+        """
+        if not all(hasattr(target, name) for name in ("intermediate_size", "rms_norm_epsilon", "rope")):
+            raise ConfigError("an EAGLE-3 head cannot be made up for this architecture; name one with --draft-model")
         return cls(
             vocab_size=target.vocab_size, draft_vocab_size=min(draft_vocab, target.vocab_size), hidden_size=target.hidden_size,
             target_size=target.hidden_size, intermediate_size=target.intermediate_size, heads=target.attention_shapes[0],

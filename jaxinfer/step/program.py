@@ -94,6 +94,7 @@ class ProgramConfig:
     max_tokens: int
     threads: int
     draft: Graph | None = None  # a draft model, or a head of the model
+    forced: float | None = None  # see `Verifier`; benchmarks set it on an engine that is ready, and compile its verifiers again
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -338,7 +339,7 @@ class Program:
         if key.width > 1:
             tokens = shape((rows, key.width), np.int32, sharding=self._by_replica)
             of_rows = sampling.unchecked(DraftRows, dict.fromkeys(("slots", "positions", "lengths"), of_row) | {"tokens": tokens})
-            step = Verifier(config.spare_slot, config.placement, key.demand)
+            step = Verifier(config.spare_slot, config.placement, key.demand, config.forced)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
 
