@@ -1,9 +1,9 @@
 """What an EAGLE-3 head is worth at a given rate of acceptance: an 8B shape with random weights, whose drafts stand by the toss of a coin.
 
-Everything is computed as it would be with a trained head: its forward passes, its drafts over 32k tokens, verification. Only whether a draft
-stands is decided by a seeded coin instead of by the text (`step/verify.py`), which no setting of engine or server can do. A row says how
-long a token takes (`itl_ms`: from the first token of a batch to its last), and the ratio to the engine without drafts in the same run, turn
-by turn.
+Everything is computed as it would be with a trained head: its forward passes, its drafts over 32k tokens, verification. Only whether a
+draft stands is decided by a seeded coin instead of by the text (`step/verify.py`), which no setting of engine or server can do. A row says
+how long a token takes (`itl_ms`: from the first token of a batch to its last), and the ratio to the engine without drafts in the same run,
+turn by turn.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A row says how many tokens per second a batch gets, the ratio to the engine with
 side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
 drafts (`equal`; in narrow numbers a near tie may fall differently).
 
-`--shape NAME` takes random weights of a well-known model and an EAGLE-3 head of its shape instead, and forces how often drafts stand: what a
-trained head would be worth at each rate of acceptance (`forced.py`).
+`--shape NAME` takes random weights of a well-known model and an EAGLE-3 head of its shape instead, and forces how often drafts stand: what
+a trained head would be worth at each rate of acceptance (`forced.py`).
 """
 
 from __future__ import annotations

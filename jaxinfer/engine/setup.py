@@ -141,29 +141,31 @@ def _models(model: _Model) -> tuple[_Model, ...]:
 
 
 def _with_draft(config: EngineConfig, model: _Model) -> _Model:
-    """The model with its draft model: the one that was named, or the embedded model's own."""
-    speculation = config.speculation
-    if speculation.speculate in ("off", "lookup"):
+    """The model with its draft model or head: the one that was named, or the embedded model's own; random weights have a made-up head."""
+    way = config.speculation.speculate
+    if way in ("off", "lookup"):
         return model
-    name, eagle = speculation.draft_model, speculation.speculate == "eagle"
-    if name is None and config.model.model == "demo" and not eagle:
-        name = "draft"
-    if name is None and speculation.speculate == "auto":
+    own = "draft" if config.model.model == "demo" and way != "eagle" else None
+    name = config.speculation.draft_model or own
+    if name is not None:
+        return replace(model, draft=_draft(config, model, name))
+    if way == "auto":
         return model
-    if name is None and eagle and config.model.load_format == "random":
+    if way == "eagle" and config.model.load_format == "random":
         return replace(model, draft=_head(config, model, "made-up head", None))
-    if name is None:
-        needed = "the model's EAGLE-3 head" if eagle else "a smaller model with the same tokenizer"
-        raise ConfigError(f"--speculate {speculation.speculate} needs --draft-model: {needed}; or use --speculate lookup")
-    folder = None if name in find.known_shapes() else hub.resolve(name)
+    needed = "the model's EAGLE-3 head" if way == "eagle" else "a smaller model with the same tokenizer"
+    raise ConfigError(f"--speculate {way} needs --draft-model: {needed}; or use --speculate lookup")
+
+
+def _draft(config: EngineConfig, model: _Model, name: str) -> _Model:
+    way, folder = config.speculation.speculate, None if name in find.known_shapes() else hub.resolve(name)
     if folder is not None and is_head(read.read_config(folder)):
-        if speculation.speculate == "draft":
+        if way == "draft":
             raise ConfigError(f"--draft-model {name} is an EAGLE-3 head, no model of its own; use --speculate eagle")
-        return replace(model, draft=_head(config, model, Path(name).name, folder))
-    if eagle:
+        return _head(config, model, Path(name).name, folder)
+    if way == "eagle":
         raise ConfigError(f"--draft-model {name} is a model of its own, no EAGLE-3 head; use --speculate draft")
-    small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
-    return replace(model, draft=_describe(small))
+    return _describe(replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None)))
 
 
 def _head(config: EngineConfig, model: _Model, name: str, folder: Path | None) -> _Model:

@@ -138,7 +138,7 @@ def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metr
 
 
 def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:
-    """Those of a setting: "lookup", "draft", "eagle" or "auto" (lookup, and the draft model if there is one). head: it is an EAGLE-3 head."""
+    """Those of a setting: "lookup", "draft", "eagle" or "auto" (lookup, and the draft model or head if there is one)."""
     found: list[Proposer] = []
     if kind not in ("draft", "eagle"):
         found.append(LookupProposer())

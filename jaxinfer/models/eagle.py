@@ -22,7 +22,19 @@ from jaxtyping import Array, Float, Int32
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import Fields
-from jaxinfer.models.layers import Attention, Dim, Embedding, GatedMLP, Head, HeadShape, Placement, Projection, RMSNorm, StepContext, describe
+from jaxinfer.models.layers import (
+    Attention,
+    Dim,
+    Embedding,
+    GatedMLP,
+    Head,
+    HeadShape,
+    Placement,
+    Projection,
+    RMSNorm,
+    StepContext,
+    describe,
+)
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
 from jaxinfer.sharding import constrain
@@ -64,7 +76,7 @@ class Config:
             ConfigError: a field that is missing, out of range or not implemented, or that does not fit the target.
         """
         fields = Fields(config, "config.json of the head")
-        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        hidden = fields.integer("hidden_size")
         if fields.integer("num_hidden_layers", default=1) != 1:
             raise ConfigError("config.json of the head: num_hidden_layers must be 1: EAGLE-3 heads of several layers are not implemented")
         for name in ("norm_before_residual", "attention_bias", "mlp_bias", "bias", "tie_word_embeddings"):
@@ -81,7 +93,7 @@ class Config:
         read = cls(
             vocab_size=vocab, draft_vocab_size=fields.integer("draft_vocab_size", default=vocab), hidden_size=hidden, target_size=size,
             intermediate_size=fields.integer("intermediate_size"),
-            heads=HeadShape(heads, fields.integer("num_key_value_heads", default=heads), fields.integer("head_dim", default=hidden // heads)),
+            heads=_heads(fields, hidden),
             tapped=_tapped(fields, len(target.attention_shapes)),
             rms_norm_epsilon=fields.number("rms_norm_eps", default=cls.rms_norm_epsilon), rope=Rope.from_hf(fields),
             own_embedding=own_embedding,
@@ -171,6 +183,14 @@ def usual(layers: int) -> tuple[int, ...]:
 def ignored(config: Config) -> tuple[str, ...]:
     """Tensors that a checkpoint may hold and that are not needed: t2d is d2t the other way round."""
     return ("t2d",) if config.draft_vocab_size < config.vocab_size else ("t2d", "d2t")
+
+
+def _heads(fields: Fields, hidden: int) -> HeadShape:
+    heads = fields.integer("num_attention_heads")
+    shape = HeadShape(heads, fields.integer("num_key_value_heads", default=heads), fields.integer("head_dim", default=hidden // heads))
+    if heads % shape.kv_heads or shape.head_dim % 2:
+        raise ConfigError(f"config.json of the head: {shape} must have an even head_dim and heads that are a multiple of kv_heads")
+    return shape
 
 
 def _tapped(fields: Fields, layers: int) -> tuple[int, ...]:

@@ -17,8 +17,19 @@ from jaxtyping import Array, Float, Int32
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import Fields
 from jaxinfer.models.layers import (
-    Attention, AttentionResult, Embedding, GatedMLP, Head, HeadShape, ModelOutput, Placement, RMSNorm, StepContext, logits, through,
-)  # fmt: skip
+    Attention,
+    AttentionResult,
+    Embedding,
+    GatedMLP,
+    Head,
+    HeadShape,
+    ModelOutput,
+    Placement,
+    RMSNorm,
+    StepContext,
+    logits,
+    through,
+)
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
 from jaxinfer.sharding import constrain

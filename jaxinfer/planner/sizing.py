@@ -45,7 +45,7 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Described:
-    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model or head if there is one."""
+    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model or head if any."""
 
     graph: Graph
     max_tokens: int

@@ -4,8 +4,8 @@
 cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled programs,
 so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as many rows.
 Where decode rows have drafts, logits are made of each of their tokens and `verify.py` draws. A draft model, if there is one, runs over
-the same tokens, so that it has seen what the model has (`propose.py`); a head reads what the model made of them (`head.py`). This file does not know about compilation, buffers on the host or
-requests.
+the same tokens, so that it has seen what the model has (`propose.py`); a head reads what the model made of them (`head.py`). This file does
+not know about compilation, buffers on the host or requests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxinfer.sampling import Sampled, pytree
 from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.head import HeadBeside
+from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
 from pallas_kernels import PagedMetadata, Pool
@@ -68,7 +68,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class Forward:
-    """Everything static about a forward pass: the model's description, the bucket's shapes, where arrays live, the draft model's or head's if any."""
+    """Everything static about a forward pass: the model's description, the bucket's shapes, where arrays live, the draft model's if any."""
 
     graph: Graph
     shapes: Shapes
@@ -97,7 +97,8 @@ class Forward:
         pools = result.kv
         if self.draft is not None:
             small: Any = self.draft.bind(others)
-            pools += HeadBeside(small, model).follow(current, result.features, seen, context) if tapped else small(current, seen, context).kv
+            follow = HeadBeside(small, model).follow if tapped else ModelBeside(small, self.graph.config.vocab_size).follow
+            pools += follow(current, result.features, seen, context)
         if bucket.decode_tokens > 1:
             return pools, Computed(result.hidden, model.head(result.hidden, self.placement), _draft_rows(inputs, current, bucket))
         tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens

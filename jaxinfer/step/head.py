@@ -42,7 +42,7 @@ class HeadBeside:
         self, tokens: Int[Array, " tokens"], features: Float[Array, "tokens features"], kv: tuple[Pool, ...], context: StepContext
     ) -> tuple[Pool, ...]:
         """The head's pools after a step's packed tokens, whose features the target has just made. Donates `kv`."""
-        own, kept = kv
+        own, kept = _parts(kv)
         fused = self.head.fuse(features, context.placement)
         before, kept = remembered(fused, kept, context)
         return self.head(self._vectors(tokens, context), before, own, context).kv, kept
@@ -53,7 +53,7 @@ class HeadBeside:
 
     def think(self, tokens: Int[Array, " rows"], kv: tuple[Pool, ...], state: Float[Array, "rows embed"], context: StepContext) -> Thought:
         """One token of each row; state: of the token before, as `begin` or the last thought gave it. Donates `kv`."""
-        own, kept = kv
+        own, kept = _parts(kv)
         hidden, own = self.head(self._vectors(tokens, context), state, own, context)
         return Thought((own, kept), self.head.head(hidden, context.placement), hidden)
 
@@ -72,6 +72,10 @@ class ModelBeside:
     model: Any
     vocab: int
 
+    def follow(self, tokens: Int[Array, " tokens"], features: Any, kv: tuple[Pool, ...], context: StepContext) -> tuple[Pool, ...]:
+        """Its pools after a step's packed tokens. Donates `kv`."""
+        return self.model(tokens, kv, context).kv
+
     def begin(self, kv: tuple[Pool, ...], context: StepContext) -> None:
         """Nothing to be told with the first token."""
 
@@ -89,6 +93,12 @@ def remembered(
 ) -> tuple[Float[Array, "tokens embed"], Float[Array, "pages page_size embed"]]:
     """(the features of the token before each packed token, the pool with the step's own). The first token of a text gets zeros."""
     return _on_each_replica(_remembered, (features, context.positions, context.metadata, kept), context, 2)
+
+
+def _parts(kv: tuple[Any, ...]) -> tuple[Pool, Array]:
+    """The pool of the head's layer, and that of features."""
+    own, kept = kv
+    return own, kept
 
 
 def _remembered(features: Array, positions: Array, metadata: PagedMetadata, kept: Array) -> tuple[Array, Array]:

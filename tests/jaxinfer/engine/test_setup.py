@@ -20,6 +20,7 @@ from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
 from tests.quantised_files import tiny_model
+from tests.weight_files import write
 
 
 @pytest.fixture
@@ -250,6 +251,7 @@ def drafting(folder, way, small=None, **model):
 def test_what_drafts_must_be_what_was_asked_for(early, folder, tmp_path):
     head = json.loads((folder / "config.json").read_text()) | {"draft_vocab_size": 64, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(head | {"vocab_size": 64}))
+    write(tmp_path / "model.safetensors", {"norm.weight": np.ones(32, np.float32)})
     for way, small, message in (
         ("eagle", None, "--speculate eagle needs --draft-model: the model's EAGLE-3 head"),
         ("draft", None, "--speculate draft needs --draft-model: a smaller model"),
