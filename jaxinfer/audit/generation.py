@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from statistics import median
 
 from jaxinfer.api import LLM, Completion
-from jaxinfer.audit.data import Document
 from jaxinfer.audit.report import Speed
+from jaxinfer.prompts import Document
 from jaxinfer.request import FinishReason, Request, SamplingParams
 
 TIMED = 16  # documents in a timed turn, at most

@@ -1,6 +1,6 @@
 """The audit as one self-contained HTML page: verdict, plots, worst contexts, all figures, how they were made. Light and dark.
 
-No script, nothing is fetched; the style lies beside this file. Everything that came from the user or a model is escaped. This file
+No script, nothing is fetched; the style is `page.css`. Everything that came from the user or a model is escaped. This file
 computes nothing that the report does not hold.
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 from jaxinfer.audit import plots
 from jaxinfer.audit.plots import Point
 from jaxinfer.audit.report import Likely, Report, Scheme, Worst, interval, number, percent, rows
+from jaxinfer.pictures import STYLE, colour
 
-STYLE = Path(__file__).with_name("page.css")
 SHOWN_STAMP = ("device", "host", "host_busy", "jax", "jaxinfer", "commit", "date", "command")
 
 
@@ -66,7 +65,7 @@ def _card(row: int, scheme: Scheme, report: Report) -> str:
     said = "within budget" if scheme.within else "over budget"
     items = "".join(f"<li>{escape(name)}<b>{escape(fact)}</b></li>" for name, fact in facts.items())
     return (
-        f'<article class="card"><h3><i class="key {plots.colour(row)}"></i>{escape(scheme.name)}</h3>'
+        f'<article class="card"><h3><i class="key {colour(row)}"></i>{escape(scheme.name)}</h3>'
         f'<p class="state {"good" if scheme.within else "bad"}">{_mark(scheme.within)} {said}</p>'
         f'<p class="figure">{escape(number(mean.value))}</p><p class="unit">mean KL, nats per token</p>'
         f'<p class="unit">{escape(broken or between)}</p><ul>{items}</ul></article>'
@@ -83,7 +82,7 @@ def _legendless(picture: str) -> str:
 
 def _lines(report: Report) -> str:
     keys = "".join(
-        f'<li><i class="key {plots.colour(row)}"></i>{escape(scheme.name)}</li>' for row, scheme in enumerate(report.schemes)
+        f'<li><i class="key {colour(row)}"></i>{escape(scheme.name)}</li>' for row, scheme in enumerate(report.schemes)
     )  # fmt: skip
     picture = plots.along(report.schemes, report.max_kl)
     return f'<ul class="legend">{keys}</ul><div class="wide">{picture}</div>' if picture else ""
@@ -114,7 +113,7 @@ def _worst(report: Report) -> str:
     parts = []
     for row, scheme in enumerate(report.schemes):
         name = f"{escape(scheme.name)}, largest {number(scheme.divergence.largest)}"
-        heading = f'<summary><i class="key {plots.colour(row)}"></i>{name}</summary>'
+        heading = f'<summary><i class="key {colour(row)}"></i>{name}</summary>'
         items = "".join(_context(item, scheme.name) for item in scheme.worst)
         parts.append(f"<details{' open' if row == 0 else ''}>{heading}{items}</details>")
     return "".join(parts)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.audit import data, schemes
+from jaxinfer import prompts
+from jaxinfer.audit import schemes
 from jaxinfer.audit.report import Data, Report, Scheme, rows
 from jaxinfer.audit.task import HOW, Metric
 from jaxinfer.checkpoint import audit_record
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, stamp: Stamp) -> int:
     """Audit and show; 1 if a scheme is over the budget. stamp: says where, when and with what, once jax is up."""
     _check(args)
     metric = None if args.metric is None else Metric.of(args.metric)
-    lines = data.read(args.data)
+    lines = prompts.read(args.data)
 
     from jaxinfer.checkpoint import hub
 
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace, stamp: Stamp) -> int:
     return int(not report.within)
 
 
-def audit(args: argparse.Namespace, lines: data.Lines, metric: Metric | None, folder: Path, stamp: Stamp) -> Report:
+def audit(args: argparse.Namespace, lines: prompts.Lines, metric: Metric | None, folder: Path, stamp: Stamp) -> Report:
     """Everything between reading the data and showing the result.
 
     Raises:
@@ -94,7 +95,7 @@ def audit(args: argparse.Namespace, lines: data.Lines, metric: Metric | None, fo
     chosen = schemes.read(args.schemes, stored=args.reference is not None)
     shape = read.of_model(read.read_config(folder))
     context = find.find(shape.get("model_type")).Config.from_hf(shape).max_positions
-    documents = data.encode(lines, Tokenizer.load(folder), values.get("max_model_len") or context)
+    documents = prompts.encode(lines, Tokenizer.load(folder), values.get("max_model_len") or context)
     options = session.Options(args.max_tokens, args.max_kl, args.score == "all", args.repeat, args.seed, metric)
     own = {} if args.reference is None else {"model": args.reference, "revision": None}
     with session.open_engine(session.settings(values, own, documents, args.max_tokens)) as plain:

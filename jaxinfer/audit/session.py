@@ -16,13 +16,13 @@ import numpy as np
 
 from jaxinfer.api import LLM, Completion
 from jaxinfer.audit import forced, generation, statistics
-from jaxinfer.audit.data import Document
 from jaxinfer.audit.forced import Text
 from jaxinfer.audit.report import Likely, Reference, Scheme, Sizes, Worst
 from jaxinfer.audit.statistics import Estimate, Trace
 from jaxinfer.audit.task import Metric, Score, score
 from jaxinfer.config import EngineConfig, from_arguments
 from jaxinfer.console import StageBar, remark
+from jaxinfer.prompts import Document
 from jaxinfer.tokenizer import Tokenizer
 
 SEQUENCES = 16  # at once, unless the user says how many

@@ -9,7 +9,7 @@ bit of the unquantised model's products, so the checkpoint stays one that any to
 from __future__ import annotations
 
 import fnmatch
-import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from jaxinfer import devices
+from jaxinfer import devices, prompts
 from jaxinfer.checkpoint import read
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.checkpoint.formats.folder import WeightFiles
@@ -33,13 +33,12 @@ from jaxinfer.models.weights import transform_of
 from jaxinfer.quant import w8a8
 from jaxinfer.quant.observe import Observed
 from jaxinfer.sharding import make_mesh, zeros
-from jaxinfer.tokenizer import Tokenizer, TokenizerError
+from jaxinfer.tokenizer import Tokenizer
 from pallas_kernels import PagedMetadata
 
 LONGEST = 2048  # tokens of a text that are read
 PAGE = 64
 LIMIT = 2.0**10  # of the factors
-FIELDS = ("prompt", "messages", "completion")
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,20 +64,13 @@ def factors(source: Path, file: Path, quantization: Quantization, *, progress: P
 
 
 def documents(file: Path, tokenizer: Tokenizer, longest: int) -> list[list[int]]:
-    """The token ids of each line of a JSONL file, cut after `longest`.
+    """The token ids of each line of a JSONL file, prompt and completion, cut after `longest`.
 
     Raises:
-        ConfigError: the file cannot be read, has no lines, or a line is not {"prompt" or "messages", "completion"?}.
+        ConfigError: as `prompts.read` and `prompts.encode`.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--calibrate {file}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    numbered = [(f"--calibrate {file}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    found = [_tokens(where, line, tokenizer)[:longest] for where, line in numbered]
-    if not found:
-        raise ConfigError(f'--calibrate {file}: no lines; write {{"prompt": ...}} or {{"messages": [...]}} on each')
-    return found
+    found = prompts.encode(prompts.read(file, "--calibrate"), tokenizer, sys.maxsize)
+    return [[*document.prompt, *document.completion][:longest] for document in found]
 
 
 def largest_inputs(
@@ -171,20 +163,3 @@ def _whole(graph: Graph, tensors: Mapping[str, LazyTensor], name: str) -> np.nda
 def _largest_in_columns(graph: Graph, tensors: Mapping[str, LazyTensor], name: str) -> np.ndarray:
     weight, contracting = _whole(graph, tensors, name), graph.contracting[graph.names.index(name)]
     return np.max(np.abs(weight.astype(np.float32)), axis=tuple(range(weight.ndim - contracting)))
-
-
-def _tokens(where: str, line: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from None
-    given = [name for name in ("prompt", "messages") if isinstance(value, dict) and value.get(name)]
-    completion = value.get("completion", "") if isinstance(value, dict) else ""
-    if len(given) != 1 or set(value) - set(FIELDS) or not isinstance(completion, str):
-        raise ConfigError(f'{where}: expected {{"prompt": TEXT}} or {{"messages": [...]}}, with "completion": TEXT or without')
-    try:
-        if given == ["prompt"]:
-            return tokenizer.encode(value["prompt"] + completion)
-        return tokenizer.encode(tokenizer.render_chat(value["messages"]) + completion, special=False)
-    except (TokenizerError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where}: {error}") from None

@@ -15,7 +15,7 @@ from jaxinfer import audit
 from jaxinfer.bench.rows import stamp
 
 HELP = "measure what a setting costs in quality, on your own data"
-HELPERS = frozenset({"data", "forced", "generation", "page", "plots", "report", "schemes", "session", "statistics", "task"})
+HELPERS = frozenset({"forced", "generation", "page", "plots", "report", "schemes", "session", "statistics", "task"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

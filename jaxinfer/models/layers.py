@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,21 @@ from jaxtyping import Array, Float, Int32
 from jaxinfer.models.rope import Rope
 from jaxinfer.quant.matmul import sharded_matmul
 from jaxinfer.sharding import DEFAULT_RULES, ArraySpec, Rules, constrain
-from pallas_kernels import AttentionSpec, KVLayout, PagedMetadata, PagedResult, Pool, code_dtype, kv_layout, paged_attention
+from pallas_kernels import (
+    AttentionSpec,
+    KVLayout,
+    PagedMetadata,
+    PagedResult,
+    Pool,
+    SegmentIds,
+    code_dtype,
+    flash_attention,
+    kv_layout,
+    paged_attention,
+)
+from pallas_kernels.attention import rope_table, rotate
+
+QUERIES = 256  # of a row, whose scores exist at once where a gradient is taken
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,13 @@ class Placement:
     implementation: str = "auto"
 
 
+class Sequences(NamedTuple):
+    """In the place of `PagedMetadata`: the packed tokens are rows of `length` tokens, in each whole texts side by side, each beginning at
+    position 0. Attention goes by these texts, pools are handed through as they are, and everything can be differentiated."""
+
+    length: int
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
@@ -44,7 +66,7 @@ class StepContext:
     """
 
     positions: Int32[Array, "tokens"]
-    metadata: PagedMetadata
+    metadata: PagedMetadata | Sequences
     placement: Placement
     tapped: tuple[int, ...] = ()
 
@@ -226,29 +248,65 @@ def attend(
     spec: AttentionSpec,
     rope: Rope,
 ) -> PagedResult:
-    """Paged attention on every device of the mesh over its own tokens, pages and heads (all heads where kv_heads does not divide).
+    """Paged attention on every device of the mesh over its own tokens, pages and heads (all heads where kv_heads does not divide), or
+    attention within `Sequences`.
 
     Raises:
         ValueError: tokens, rows or pages that do not divide by the data axis: page ids would mean another replica's pages.
     """
-    placement = context.placement
+    placement, metadata = context.placement, context.metadata
     frequencies = jnp.asarray(rope.frequencies(q.shape[2]))
+    if isinstance(metadata, Sequences):
+        within = partial(_within_sequences, length=metadata.length, spec=spec, rope=frequencies)
+        of_tokens = PartitionSpec(placement.rules.mesh_axis("tokens"), _heads_axis(k.shape[1], placement), None)
+        inputs = (of_tokens, of_tokens, of_tokens, PartitionSpec(of_tokens[0]))
+        sharded = jax.shard_map(within, mesh=placement.mesh, in_specs=inputs, out_specs=of_tokens, check_vma=False)
+        return PagedResult((within if placement.mesh.size == 1 else sharded)(q, k, v, context.positions), kv)
 
     def local(q: Array, k: Array, v: Array, positions: Array, kv: Pool, metadata: PagedMetadata) -> PagedResult:
         return _traced_once(q, k, v, positions, kv, metadata, spec=spec, rope=frequencies, implementation=placement.implementation)
 
     if placement.mesh.size == 1:
-        return local(q, k, v, context.positions, kv, context.metadata)
+        return local(q, k, v, context.positions, kv, metadata)
     layout = kv_layout(placement.implementation, kv_heads=k.shape[1], head_dim=k.shape[2], dtype=k.dtype, kv_dtype=code_dtype(kv))
     data = placement.rules.mesh_axis("tokens")
     pages = jax.tree.leaves(jax.tree.map(lambda array, pool: pool.shape[array.axes().index("pages")], layout, kv))[0]
-    _check_divides(placement.mesh.shape.get(data, 1), q.shape[0], context.metadata, pages)
+    _check_divides(placement.mesh.shape.get(data, 1), q.shape[0], metadata, pages)
     heads = _heads_axis(k.shape[1], placement)
     of_tokens, of_pool = PartitionSpec(data, heads, None), jax.tree.map(lambda array: _pool_partition(array, heads, data), layout)
     inputs = (of_tokens, of_tokens, of_tokens, PartitionSpec(data), of_pool, PartitionSpec(data))
     outputs = PagedResult._make((of_tokens, of_pool))
     sharded = jax.shard_map(local, mesh=placement.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-    return sharded(q, k, v, context.positions, kv, context.metadata)
+    return sharded(q, k, v, context.positions, kv, metadata)
+
+
+def _within_sequences(
+    q: Float[Array, "tokens heads head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    positions: Int32[Array, "tokens"],
+    *,
+    length: int,
+    spec: AttentionSpec,
+    rope: Float[Array, "half_rotary"],
+) -> Float[Array, "tokens heads head_dim"]:
+    """What paged attention computes for whole texts, in float32 and with a gradient: scores exist for a few queries of all rows at once,
+    and once more when the gradient is taken."""
+    table = rope_table(positions, rope, spec.rope_scale)
+    wide = [x.astype(jnp.float32).reshape(-1, length, *x.shape[1:]) for x in (rotate(q, table), rotate(k, table), v)]
+    texts = jnp.cumsum(positions.reshape(-1, length) == 0, axis=1, dtype=jnp.int32)
+    block = max(size for size in range(1, min(QUERIES, length) + 1) if length % size == 0)
+
+    def attend_block(start: Int32[Array, ""]) -> Float[Array, "rows block heads head_dim"]:
+        own, ids = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (wide[0], texts))
+        offsets = jnp.full(ids.shape[:1], start)
+        return flash_attention(
+            own, wide[1], wide[2], spec=spec, causal="causal", query_offsets=offsets, segment_ids=SegmentIds(ids, texts),
+            implementation="reference",
+        )  # fmt: skip
+
+    blocks = jax.lax.map(jax.checkpoint(attend_block), jnp.arange(0, length, block, dtype=jnp.int32))
+    return jnp.swapaxes(blocks, 0, 1).reshape(q.shape).astype(q.dtype)
 
 
 def kv_spec(layout: KVLayout, pages: int, page_size: int) -> ArraySpec:

@@ -70,6 +70,10 @@ class Part:
         shape = [size for run in runs for size in run.shape]
         return piece.reshape(shape)[tuple(part for run in runs for part in run.inner)]
 
+    def tensors(self, config: Any, array: Shaped[np.ndarray, "..."], layer: str) -> dict[str, np.ndarray]:
+        """The inverse: the tensors of the checkpoint that our array is made of."""
+        return {name: array.reshape(shape) for name, shape in self.needs(config, array.shape, layer).items()}
+
 
 class _Run(NamedTuple):
     """A slice of dimensions that the file merges into one: the shortest run of the merged one that holds it, that run's shape
@@ -119,6 +123,16 @@ class Joined:
                 pieces.append(part.read(sources, config, target, layer, local))
             start += length
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+
+    def tensors(self, config: Any, array: Shaped[np.ndarray, "..."], layer: str) -> dict[str, np.ndarray]:
+        """The inverse: the tensors of the checkpoint that our array is made of."""
+        found, start = {}, 0
+        for part in self.parts:
+            length = [size for group in part.groups(config, array.shape) for size in group][self.axis]
+            own = (slice(None),) * self.axis + (slice(start, start + length),)
+            found |= part.tensors(config, array[own], layer)
+            start += length
+        return found
 
 
 Transform = Part | Joined

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from jaxinfer import prompts
 from jaxinfer.api import LLM
-from jaxinfer.audit import data, forced, session
+from jaxinfer.audit import forced, session
 from jaxinfer.audit.session import Options
 from jaxinfer.config import EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
 from tests.fakes import TEMPLATE
@@ -77,7 +78,7 @@ def engines(model):
 @pytest.fixture(scope="session")
 def basis(engines, lines):
     plain = engines[None]
-    documents = data.encode(data.read(lines), plain.tokenizer, 64)
+    documents = prompts.encode(prompts.read(lines), plain.tokenizer, 64)
     return session.begin(plain, documents, Options(MAX_TOKENS, 0.02, False, 1, 0, None))
 
 

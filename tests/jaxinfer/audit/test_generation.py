@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from jaxinfer import prompts
 from jaxinfer.api import LLM
-from jaxinfer.audit import data, generation
+from jaxinfer.audit import generation
 from jaxinfer.request import FinishReason
 from tests.fakes import FakeEngine
 
@@ -13,7 +14,7 @@ from tests.fakes import FakeEngine
 @pytest.fixture
 def documents(lines):
     engine = FakeEngine()
-    return engine, data.encode(data.read(lines), engine.tokenizer, 256)
+    return engine, prompts.encode(prompts.read(lines), engine.tokenizer, 256)
 
 
 def test_outputs_are_greedy_and_end_by_themselves(documents):

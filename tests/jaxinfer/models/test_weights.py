@@ -74,6 +74,14 @@ def test_says_what_it_needs(case):
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_takes_our_array_apart_again(case):
+    transform, shapes, whole = CASES[case]
+    tensors = {name: memory(*shape).values for name, shape in shapes.items()}
+    found = transform.tensors(None, whole(tensors), "7")
+    assert set(found) == set(tensors) and all(np.array_equal(found[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("case", CASES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_reads_any_slice(case, data):

@@ -7,7 +7,7 @@ import re
 import pytest
 import tokenizers
 
-from jaxinfer.audit import data
+from jaxinfer import prompts
 from jaxinfer.config import ConfigError
 from jaxinfer.tokenizer import Tokenizer
 from tests.fakes import byte_tokenizer
@@ -18,11 +18,11 @@ TOKENIZER = byte_tokenizer()
 def read(tmp_path, *lines):
     path = tmp_path / "lines.jsonl"
     path.write_bytes("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode())
-    return data.read(path)
+    return prompts.read(path)
 
 
 def encode(tmp_path, *lines, longest=40):
-    return data.encode(read(tmp_path, *lines), TOKENIZER, longest)
+    return prompts.encode(read(tmp_path, *lines), TOKENIZER, longest)
 
 
 def test_lines_keep_their_numbers(tmp_path):
@@ -57,10 +57,10 @@ def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(ConfigError, match="holds no prompt"):
         read(tmp_path, "", " ")
     with pytest.raises(ConfigError, match="No such file"):
-        data.read(tmp_path / "none")
+        prompts.read(tmp_path / "none")
     (tmp_path / "latin").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
-        data.read(tmp_path / "latin")
+        prompts.read(tmp_path / "latin")
 
 
 def test_prompts_and_completions_become_tokens(tmp_path):
@@ -73,8 +73,8 @@ def test_prompts_and_completions_become_tokens(tmp_path):
 def test_tokens_that_span_the_seam_are_cut_apart():
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "c": 2, "bc": 3}, merges=[("b", "c")]))
     merging = Tokenizer(core, {})
-    assert data._continued([0], "a", "bc", merging, special=True) == [3]
-    assert data._continued([0, 1], "ab", "c", merging, special=True) == [2]
+    assert prompts._continued([0], "a", "bc", merging, special=True) == [3]
+    assert prompts._continued([0, 1], "ab", "c", merging, special=True) == [2]
 
 
 def test_what_is_too_long(tmp_path):

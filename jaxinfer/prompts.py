@@ -3,7 +3,7 @@
 A line is {"prompt": TEXT} or {"messages": [{"role", "content"}, ...]} (rendered by the model's chat template) and may have a
 {"completion": TEXT}. Blank lines are passed over; anything else is an error that names its line. What is too long is not dropped in
 silence: a completion is cut where the context ends and the cut tokens are counted; a prompt that leaves no room for one more token is
-refused. This file reaches no jax and does not know what is compared.
+refused. Audits, calibration and distillation read the same files. This file reaches no jax and does not know what prompts are for.
 """
 
 from __future__ import annotations
@@ -33,16 +33,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """A file's lines, and the SHA-256 of its bytes: whoever has the file can tell that an audit is of it."""
+    """A file's lines, and the SHA-256 of its bytes: whoever has the file can tell that a result is of it. flag: what named the file."""
 
     name: str
     sha256: str
     lines: tuple[Line, ...]
+    flag: str = "--data"
+
+    def where(self, line: int) -> str:
+        """How a message names a line."""
+        return f"{self.flag} {self.name}, line {line}"
 
 
 @dataclass(frozen=True)
 class Document:
-    """One prompt in tokens. `completion` holds what is to be scored, empty where the reference model's own continuation will be.
+    """One prompt in tokens. `completion` holds what follows, empty where a model's own continuation will.
 
     prompt_text: as the model reads it. given: the line's completion or None. room: tokens that may follow the prompt. cut: tokens of
     the completion that did not fit.
@@ -57,7 +62,7 @@ class Document:
     cut: int = 0
 
 
-def read(path: Path) -> Lines:
+def read(path: Path, flag: str = "--data") -> Lines:
     """Read and check a file of JSON lines.
 
     Raises:
@@ -67,19 +72,19 @@ def read(path: Path) -> Lines:
         raw = path.read_bytes()
         text = raw.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"--data {path}: {error.strerror}; name a file of JSON lines") from None
+        raise ConfigError(f"{flag} {path}: {error.strerror}; name a file of JSON lines") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"--data {path}: not UTF-8 text") from None
+        raise ConfigError(f"{flag} {path}: not UTF-8 text") from None
     lines = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 lines.append(_line(number, json.loads(line)))
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"--data {path}, line {number}: {_reason(error)}") from None
+                raise ConfigError(f"{flag} {path}, line {number}: {_reason(error)}") from None
     if not lines:
-        raise ConfigError(f'--data {path} holds no prompt; write lines like {{"prompt": "Once upon a time"}}')
-    return Lines(path.name, hashlib.sha256(raw).hexdigest(), tuple(lines))
+        raise ConfigError(f'{flag} {path} holds no prompt; write lines like {{"prompt": "Once upon a time"}}')
+    return Lines(path.name, hashlib.sha256(raw).hexdigest(), tuple(lines), flag)
 
 
 def encode(lines: Lines, tokenizer: Tokenizer, longest: int) -> list[Document]:
@@ -88,7 +93,7 @@ def encode(lines: Lines, tokenizer: Tokenizer, longest: int) -> list[Document]:
     Raises:
         ConfigError: a prompt that leaves no room, or a conversation that the chat template refuses, with the line's number.
     """
-    return [_document(line, tokenizer, longest, f"--data {lines.name}, line {line.number}") for line in lines.lines]
+    return [_document(line, tokenizer, longest, lines.where(line.number)) for line in lines.lines]
 
 
 def _reason(error: Exception) -> str:

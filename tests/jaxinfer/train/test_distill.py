@@ -1,0 +1,92 @@
+"""A run from prompts to a folder; killed on its way it goes on and ends with the same bits."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from jaxinfer import prompts
+from jaxinfer.checkpoint import manifest
+from jaxinfer.checkpoint.errors import CheckpointError
+from jaxinfer.config import ConfigError, MeshShape
+from jaxinfer.train import answers, distill
+from jaxinfer.train.answers import Texts, Wanted
+from jaxinfer.train.distill import Settings
+from jaxinfer.train.learner import Recipe
+from tests.jaxinfer.train.conftest import make_texts
+
+STEPS = 4
+
+
+class Killed(BaseException):
+    """What no code catches."""
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "abc" * n}) for n in range(1, 5)))
+    return prompts.read(path)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The target's answers are there already."""
+    found = []
+
+    def make(config, documents, wanted, progress):
+        found.append(config)
+        held = tuple(text._replace(temperature=0.0) for text in make_texts(2, seed=9))
+        return Texts(tuple(make_texts(6)), held)
+
+    monkeypatch.setattr(answers, "make", make)
+    return found
+
+
+def settings_of(target, small, out):
+    recipe = Recipe(steps=STEPS, rows=2, learning_rate=0.02)
+    return Settings(str(target), str(small), out, out.with_name(out.name + ".state"), recipe=recipe, max_model_len=40, save_seconds=0.0)
+
+
+def stamp():
+    return {"device": "here"}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, asked, tmp_path):
+    settings, reports = settings_of(target, small, tmp_path / "out"), []
+
+    def killing(stage, done, total):
+        if (stage, done) == ("learn", 3):  # the state of the second step is kept
+            raise Killed
+
+    with pytest.raises(Killed):
+        distill.distill(settings, lines, stamp, killing)
+    assert not settings.out.exists() and (settings.state / "step-00000002").is_dir()
+    with pytest.raises(CheckpointError, match="another recipe was begun here"):
+        distill.distill(replace(settings, recipe=replace(settings.recipe, steps=9)), lines, stamp, killing)
+    resumed = distill.distill(settings, lines, stamp, lambda *report: reports.append(report))
+    assert [report[1:] for report in reports if report[0] == "learn"] == [(3, STEPS), (4, STEPS)] and len(asked) == 1
+    whole = distill.distill(settings_of(target, small, tmp_path / "whole"), lines, stamp, lambda *_: None)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert resumed["loss"] == whole["loss"] and resumed["before"] == whole["before"] and resumed["after"] == whole["after"]
+    manifest.verify(tmp_path / "out", weights=True)
+    manifest.verify(tmp_path / "out", weights=False)
+    kept = json.loads((tmp_path / "out" / distill.FIGURES).read_text())
+    assert kept == resumed and kept["loss"][-1] < kept["loss"][0] and kept["device"] == "here" and not settings.state.exists()
+    assert (tmp_path / "out" / distill.PAGE).read_text().startswith("<!doctype html>")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        distill.distill(settings, lines, stamp, lambda *_: None)
+
+
+def test_rows_are_dealt_out_evenly(target, small, tmp_path):
+    with pytest.raises(ConfigError, match=re.escape("--batch 2 rows do not divide over 4 replicas")):
+        replace(settings_of(target, small, tmp_path / "out"), mesh=MeshShape(data=4))
+
+
+def test_one_line_is_not_enough(target, small, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a"}')
+    settings = replace(settings_of(target, small, tmp_path / "out"), wanted=Wanted())
+    with pytest.raises(ConfigError, match="at least two are needed"):
+        distill.distill(settings, prompts.read(tmp_path / "one.jsonl"), stamp, lambda *_: None)
