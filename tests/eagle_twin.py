@@ -1,7 +1,7 @@
 """What an EAGLE-3 head says next, the slow way: NumPy in float64 over a whole text, no pages, no chunks, nothing kept from before.
 
-`EagleTwin.drafts(text, count)` runs the target over the text but its last token, the head over all of it, and then the head alone on its
-own hidden states, each time from the beginning.
+`EagleTwin.drafts(text, count)` runs the target over the text, the head over it with what the target made of all but its last token, and then
+the head alone on its own hidden states, each time from the beginning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,16 +26,20 @@ class EagleTwin:
 
     def drafts(self, text: Sequence[int], count: int) -> list[int]:
         """The likeliest tokens after the text, as the head sees it."""
+        return [token for token, _ in self.thoughts(text, count)]
+
+    def thoughts(self, text: Sequence[int], count: int, following: Sequence[int] = ()) -> list[tuple[int, np.ndarray]]:
+        """Those tokens with the hidden states that they come from; the text goes on with them, or as it is known to."""
         w, text, found = self.of_head, list(text), []
-        features = np.concatenate([np.zeros((1, self.head.hidden_size)), self.features(text[:-1]) @ w["fuse.weight"].T])
+        features = np.concatenate([np.zeros((1, self.head.hidden_size)), self.features(text)[:-1] @ w["fuse.weight"].T])
         for _ in range(count):
             vectors = (w if "embedding.weight" in w else self.of_target)["embedding.weight"][text]
             both = np.concatenate([self._norm(vectors, w["token_norm.weight"]), self._norm(features, w["feature_norm.weight"])], axis=1)
             hidden = self._block(features, both, w, "", self.head)
             logits = self._norm(hidden[-1:], w["norm.weight"]) @ w["lm_head.weight"].T
             best = int(np.argmax(logits))
-            found.append(best + int(w["d2t"][best]) if "d2t" in w else best)
-            text.append(found[-1])
+            found.append((best + int(w["d2t"][best]) if "d2t" in w else best, hidden[-1]))
+            text.append(following[len(found) - 1] if following else found[-1][0])
             features = np.concatenate([features, hidden[-1:]])
         return found
 

@@ -118,6 +118,24 @@ class Config:
             tapped=usual(len(target.attention_shapes)), rms_norm_epsilon=target.rms_norm_epsilon, rope=target.rope,
         )  # fmt: skip
 
+    def to_hf(self, max_positions: int, dtype: str) -> dict[str, Any]:
+        """The config.json of such a head, as public ones have it.
+
+        Raises:
+            ValueError: taps that begin at 1 and are not the usual ones for their target, which the layout cannot say.
+        """
+        if self.tapped[0] == 1 and self.tapped != usual(2):
+            raise ValueError(f"taps {self.tapped} cannot be written: readers take a first id of 1 for what comes out of a layer")
+        listed = {} if self.tapped[0] == 1 else {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.tapped)}}
+        return {
+            "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "vocab_size": self.vocab_size,
+            "draft_vocab_size": self.draft_vocab_size, "hidden_size": self.hidden_size, "target_hidden_size": self.target_size,
+            "intermediate_size": self.intermediate_size, "num_hidden_layers": 1, "num_attention_heads": self.heads.heads,
+            "num_key_value_heads": self.heads.kv_heads, "head_dim": self.heads.head_dim, "hidden_act": "silu",
+            "rms_norm_eps": self.rms_norm_epsilon, "max_position_embeddings": max_positions, "tie_word_embeddings": False,
+            "torch_dtype": dtype, **self.rope.to_hf(), **listed,
+        }  # fmt: skip
+
     @property
     def attention_shapes(self) -> tuple[HeadShape, ...]:
         """The heads of its one layer."""

@@ -1,6 +1,7 @@
 """An EAGLE-3 head's config and weights as public checkpoints have them; what its numbers are is checked in pages (`step/test_head.py`)."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from jaxinfer.checkpoint import read
 from jaxinfer.config import ConfigError, EngineConfig, ModelConfig
 from jaxinfer.models import eagle, llama
 from jaxinfer.models.graph import Graph
+from jaxinfer.models.rope import Llama3Scaling, Rope
 from jaxinfer.planner import sizing
 from jaxinfer.sharding import make_mesh
 from tests.weight_files import write
@@ -88,6 +90,16 @@ def test_where_the_target_is_tapped():
 def test_heads_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         config(**({"target_hidden_size": 64} | changes))
+
+
+@pytest.mark.parametrize("rope", [Rope(5e5), Rope(1e4, 2.0), Rope(5e5, 8.0, Llama3Scaling(1.0, 4.0, 8192.0))])
+def test_what_is_written_is_read(rope):
+    deep = llama.Config(**{**vars(llama.TINY), "layers": 32})
+    for tapped in ((2, 16, 29), (3, 9, 32)):
+        made = replace(config(), tapped=tapped, rope=rope, target_size=64)
+        assert eagle.is_head(made.to_hf(512, "bfloat16")) and eagle.Config.from_hf(made.to_hf(512, "bfloat16"), deep) == made
+    with pytest.raises(ValueError, match="cannot be written"):
+        replace(made, tapped=(1, 5, 9)).to_hf(512, "bfloat16")
 
 
 def test_what_a_head_is_and_is_not():
