@@ -9,7 +9,7 @@ attention and one after the MLP. Layers know neither checkpoints nor quantisatio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,8 +93,8 @@ class ModelOutput(NamedTuple):
     features: Float[Array, "tokens features"] | None = None
 
 
-def through(layers: Iterable[Any], x: Float[Array, "tokens embed"], kv: Sequence[Pool], context: StepContext) -> ModelOutput:
-    """The residual stream after all layers (no norm yet), each called as layer(x, pool, context) -> AttentionResult.
+def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], context: StepContext) -> ModelOutput:
+    """The residual stream after all layers (no norm yet), each of which is called as layer(x, pool, context) -> AttentionResult.
 
     A model file that runs its layers through here and hands `features` on can be the target of a head (`eagle.py`): they are the residual
     stream before each layer whose number is in `context.tapped` (the number of layers: after the last), side by side.
@@ -212,18 +212,16 @@ class HeadShape(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention over the paged cache (Ainslie et al., arXiv 2305.13245); q, k and v of a group are one weight's rows.
+    """Grouped-query attention over the paged cache (Ainslie et al., arXiv 2305.13245); q, k and v of a group are one weight's rows."""
 
-    into: features of its input, where they are not those of its output."""
-
-    def __init__(self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False, into: int | None = None) -> None:
+    def __init__(self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False) -> None:
         kv_heads, head_dim = Dim(shape.kv_heads, "kv_heads"), Dim(shape.head_dim)
-        self.qkv = Projection([kv_heads, Dim(shape.group + 2), head_dim], [Dim(into or embed, "embed")], dtype, bias=bias)
+        self.qkv = Projection([kv_heads, Dim(shape.group + 2), head_dim], [Dim(embed, "embed")], dtype, bias=bias)
         self.out = Projection([Dim(embed, "embed")], [kv_heads, Dim(shape.group), head_dim], dtype, bias=bias)
         self.shape = shape
         self.rope = rope
 
-    def __call__(self, x: Float[Array, "tokens into"], kv: Pool, context: StepContext) -> AttentionResult:
+    def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
         """The attention's contribution to the residual stream. Writes this step's keys and values into kv, which the caller donates."""
         shape, tokens = self.shape, x.shape[0]
         qkv = self.qkv(x, context.placement)
