@@ -36,7 +36,10 @@ import pytest
 hypothesis.settings.register_profile("steady", derandomize=True)  # a red suite says something about the change; longer checks draw afresh
 hypothesis.settings.load_profile("steady")
 
-ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in ("engine/test_engine", "engine/test_setup", "step/test_program"))
+ENGINES = tuple(
+    f"tests/jaxinfer/{name}.py" for name in ("engine/test_engine", "engine/test_setup", "step/test_program", "train/test_acceptance")
+)
+SCHOOL = tuple(f"tests/jaxinfer/train/test_{name}.py" for name in ("distill", "draft", "learner", "student"))
 DRAFTING = tuple(
     f"tests/jaxinfer/{name}.py" for name in ("bench/test_speculation", "engine/test_costs", "engine/test_speculation", "selftest/test_r5")
 )
@@ -48,12 +51,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run on one worker, and so do the files that share the engines of jaxinfer/conftest.py: compiling takes time."""
+    """A file's tests run on one worker, and so do files that share what the conftests have compiled."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "engines" if file in ENGINES else "drafting" if file in DRAFTING else file
+            shared = {"engines": ENGINES, "drafting": DRAFTING, "school": SCHOOL}
+            return next((name for name, files in shared.items() if file in files), file)
 
     return Scheduling(config, log)

@@ -1,7 +1,7 @@
 """What an EAGLE-3 head says next, the slow way: NumPy in float64 over a whole text, no pages, no chunks, nothing kept from before.
 
-`EagleTwin.drafts(text, count)` runs the target over the text, the head over it with what the target made of all but its last token, and then
-the head alone on its own hidden states, each time from the beginning.
+`EagleTwin.drafts(text, count)` runs the target over the text, the head over it with what the target made of all but its last token, and
+then the head alone on its own hidden states, each time from the beginning.
 """
 
 from collections.abc import Mapping, Sequence

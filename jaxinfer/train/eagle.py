@@ -4,7 +4,8 @@ At each place the head first reads the target's features of the place before; th
 what it attends to is as in serving: keys and values of true features up to the place, and behind it those of its own making. So all
 places are unrolled at once: a matrix of scores against the true ones, a column for each token ahead.
 
-The draft vocabulary is the target's first 32,000 ids: tokenizers number common tokens first. Token vectors are the target's and do not learn.
+The draft vocabulary is the target's first 32,000 ids: tokenizers number common tokens first. Token vectors are the target's and do not
+learn.
 """
 
 from __future__ import annotations

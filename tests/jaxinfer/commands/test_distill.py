@@ -9,8 +9,10 @@ from jaxinfer.commands import distill as command
 from jaxinfer.config import MeshShape
 from jaxinfer.train import distill
 
-ACCEPTANCE = {"temperature": 0.0, "agreement": 0.4, "tokens_compared": 1234, "stand": [0.4, 0.2, 0.1, 0.05], "places": 100, "tokens_per_step": 1.75}
-FIGURES = {"target": "demo", "before": [ACCEPTANCE], "after": [ACCEPTANCE | {"temperature": 0.7, "agreement": 0.61, "tokens_per_step": 2.2}]}
+BEFORE = {
+    "temperature": 0.0, "agreement": 0.4, "tokens_compared": 1234, "stand": [0.4, 0.2, 0.1, 0.05], "places": 100, "tokens_per_step": 1.75,
+}  # fmt: skip
+FIGURES = {"target": "demo", "before": [BEFORE], "after": [BEFORE | {"temperature": 0.7, "agreement": 0.61, "tokens_per_step": 2.2}]}
 
 
 def run(*flags):
@@ -30,7 +32,8 @@ def test_flags_become_settings(data, tmp_path, monkeypatch, capsys):
     assert run(*needed) == 0
     shown = capsys.readouterr().out
     assert "temperature 0.7, after" in shown and "61.0%" in shown and "1,234" in shown and f"--draft-model {tmp_path / 'out'}" in shown
-    assert run(*needed, "--steps", 9, "--batch", 4, "--temperatures", "0.5", "--mesh", "data=2", "--learn", "all", "--seed", 3, "--json") == 0
+    more = ("--steps", 9, "--batch", 4, "--temperatures", "0.5", "--mesh", "data=2", "--learn", "all", "--seed", 3, "--json")
+    assert run(*needed, *more) == 0
     assert json.loads(capsys.readouterr().out) == FIGURES
     (plain, lines), (chosen, _) = seen
     assert plain.state == tmp_path / "out.state" and plain.wanted.temperatures == (0.0, 0.7) and len(lines.lines) == 2

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def make_texts(count, seed=0):
     return [Text(tuple(range(start, start + size)), 3) for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class School:
     """Who teaches whom, and the step."""
 
@@ -53,19 +54,10 @@ class School:
             state = self.step(self.leaves, state, self.learner.put(self.rows))
         return state
 
-    @property
+    @cached_property
     def step(self):
         """Compiled once."""
-        return _compiled(self)
-
-
-COMPILED: dict[int, Any] = {}
-
-
-def _compiled(school):
-    if id(school) not in COMPILED:
-        COMPILED[id(school)] = school.learner.compiled(school.leaves, school.learner.start())
-    return COMPILED[id(school)]
+        return self.learner.compiled(self.leaves, self.learner.start())
 
 
 @pytest.fixture(scope="session")

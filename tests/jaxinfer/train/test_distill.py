@@ -11,12 +11,13 @@ from jaxinfer.checkpoint import manifest
 from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError, MeshShape
 from jaxinfer.train import answers, distill
+from jaxinfer.train.acceptance import Acceptance, Examiner
 from jaxinfer.train.answers import Texts, Wanted
 from jaxinfer.train.distill import Settings
-from jaxinfer.train.learner import Recipe
+from jaxinfer.train.learner import Learner, Recipe
 from tests.jaxinfer.train.conftest import make_texts
 
-STEPS = 4
+STEPS = 12  # as the shared step
 
 
 class Killed(BaseException):
@@ -53,7 +54,18 @@ def stamp():
     return {"device": "here"}
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, asked, tmp_path):
+def measured(weights):
+    """A figure that follows from the weights."""
+    return Acceptance(0.0, float(abs(weights["norm.weight"]).mean()), 1, (0.5,) * 4, 1)
+
+
+@pytest.mark.parametrize("whole", ["", pytest.param("whole", marks=pytest.mark.ci)], ids=["shared step", "whole"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, asked, tmp_path, monkeypatch, school, whole):
+    """Nothing is compiled again; or, at length, everything."""
+    if not whole:
+        step = school.step
+        monkeypatch.setattr(Learner, "compiled", lambda self, leaves, state: step)
+        monkeypatch.setattr(Examiner, "measure", lambda self, leaves, weights, texts: [measured(weights)])
     settings, reports = settings_of(target, small, tmp_path / "out"), []
 
     def killing(stage, done, total):
@@ -64,17 +76,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, 
         distill.distill(settings, lines, stamp, killing)
     assert not settings.out.exists() and (settings.state / "step-00000002").is_dir()
     with pytest.raises(CheckpointError, match="another recipe was begun here"):
-        distill.distill(replace(settings, recipe=replace(settings.recipe, steps=9)), lines, stamp, killing)
-    resumed = distill.distill(settings, lines, stamp, lambda *report: reports.append(report))
-    assert [report[1:] for report in reports if report[0] == "learn"] == [(3, STEPS), (4, STEPS)] and len(asked) == 1
-    whole = distill.distill(settings_of(target, small, tmp_path / "whole"), lines, stamp, lambda *_: None)
+        distill.distill(replace(settings, recipe=replace(settings.recipe, steps=99)), lines, stamp, killing)
+    resumed = distill.distill(replace(settings, save_seconds=60.0), lines, stamp, lambda *report: reports.append(report))
+    assert [report[1] for report in reports if report[0] == "learn"] == [*range(3, STEPS + 1)] and len(asked) == 1
+    straight = distill.distill(
+        replace(settings, out=tmp_path / "straight", state=tmp_path / "state", save_seconds=60.0), lines, stamp, lambda *_: None
+    )
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert resumed["loss"] == whole["loss"] and resumed["before"] == whole["before"] and resumed["after"] == whole["after"]
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+    assert all(resumed[name] == straight[name] for name in ("loss", "before", "after")) and resumed["before"] != resumed["after"]
     manifest.verify(tmp_path / "out", weights=True)
     manifest.verify(tmp_path / "out", weights=False)
     kept = json.loads((tmp_path / "out" / distill.FIGURES).read_text())
-    assert kept == resumed and kept["loss"][-1] < kept["loss"][0] and kept["device"] == "here" and not settings.state.exists()
+    assert kept == json.loads(json.dumps(resumed)) and kept["loss"][-1] < kept["loss"][0] and kept["device"] == "here"
+    assert not settings.state.exists()
     assert (tmp_path / "out" / distill.PAGE).read_text().startswith("<!doctype html>")
     with pytest.raises(CheckpointError, match="--overwrite"):
         distill.distill(settings, lines, stamp, lambda *_: None)

@@ -28,7 +28,7 @@ def test_the_last_whole_state_comes_back(tmp_path):
         run.save(state_of(number))
     (tmp_path / "run" / "step-00000009.orbax-checkpoint-tmp").mkdir()  # what a kill leaves
     assert equal(Run(tmp_path / "run", SETTINGS).restore(first), state_of(2))
-    assert [path.name for path in sorted((tmp_path / "run").glob("step-*"))][0] == "step-00000002"
+    assert (tmp_path / "run" / "step-00000002").is_dir() and not (tmp_path / "run" / "step-00000001").exists()
     run.save(state_of(3))
     assert equal(run.restore(first), state_of(3)) and [path.name for path in (tmp_path / "run").glob("step-*")] == ["step-00000003"]
     for path in (tmp_path / "run" / "step-00000003").rglob("*"):
