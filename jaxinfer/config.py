@@ -20,7 +20,7 @@ LOAD_FORMATS = ("auto", "random")
 KV_DTYPES = ("auto", "int8", "fp8")
 IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
 SWITCH = ("on", "off")
-SPECULATE = ("off", "lookup", "draft", "auto")
+SPECULATE = ("off", "lookup", "draft", "eagle", "auto")
 MOST_DRAFTS = 7  # attention takes up to 8 tokens of a decode row
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -202,10 +202,14 @@ class SpeculationConfig:
     """Several tokens in a step: drafts that the model verifies. The tokens are the same as without."""
 
     speculate: str = option(
-        "off", "drafts from the text itself (lookup), a smaller model (draft), or whichever is better (auto); only while they pay",
+        "off",
+        "drafts from the text itself (lookup), a smaller model (draft), an EAGLE-3 head (eagle), or whichever is better (auto); only while"
+        " they pay",
         choices=SPECULATE,
     )  # fmt: skip
-    draft_model: str | None = option(None, "smaller model of the same tokenizer: folder or repository (default: the embedded model's own)")
+    draft_model: str | None = option(
+        None, "smaller model of the same tokenizer, or the model's EAGLE-3 head: folder or repository (default: the embedded model's own)"
+    )  # fmt: skip
     draft_tokens: int = option(4, f"drafts of a sequence in one step, at most {MOST_DRAFTS}")
 
     def __post_init__(self) -> None:
@@ -214,7 +218,7 @@ class SpeculationConfig:
         if self.draft_tokens > MOST_DRAFTS:
             raise ConfigError(f"--draft-tokens {self.draft_tokens} is above {MOST_DRAFTS}, which the attention kernels take")
         if self.draft_model is not None and self.speculate in ("off", "lookup"):
-            raise ConfigError(f"--draft-model has no part in --speculate {self.speculate}; use draft or auto, or leave it out")
+            raise ConfigError(f"--draft-model has no part in --speculate {self.speculate}; use draft, eagle or auto, or leave it out")
 
 
 @dataclass(frozen=True)

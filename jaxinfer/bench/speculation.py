@@ -3,6 +3,9 @@
 A row says how many tokens per second a batch gets, the ratio to the engine without drafts (`speedup`: median of turns that lie side by
 side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
 drafts (`equal`; in narrow numbers a near tie may fall differently).
+
+`--shape NAME` takes random weights of a well-known model and an EAGLE-3 head of its shape instead, and forces how often drafts stand: what
+a trained head would be worth at each rate of acceptance (`forced.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from jaxinfer.bench import engines
+from jaxinfer.bench import engines, forced
 from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
@@ -23,6 +26,7 @@ from jaxinfer.request import Request
 HELP = "tokens per second with each way to draft, beside none"
 BATCHES = (1, 8, 64)
 WAYS = ("lookup", "draft", "auto")
+ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
 KINDS = ("story", "chat", "copying")
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Sara", "Sam")
 THINGS = ("a red ball", "a little dog", "a big tree", "a blue kite", "an old boat", "a small garden", "a shiny stone", "a warm hat")
@@ -33,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
     for name, values, kind in (("batch", BATCHES, int), ("way", WAYS, str), ("kind", KINDS, str)):
         listed = " ".join(map(str, values))
-        choices = None if kind is int else values
+        choices = None if kind is int else ALL_WAYS if name == "way" else values
         parser.add_argument(f"--{name}", action="append", type=kind, choices=choices, help=f"only this one; may be repeated [{listed}]")
+    engines.add_shape_argument(parser)
+    forced.add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=96, help="tokens that each request gets [96]")
     parser.add_argument("--always", action="store_true", help="draft whatever it costs, to see how many drafts stand")
     add_output_arguments(parser)
@@ -42,12 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure every way on every kind of prompt; 1 if float32 tokens differ."""
+    """Measure every way on every kind of prompt; 1 if float32 tokens differ. With a shape: forced acceptance."""
+    if args.shape is not None:
+        return forced.run(args)
     ways: Sequence[str] = args.way or WAYS
     batches, kinds = args.batch or BATCHES, args.kind or KINDS
     values: dict[str, Any] = {"max_sequences": max(batches), **vars(args)}
     small = {"draft_model": values.pop("draft_model", None)}
-    settings = [{**values, "speculate": way, **(small if way in ("draft", "auto") else {})} for way in ("off", *ways)]
+    settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
     configs = [from_arguments(EngineConfig, own) for own in settings]
     equal = True
     with engines.opened(configs) as opened, Report("speculation", args) as report:

@@ -32,7 +32,7 @@ from jaxinfer.checkpoint.formats.folder import WeightFiles
 from jaxinfer.checkpoint.formats.quantised import Format, Need
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.json_files import read_json
-from jaxinfer.checkpoint.stored import FLOATS, StoredLoader, check_need, loader_of
+from jaxinfer.checkpoint.stored import FLOATS, INTEGERS, StoredLoader, check_need, loader_of
 from jaxinfer.models.graph import Graph, Weight
 from jaxinfer.models.weights import Slices, Transform, transform_of
 from jaxinfer.quant.find import find_scheme
@@ -74,6 +74,16 @@ def as_stored(folder: Path, graph: Graph) -> Graph:
         return graph
     with WeightFiles(folder) as files:
         return stored.describe(graph, form, files.tensors, folder)
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether the folder's checkpoint has a tensor of this name.
+
+    Raises:
+        CheckpointError: files that cannot be read.
+    """
+    with WeightFiles(folder) as files:
+        return name in files.tensors
 
 
 def verify(folder: Path, graph: Graph) -> None:
@@ -177,8 +187,8 @@ class _Loader:
 
     def _cast(self, piece: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """To the model's dtype; a number that overflows it is an error, not an infinity."""
-        if piece.dtype == dtype:
-            return np.ascontiguousarray(piece)
+        if piece.dtype == dtype or _counts(self.spec):
+            return np.ascontiguousarray(piece, dtype)
         with np.errstate(over="ignore"):
             cast = piece.astype(dtype)
         if float(ml_dtypes.finfo(dtype).max) < float(ml_dtypes.finfo(piece.dtype).max) and not _finite(cast) and _finite(piece):
@@ -189,6 +199,11 @@ class _Loader:
 
     def _where(self) -> str:
         return ", ".join(f"{tensor.file.path}: tensor {name!r}" for name, tensor in self.sources.items())
+
+
+def _counts(spec: ArraySpec | QSpec) -> bool:
+    """Whether a weight is whole numbers: a table of token ids."""
+    return isinstance(spec, ArraySpec) and spec.dtype.kind == "i"
 
 
 def _format(folder: Path) -> Format | None:
@@ -205,7 +220,7 @@ def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor], form: 
             transform, layer = transform_of(name, graph.module.WEIGHTS)
             needs = transform.needs(graph.config, spec.shape, layer)
             for tensor, shape in needs.items():
-                check_need(listing, tensor, Need((shape,), FLOATS), tensors)
+                check_need(listing, tensor, Need((shape,), INTEGERS if _counts(spec) else FLOATS), tensors)
             loader = _Loader(name, spec, transform, layer, graph.config, {tensor: tensors[tensor] for tensor in needs})
         used.update(needs)
         loaders.append(loader)

@@ -6,7 +6,7 @@ config.json, tokenizer, manifest (who trains knows them), quantised weights (con
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from jaxinfer.models.weights import Transform, transform_of
 
 
 def save(
-    folder: Path, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype, *, progress: Progress | None = None
-) -> dict[str, dict[str, str]]:
-    """Write an unquantised graph's weights, cast to dtype, into a folder; the SHA-256 of each tensor, by file, for its manifest.
+    folder: Path, graph: Graph, weights: Mapping[str, Array], dtype: np.dtype, *, more: Sequence[Planned] = (),
+    progress: Progress | None = None,
+) -> dict[str, dict[str, str]]:  # fmt: skip
+    """Write an unquantised graph's weights, cast to dtype (tables of ids to int64), into a folder, and `more` behind them; the SHA-256 of
+    each tensor, by file, for its manifest.
 
     One of our weights at a time is on the host. progress is called with (bytes written, bytes in all).
     """
@@ -32,8 +34,9 @@ def save(
         transform, layer = transform_of(name, graph.module.WEIGHTS)
         whole = _Whole(graph, weights[name], transform, layer)
         for tensor, shape in transform.needs(graph.config, weights[name].shape, layer).items():
-            planned.append(Planned(tensor, np.dtype(dtype), shape, partial(whole.pieces, tensor, np.dtype(dtype))))
-    return write_files(folder, planned, progress=progress)
+            written = np.dtype(np.int64 if weights[name].dtype == np.int32 else dtype)
+            planned.append(Planned(tensor, written, shape, partial(whole.pieces, tensor, written)))
+    return write_files(folder, [*planned, *more], progress=progress)
 
 
 class _Whole:

@@ -34,6 +34,7 @@ from jaxinfer.quant.qarray import FP8, INT8, PACKED, ZERO, QArray, QSpec
 from jaxinfer.quant.qarray import describe as described
 from jaxinfer.sharding import ArraySpec, Rules
 
+INTEGERS = ("int32", "int64")
 FLOATS = ("float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 VALUES = {"int8": INT8, "w8a8": INT8, "fp8": FP8, "int4": PACKED}
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(figures))
     else:
         print_table(f"{figures['target']}: drafts that stand, of held-out answers", rows(figures))
-        print(f"written to {args.out}: serve --model {args.target} --speculate draft --draft-model {args.out}")
+        way = "eagle" if args.draft == "eagle" else "draft"
+        print(f"written to {args.out}: serve --model {args.target} --speculate {way} --draft-model {args.out}")
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxinfer import devices
 from jaxinfer.cache.pages import PagePool
@@ -28,6 +29,7 @@ from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
+from jaxinfer.models.eagle import is_head
 from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
@@ -139,22 +141,42 @@ def _models(model: _Model) -> tuple[_Model, ...]:
 
 
 def _with_draft(config: EngineConfig, model: _Model) -> _Model:
-    """The model with its draft model: the one that was named, or the embedded model's own."""
-    speculation = config.speculation
-    if speculation.speculate in ("off", "lookup"):
+    """The model with its draft model or head: the one that was named, or the embedded model's own; random weights have a made-up head."""
+    way = config.speculation.speculate
+    if way in ("off", "lookup"):
         return model
-    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
-    if name is None and speculation.speculate == "auto":
+    own = "draft" if config.model.model == "demo" and way != "eagle" else None
+    name = config.speculation.draft_model or own
+    if name is not None:
+        return replace(model, draft=_draft(config, model, name))
+    if way == "auto":
         return model
-    if name is None:
-        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
-    small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
-    return replace(model, draft=_describe(small))
+    if way == "eagle" and config.model.load_format == "random":
+        return replace(model, draft=_head(config, model, "made-up head", None))
+    needed = "the model's EAGLE-3 head" if way == "eagle" else "a smaller model with the same tokenizer"
+    raise ConfigError(f"--speculate {way} needs --draft-model: {needed}; or use --speculate lookup")
+
+
+def _draft(config: EngineConfig, model: _Model, name: str) -> _Model:
+    way, folder = config.speculation.speculate, None if name in find.known_shapes() else hub.resolve(name)
+    if folder is not None and is_head(read.read_config(folder)):
+        if way == "draft":
+            raise ConfigError(f"--draft-model {name} is an EAGLE-3 head, no model of its own; use --speculate eagle")
+        return _head(config, model, Path(name).name, folder)
+    if way == "eagle":
+        raise ConfigError(f"--draft-model {name} is a model of its own, no EAGLE-3 head; use --speculate draft")
+    return _describe(replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None)))
+
+
+def _head(config: EngineConfig, model: _Model, name: str, folder: Path | None) -> _Model:
+    """The model's EAGLE-3 head; without a folder one that is made up."""
+    graph = sizing.head_of(model.graph, config, folder)
+    return _Model(folder, name, graph, graph.dtype, model.max_tokens, "eagle3")
 
 
 def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:
     """Refuse a draft model whose token ids mean something else: its drafts would never stand."""
-    if model.draft is None or model.draft.folder is None or tokenizer is None:
+    if model.draft is None or model.draft.folder is None or tokenizer is None or model.draft.graph.tapped:
         return
     ours, theirs = (json.loads(of.to_json())["model"].get("vocab") for of in (tokenizer, Tokenizer.load(model.draft.folder)))
     if ours != theirs:
@@ -259,8 +281,24 @@ def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress
             weights = random_weights(of.graph, seed=0, mesh=mesh, rules=DEFAULT_RULES)
         else:
             weights = read.load(of.folder, of.graph, mesh, DEFAULT_RULES, progress=lambda done, total: progress("read", done, total))
+            if "d2t" in weights:
+                check_draft_vocabulary(of.name, np.asarray(weights["d2t"]), model.graph.config.vocab_size)
         leaves += of.graph.leaves(weights)
     return leaves
+
+
+def check_draft_vocabulary(name: str, offsets: Int[np.ndarray, " drafts"], vocab: int) -> None:
+    """Refuse a head that would draft tokens which its target does not have.
+
+    Raises:
+        ConfigError: its d2t leads out of the vocabulary, or to one token twice.
+    """
+    targets = offsets + np.arange(len(offsets))
+    if targets.min() < 0 or targets.max() >= vocab or len(np.unique(targets)) < len(targets):
+        raise ConfigError(
+            f"--draft-model {name}: d2t must lead from {len(targets)} draft tokens to as many of {vocab} tokens, found"
+            f" {len(np.unique(targets))} from {targets.min()} to {targets.max()}; the file is damaged, or of another model"
+        )
 
 
 def _info(config: EngineConfig, model: _Model, program: ProgramConfig, memory: MemoryPlan) -> EngineInfo:

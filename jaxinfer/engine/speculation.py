@@ -18,6 +18,7 @@ from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs
 from jaxinfer.engine.history import History
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
+from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
 from jaxinfer.engine.sequence import Key
@@ -132,17 +133,17 @@ def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metr
     """The speculator of an engine; None where speculation is off."""
     if settings.speculate == "off":
         return None
-    found = proposers(settings.speculate, model=program.draft is not None)
+    found = proposers(settings.speculate, model=program.draft is not None, head=program.draft is not None and bool(program.draft.tapped))
     return Speculator(found, settings.draft_tokens, program.vocab, program.pool.replicas, costs, metrics)
 
 
-def proposers(kind: str, *, model: bool) -> list[Proposer]:
-    """Those of a setting: "lookup", "draft" or "auto" (lookup, and the draft model if there is one)."""
+def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:
+    """Those of a setting: "lookup", "draft", "eagle" or "auto" (lookup, and the draft model or head if there is one)."""
     found: list[Proposer] = []
-    if kind != "draft":
+    if kind not in ("draft", "eagle"):
         found.append(LookupProposer())
     if kind != "lookup" and model:
-        found.append(DraftProposer())
+        found.append(EagleProposer() if head else DraftProposer())
     return found
 
 

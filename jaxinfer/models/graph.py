@@ -118,7 +118,15 @@ class Graph:
             kv_layout(implementation, kv_heads=shape.kv_heads, head_dim=shape.head_dim, dtype=self.dtype, kv_dtype=codes)
             for shape in self.config.attention_shapes
         ]
-        return tuple(jax.tree.map(lambda array: kv_spec(array, pages, page_size), layout) for layout in layouts)
+        pools = tuple(jax.tree.map(lambda array: kv_spec(array, pages, page_size), layout) for layout in layouts)
+        kept = ArraySpec((pages, page_size, self.config.hidden_size), self.dtype, ("pages", None, "embed"))
+        return (*pools, kept) if self.tapped else pools
+
+    @property
+    def tapped(self) -> tuple[int, ...]:
+        """Where a head taps its target (see `layers.through`); () for a model that stands alone. The features of every token that a head
+        has seen are kept in a pool behind those of its layers: a token's own follow from the features of the one before."""
+        return getattr(self.config, "tapped", ())
 
 
 def arrays_of(spec: Spec) -> tuple[ArraySpec, ...]:
@@ -177,7 +185,7 @@ def _recipes(name: str, spec: Spec, contracting: int) -> tuple[_Recipe, ...]:
         made += [_Recipe(spec.zeros, "constant", ZERO)] if spec.zeros is not None else []
         return (*made, _Recipe(spec.smooth, "constant", 1.0)) if spec.smooth is not None else tuple(made)
     if len(spec.shape) == 1 or name.endswith(".bias"):
-        return (_Recipe(spec, "constant", 0.0 if name.endswith(".bias") else 1.0),)
+        return (_Recipe(spec, "constant", 0.0 if name.endswith(".bias") or spec.dtype.kind == "i" else 1.0),)
     return (_Recipe(spec, "uniform", math.prod(spec.shape[-max(contracting, 1) :]) ** -0.5),)
 
 

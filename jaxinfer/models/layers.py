@@ -62,12 +62,13 @@ class StepContext:
     """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
 
     positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
-    is written from the replica's own point of view: token and page indices count within its share.
+    is written from the replica's own point of view: token and page indices count within its share. tapped: see `through`.
     """
 
     positions: Int32[Array, "tokens"]
     metadata: PagedMetadata | Sequences
     placement: Placement
+    tapped: tuple[int, ...] = ()
 
 
 class Dim(NamedTuple):
@@ -82,6 +83,29 @@ class AttentionResult(NamedTuple):
 
     hidden: Float[Array, "tokens embed"]
     kv: Pool
+
+
+class ModelOutput(NamedTuple):
+    """Hidden states after the final norm, each layer's pool with this step's keys and values, and features if they were asked for."""
+
+    hidden: Float[Array, "tokens embed"]
+    kv: tuple[Pool, ...]
+    features: Float[Array, "tokens features"] | None = None
+
+
+def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], context: StepContext) -> ModelOutput:
+    """The residual stream after all layers (no norm yet), each of which is called as layer(x, pool, context) -> AttentionResult.
+
+    A model file that runs its layers through here and hands `features` on can be the target of a head (`eagle.py`): they are the residual
+    stream before each layer whose number is in `context.tapped` (the number of layers: after the last), side by side.
+    """
+    pools, streams = [], [x]
+    for block, pool in zip(layers, kv, strict=True):
+        x, pool = block(x, pool, context)
+        pools.append(pool)
+        streams.append(x)
+    features = jnp.concatenate([streams[number] for number in context.tapped], axis=-1) if context.tapped else None
+    return ModelOutput(x, tuple(pools), features)
 
 
 def describe(dims: Sequence[Dim], dtype: np.dtype, *, contracting: int = 0) -> nnx.Param[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -16,7 +16,20 @@ from jaxtyping import Array, Float, Int32
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import Fields
-from jaxinfer.models.layers import Attention, AttentionResult, Embedding, GatedMLP, Head, HeadShape, Placement, RMSNorm, StepContext, logits
+from jaxinfer.models.layers import (
+    Attention,
+    AttentionResult,
+    Embedding,
+    GatedMLP,
+    Head,
+    HeadShape,
+    ModelOutput,
+    Placement,
+    RMSNorm,
+    StepContext,
+    logits,
+    through,
+)
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
 from jaxinfer.sharding import constrain
@@ -74,13 +87,6 @@ class Config:
         return (self.heads,) * self.layers
 
 
-class ModelOutput(NamedTuple):
-    """Hidden states after the final norm, and each layer's pool with this step's keys and values."""
-
-    hidden: Float[Array, "tokens embed"]
-    kv: tuple[Pool, ...]
-
-
 class Block(nnx.Module):
     """One layer: attention and MLP, each normalised before and added to the residual stream after."""
 
@@ -110,11 +116,8 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: Int32[Array, "tokens"], kv: tuple[Pool, ...], context: StepContext) -> ModelOutput:
         """Run one step's packed tokens; kv holds one pool per layer and is donated by the caller."""
-        x, pools = self.embedding(tokens, context.placement), []
-        for block, pool in zip(self.layers, kv, strict=True):
-            x, pool = block(x, pool, context)
-            pools.append(pool)
-        return ModelOutput(self.norm(x), tuple(pools))
+        found = through(self.layers, self.embedding(tokens, context.placement), kv, context)
+        return found._replace(hidden=self.norm(found.hidden))
 
     def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
         """Float32 logits of hidden states that `__call__` returned."""

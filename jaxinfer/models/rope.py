@@ -71,6 +71,15 @@ class Rope:
             raise ConfigError(f"{rope.where}: high_freq_factor must be above low_freq_factor {low}, found {high}")
         return cls(theta, factor, Llama3Scaling(low, high, rope.number("original_max_position_embeddings")))
 
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a config.json that mean this."""
+        if self.llama3 is not None:
+            low, high, context = self.llama3
+            scaled = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": int(context)}
+            return {"rope_theta": self.theta, "rope_scaling": {"rope_type": "llama3", "factor": self.factor, **scaled}}
+        linear = {"rope_scaling": {"rope_type": "linear", "factor": self.factor}} if self.factor != 1 else {}
+        return {"rope_theta": self.theta, **linear}
+
     def frequencies(self, head_dim: int) -> Float32[np.ndarray, "half_dim"]:
         """Inverse frequencies in radians per position, computed in float64 (Su et al., arXiv 2104.09864; llama3: arXiv 2407.21783)."""
         inverse = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

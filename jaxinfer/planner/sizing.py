@@ -19,7 +19,7 @@ import numpy as np
 from jaxinfer.cache.kv import CODES, PoolShape
 from jaxinfer.checkpoint import read
 from jaxinfer.config import ConfigError, EngineConfig
-from jaxinfer.models import find
+from jaxinfer.models import eagle, find
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account, Demand, MemoryPlan, account, plan_memory
@@ -45,7 +45,7 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True)
 class Described:
-    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model if there is one."""
+    """A model before its weights: its graph, how many tokens a sequence may have, and the graph of a draft model or head if any."""
 
     graph: Graph
     max_tokens: int
@@ -105,6 +105,20 @@ def described(values: Mapping[str, Any], config: EngineConfig, platform: str, fo
     if wanted is not None and wanted > longest:
         raise ConfigError(f"--max-model-len {wanted} exceeds the {longest} tokens the model was made for; lower it")
     return Described(graph, wanted or longest)
+
+
+def head_of(target: Graph, config: EngineConfig, folder: Path | None = None) -> Graph:
+    """The EAGLE-3 head of a model from its folder; without one, of the shape that one would train.
+
+    Raises:
+        ConfigError: a head that is made for another model, or is not implemented.
+    """
+    if folder is None:
+        return Graph.of(eagle, eagle.Config.beside(target.config), target.dtype)
+    values, random = read.read_config(folder), config.model.load_format == "random"
+    own = not random and read.holds(folder, "embed_tokens.weight")
+    graph = Graph.of(eagle, eagle.Config.from_hf(read.of_model(values), target.config, own_embedding=own), target.dtype)
+    return graph if random else read.as_stored(folder, graph)
 
 
 def _quantised(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:

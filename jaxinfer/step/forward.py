@@ -4,8 +4,8 @@
 cache and makes logits of each row's last token; `Sampler` turns logits into tokens and updates the slots. They are two compiled programs,
 so that a mask of allowed tokens can be made on the host while the forward pass runs, and a sampler serves every bucket with as many rows.
 Where decode rows have drafts, logits are made of each of their tokens and `verify.py` draws. A draft model, if there is one, runs over
-the same tokens, so that it has seen what the model has (`propose.py`). This file does not know about compilation, buffers on the host or
-requests.
+the same tokens, so that it has seen what the model has (`propose.py`); a head reads what the model made of them (`head.py`). This file does
+not know about compilation, buffers on the host or requests.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jaxinfer.sampling import Sampled, pytree
 from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
 from pallas_kernels import PagedMetadata, Pool
@@ -89,13 +90,15 @@ class Forward:
             page_tables=inputs.page_tables, query_starts=inputs.query_starts, query_lengths=inputs.query_lengths,
             kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows, decode_tokens=bucket.decode_tokens,
         )  # fmt: skip
-        context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement)
+        tapped = () if self.draft is None else self.draft.tapped
+        context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement, tapped=tapped)
         current = current_tokens(inputs, slots, self.shapes, drafts)
         result = model(current, kv, context)
         pools = result.kv
         if self.draft is not None:
             small: Any = self.draft.bind(others)
-            pools += small(current, seen, context).kv
+            follow = HeadBeside(small, model).follow if tapped else ModelBeside(small, self.graph.config.vocab_size).follow
+            pools += follow(current, result.features, seen, context)
         if bucket.decode_tokens > 1:
             return pools, Computed(result.hidden, model.head(result.hidden, self.placement), _draft_rows(inputs, current, bucket))
         tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens

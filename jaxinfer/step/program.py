@@ -93,7 +93,8 @@ class ProgramConfig:
     max_sequences: int
     max_tokens: int
     threads: int
-    draft: Graph | None = None
+    draft: Graph | None = None  # a draft model, or a head of the model
+    forced: float | None = None  # see `Verifier`; benchmarks set it on an engine that is ready, and compile its verifiers again
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -259,9 +260,10 @@ class Program:
         return computed
 
     def _propose(self, bucket: Bucket, buffer: Array, demand: Demand) -> Array:
-        weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
+        config, layers = self.config, len(self.config.graph.config.attention_shapes)
+        leaves = self._leaves if config.draft is not None and config.draft.tapped else self._leaves[len(config.graph.arrays) :]
         program = self._compiled[ProposeKey(bucket, demand is Demand.GREEDY)]
-        own, drafts = program(self._leaves[weights:], self._kv[layers:], self._slots, buffer)
+        own, drafts = program(leaves, self._kv[layers:], self._slots, buffer)
         self._kv = self._kv[:layers] + own
         return drafts
 
@@ -318,10 +320,12 @@ class Program:
 
     def _lower_propose(self, key: ProposeKey) -> Any:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
-        leaves = draft.structs(config.placement.mesh, config.placement.rules)
+        target = config.graph if draft.tapped else None
+        graphs = config.graphs if draft.tapped else (draft,)
+        leaves = tuple(leaf for graph in graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
         pools = self._pool_structs[len(config.graph.config.attention_shapes) :]
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
-        step = Propose(draft, shapes, config.placement, config.vocab, key.greedy)
+        step = Propose(draft, shapes, config.placement, config.vocab, key.greedy, target)
         out = (self._pool_shardings[len(config.graph.config.attention_shapes) :], self._by_replica)
         return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, pools, self._slot_structs, buffer)
 
@@ -335,7 +339,7 @@ class Program:
         if key.width > 1:
             tokens = shape((rows, key.width), np.int32, sharding=self._by_replica)
             of_rows = sampling.unchecked(DraftRows, dict.fromkeys(("slots", "positions", "lengths"), of_row) | {"tokens": tokens})
-            step = Verifier(config.spare_slot, config.placement, key.demand)
+            step = Verifier(config.spare_slot, config.placement, key.demand, config.forced)
         out = (self._replicated, self._replicated)
         return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
 

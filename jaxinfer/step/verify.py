@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxinfer import sampling
@@ -34,11 +35,16 @@ class Verified:
 
 @dataclass(frozen=True)
 class Verifier:
-    """Draws at every position of each row and finds how far the row's drafts stand; static things as in `Sampler`."""
+    """Draws at every position of each row and finds how far the row's drafts stand; static things as in `Sampler`.
+
+    forced: for benchmarks with random weights only, where no setting leads: a draft stands with this probability (a coin for each slot and
+    position), whatever it is and whatever was drawn. What comes of it is no text.
+    """
 
     spare_slot: int
     placement: Placement
     demand: Demand = Demand.FULL
+    forced: float | None = None
 
     def __call__(
         self, logits: Float[Array, "drawn vocab"], rows: DraftRows, mask: UInt32[Array, "drawn words"], slots: Slots
@@ -56,7 +62,7 @@ class Verifier:
         settings = slot_state.settings(slots, jnp.repeat(rows.slots, width), (rows.positions[:, None] + place).reshape(-1))
         sampled = sampling.sample_plainly(logits, settings if self.demand is Demand.DRAWN else None)
         token, finite = (self._on_all(values).reshape(count, width) for values in (sampled.token, sampled.finite))
-        stands = (token[:, :-1] == rows.tokens[:, 1:]) & finite[:, :-1]
+        stands = self._stands(token[:, :-1], rows.tokens[:, 1:], rows, place[:, :-1]) & finite[:, :-1]
         before = jnp.concatenate([jnp.ones((count, 1), jnp.int32), jnp.cumprod(stands.astype(jnp.int32), axis=1)], axis=1)
         kept = (before == 1) & (place < rows.lengths[:, None])
         for number in range(width):
@@ -78,13 +84,23 @@ class Verifier:
             (slots, open_rows), (place, logits, mask, draft) = state, at
             inputs = RowInputs(rows.slots, rows.positions + place, open_rows.astype(jnp.int32))
             slots, sampled = sampler(logits, inputs, mask, slots)
-            stands = (sampled.token == draft) & sampled.finite & sampled.possible & (place + 1 < rows.lengths)
+            stands = self._stands(sampled.token[:, None], draft[:, None], rows, place[None, None])[:, 0]
+            stands = stands & sampled.finite & sampled.possible & (place + 1 < rows.lengths)
             return (slots, open_rows & self._on_all(stands)), (sampled, open_rows)
 
         places = jnp.arange(width, dtype=jnp.int32)
         (slots, _), (sampled, kept) = jax.lax.scan(draw, (slots, rows.lengths > 0), (places, of_logits, of_mask, following.T))
         drawn = jax.tree.map(lambda values: jnp.swapaxes(values, 0, 1).reshape(count * width, *values.shape[2:]), sampled)
         return slots, Verified(drawn, jnp.sum(kept, axis=0, dtype=jnp.int32))
+
+    def _stands(
+        self, drawn: Int[Array, "rows drafts"], drafts: Int[Array, "rows drafts"], rows: DraftRows, place: Int[Array, "1 drafts"]
+    ) -> Bool[Array, "rows drafts"]:
+        if self.forced is None:
+            return drawn == drafts
+        coins = (rows.positions[:, None] + place).astype(jnp.uint32) * np.uint32(2654435761) + rows.slots[:, None].astype(jnp.uint32)
+        keys = jax.vmap(jax.random.key)(coins.reshape(-1))
+        return jax.vmap(jax.random.uniform)(keys).reshape(drawn.shape) < self.forced
 
     def _on_all(self, values: Array) -> Array:
         """Small values that every device learns: slots are whole on each."""

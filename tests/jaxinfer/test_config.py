@@ -90,6 +90,7 @@ def test_audit_budgets():
         (lambda: SpeculationConfig("lookup", draft_tokens=8), "--draft-tokens"),
         (lambda: SpeculationConfig("lookup", draft_model="draft"), "--draft-model"),
         (lambda: EngineConfig(execution=ExecutionConfig(deterministic="on"), speculation=SpeculationConfig("auto")), "--deterministic"),
+        (lambda: EngineConfig(execution=ExecutionConfig(deterministic="on"), speculation=SpeculationConfig("eagle")), "--deterministic"),
         (lambda: ServerConfig(port=65536), "--port"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from jaxinfer.checkpoint import audit_record
 from jaxinfer.checkpoint.convert import convert
 from jaxinfer.checkpoint.errors import CheckpointError
-from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig
+from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig, SpeculationConfig
 from jaxinfer.engine import setup
 from jaxinfer.engine.setup import build, use_compilation_cache
 from jaxinfer.models.graph import Quantization
@@ -20,6 +20,7 @@ from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
 from tests.quantised_files import tiny_model
+from tests.weight_files import write
 
 
 @pytest.fixture
@@ -241,3 +242,29 @@ def test_weights_that_are_quantised_already(early, tmp_path):
     assert child.planned(asked_plan, lambda *_: None).memory["weights"] == model.graph.nbytes
     with pytest.raises(ConfigError, match=r"--quantize int8: the weights in .*out are quantised already; leave --quantize out"):
         early(settings(out, quantize="int8", load_format="auto"))
+
+
+def drafting(folder, way, small=None, **model):
+    return settings(folder, speculation=SpeculationConfig(way, small), **model)
+
+
+def test_what_drafts_must_be_what_was_asked_for(early, folder, tmp_path):
+    head = json.loads((folder / "config.json").read_text()) | {"draft_vocab_size": 64, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(head | {"vocab_size": 64}))
+    write(tmp_path / "model.safetensors", {"norm.weight": np.ones(32, np.float32)})
+    for way, small, message in (
+        ("eagle", None, "--speculate eagle needs --draft-model: the model's EAGLE-3 head"),
+        ("draft", None, "--speculate draft needs --draft-model: a smaller model"),
+        ("draft", tmp_path, "is an EAGLE-3 head, no model of its own; use --speculate eagle"),
+        ("eagle", folder, "is a model of its own, no EAGLE-3 head; use --speculate draft"),
+        ("eagle", tmp_path, "made for a model of 32 features and 64 tokens, the target has 32 and 272"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            early(drafting(folder, way, small and str(small), load_format="auto"))
+
+
+def test_a_draft_vocabulary_lies_within_the_models():
+    setup.check_draft_vocabulary("head", np.array([0, 1, 2]), 5)
+    for offsets, vocab in (([0, 1, 2], 4), ([-1, 0, 0], 9), ([2, 1, 0], 9)):
+        with pytest.raises(ConfigError, match="--draft-model head: d2t must lead from 3 draft tokens to as many of"):
+            setup.check_draft_vocabulary("head", np.array(offsets), vocab)

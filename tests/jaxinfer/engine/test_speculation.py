@@ -186,4 +186,6 @@ def test_a_setting_names_its_proposers():
     assert names("lookup", model=True) == names("auto", model=False) == ["LookupProposer"]
     assert names("draft", model=True) == ["DraftProposer"]
     assert names("auto", model=True) == ["LookupProposer", "DraftProposer"]
+    assert names("eagle", model=True, head=True) == ["EagleProposer"]
+    assert names("auto", model=True, head=True) == ["LookupProposer", "EagleProposer"]
     assert isinstance(speculation.proposers("lookup", model=False)[0], LookupProposer)

@@ -87,3 +87,17 @@ def test_nothing_counts_behind_numbers_that_are_not_finite():
         _, verified = jax.jit(Verifier(SPARE, PLACEMENT, demand))(logits.reshape(-1, VOCAB), rows, masks, state(GREEDY))
         assert verified.counts[0] == 2
         assert verified.drawn.finite[:2].tolist() == [True, False]
+
+
+def test_a_benchmark_may_toss_coins_instead():
+    """As often as it says, the same ones each time, whatever the demand; and no row beyond its length."""
+    masks, drafts, start = np.full((SPARE * WIDTH, 1), ALL_ALLOWED), np.zeros((SPARE, WIDTH), np.int32), state(GREEDY)
+    counts = {}
+    for demand in (Demand.GREEDY, Demand.FULL):
+        run = jax.jit(Verifier(SPARE, PLACEMENT, demand, forced=0.7))
+        steps = (run(LOGITS.reshape(-1, VOCAB), rows_of(position, drafts), masks, start)[1] for position in range(5, 205))
+        counts[demand] = np.array([np.asarray(step.counts) for step in steps])
+    found = counts[Demand.GREEDY]
+    assert (found == counts[Demand.FULL]).all()
+    assert abs(found[:, :2].mean() - (1 + 0.7 + 0.7**2 + 0.7**3)) < 0.2
+    assert (found.max(0) == LENGTHS).all()
