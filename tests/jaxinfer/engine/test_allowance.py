@@ -119,7 +119,7 @@ ROWS = [1, 6, 32, pytest.param(256, marks=pytest.mark.ci)]
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("stands", "wide"), [(0.8, 1.2), (0.8, 2.0), ("copying", 1.1)])
 def test_where_drafts_pay_they_are_made(rows, stands, wide):
-    warm, steps = (40, 160) if rows < 32 else (4, 16)
+    warm, steps = (40, 160) if rows < 64 else (4, 16)
     always, world = World(rows, stands, wide), World(rows, stands, wide)
     always.made.always = True
     world.rate(warm)
@@ -130,4 +130,4 @@ def test_where_drafts_pay_they_are_made(rows, stands, wide):
 @pytest.mark.parametrize(("stands", "wide"), [(0.05, 1.2), (0.05, 1.02), (0.3, 2.5), (0.1, 6.0)])
 def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
     world = World(rows, stands, wide)
-    assert world.rate(250 if rows < 32 else 90) > 0.97, world.steps
+    assert world.rate(250 if rows < 64 else 90) > 0.97, world.steps
