@@ -118,7 +118,7 @@ class Shadow:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "a request that ran with drafts gave other tokens without them; in %s near ties may fall differently, in float32 they must not:"
-                " see jaxinfer_shadow_mismatches_total for how often, `jaxinfer selftest R5` to look into it, --speculate off to do without",
+                "a request that ran with drafts gave other tokens without them; in %s near ties may fall differently, in float32 they must"
+                " not: jaxinfer_shadow_mismatches_total counts them, `jaxinfer selftest R5` looks into it, --speculate off does without",
                 engine.info.dtype,
             )
