@@ -60,16 +60,22 @@ class Guess(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A step with drafts: how it is run, for whom, and the tokens per second that it promises beside one without, which gives 1."""
+    """A step with drafts: how it is run, for whom, how many tokens a row is likely to get, and what it costs in plain steps."""
 
     way: Way
     guesses: Mapping[Key, Guess]
-    promise: float
+    tokens: float
+    cost: float
+
+    @property
+    def promise(self) -> float:
+        """Tokens per second, those of a plain step being 1."""
+        return self.tokens / self.cost
 
 
 @dataclass
 class Speculator:
-    """Decides for an engine. always: draft whenever there is a guess, whatever it costs (tests and selftests)."""
+    """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks)."""
 
     proposers: Sequence[Proposer]
     drafts: int
@@ -168,16 +174,18 @@ class Speculator:
     def _plan(self, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """The step with drafts that promises most, if it is to be made."""
         plans = [plan for way in self.costs.ways if (plan := self._planned(way, found, size, rows)) is not None]
+        if self.always:
+            return max(plans, key=lambda plan: plan.tokens, default=None)
         best = max(plans, key=lambda plan: plan.promise, default=None)
-        if best is None or self.always:
-            return best
+        if best is None:
+            return None
         if best.promise > MARGIN and self.allowance.believes(size):
             until = self._until.get(size, FIRST)
             if self._age[size] >= min(until, FRESH if best.promise > SURE else NEAR):
                 self._looks[size], self._until[size] = AGAIN, min(2 * until, FRESH)
             return None if self._looks[size] else best
         due = self._apart.get(size, APART) >= APART
-        return best if due and self.allowance.affords(size, self.costs.ratio(best.way, size) - 1) else None
+        return best if due and self.allowance.affords(size, best.cost - 1) else None
 
     def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """Drafts for one way to run the step; None where nobody has any that need it."""
@@ -190,7 +198,7 @@ class Speculator:
             expected += value
         if not chosen or (way.hidden and not any(guess.hidden for guess in chosen.values())):
             return None
-        return Plan(way, chosen, (1 + expected / rows) / self.costs.ratio(way, size))
+        return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size))
 
 
 def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
