@@ -105,9 +105,9 @@ class Shadow:
             return
         expected, found = self._replay[1], self._found
         self._end(engine)
-        engine.metrics.shadow_checks += 1
+        engine.metrics.shadow["checks"] += 1
         if output.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or found != expected:
-            engine.metrics.shadow_mismatches += 1
+            engine.metrics.shadow["mismatches"] += 1
             self._warn(engine)
 
     def _end(self, engine: Any) -> None:

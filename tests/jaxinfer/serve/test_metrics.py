@@ -64,7 +64,7 @@ def test_the_engines_own_counters(engine):
     counters.running, counters.waiting, counters.kv_usage, counters.preemptions = 3, 2, 0.25, 7
     counters.prompt_tokens, counters.generation_tokens = 11, 13
     counters.finished["stop"] = 4
-    counters.shadow_checks, counters.shadow_mismatches = 9, 1
+    counters.shadow.update({"checks": 9, "mismatches": 1})
     counters.drafts, counters.draft_tokens, counters.accepted_tokens = 5, 20, 8
     counters.accepted_at.update({0: 5, 1: 3})
     metrics = Metrics(lambda: engine, "served")
