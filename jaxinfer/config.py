@@ -245,10 +245,13 @@ class ServerConfig:
     api_key: str | None = option(None, "key that clients must send as a bearer token (twin: JAXINFER_API_KEY)")
     served_model_name: str | None = option(None, "name under which clients ask for the model (default: the model's)")
     drain_seconds: float = option(30.0, "how long open requests may run on after SIGTERM")
+    shadow_check: float = option(0.0, "share of finished greedy requests to run again without drafts when idle, compared and counted")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port {self.port} is not in 0..65535")
+        if not 0.0 <= self.shadow_check <= 1.0:
+            raise ConfigError(f"--shadow-check {self.shadow_check:g} is not in [0, 1]; 0.01 checks one request in a hundred")
         if self.api_key is None and os.environ.get("JAXINFER_API_KEY"):
             object.__setattr__(self, "api_key", os.environ["JAXINFER_API_KEY"])
 

@@ -66,4 +66,4 @@ print(f"{counts.accepted_tokens} of {counts.draft_tokens} drafts stood, in {coun
 
 # %%
 for (way, rows), seconds in sorted(lookup.engine.speculator.costs.table().items()):
-    print(f"{way:>6} step, {rows} row(s): {seconds * 1000:.2f} ms")
+    print(f"{way!s:>8} step, {rows} row(s): {seconds * 1000:.2f} ms")

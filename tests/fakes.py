@@ -27,6 +27,7 @@ from jaxinfer.serve.context import Context
 from jaxinfer.serve.loop import EngineLoop, Progress
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.server import Server, bind
+from jaxinfer.serve.shadow import Shadow
 from jaxinfer.tokenizer import Tokenizer
 
 SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -98,6 +99,7 @@ class FakeEngine:
     seen: list[Request] = field(default_factory=list)
     release: threading.Event = field(default_factory=threading.Event)
     closed: bool = False
+    speculator: Any = None
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer, self.tokenizer.vocab_size)
@@ -212,7 +214,7 @@ class LiveServer:
         self.fake = FakeEngine()
         config = ServerConfig(port=0, **settings)
         listening = bind(config.host, 0)
-        self.loop = EngineLoop(make or (lambda progress: self.fake), stall_seconds=stall_seconds)
+        self.loop = EngineLoop(make or (lambda progress: self.fake), stall_seconds=stall_seconds, shadow=Shadow(config.shadow_check))
         metrics = Metrics(lambda: self.loop.loaded, config.served_model_name)
         self.loop.observer = metrics.observe
         self.context = Context(config, self.loop, metrics)

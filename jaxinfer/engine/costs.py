@@ -1,15 +1,16 @@
-"""What a step costs with and without drafts, for every number of rows: measured when the engine starts, corrected by what steps take.
+"""What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
 
-A way to run a step is PLAIN, WIDE (drafts from the host) or MODEL (drafts from the draft model). Seconds are those of a monotonic clock.
-This file does not know what drafts are worth.
+Steps are compared with plain ones of the same size that were made just before: whatever else the machine does makes both slower. Medians
+count on both sides, since steps that took long because something else had the processor say nothing about their kind. Seconds are those
+of a monotonic clock. This file does not know what drafts are worth.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from jaxinfer.batch import Batch
 from jaxinfer.step.buckets import Bucket
@@ -17,71 +18,134 @@ from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
 from jaxinfer.step.program import Program
 
-PLAIN, WIDE, MODEL = "plain", "wide", "model"
 ROUNDS = 5
-NEW = 0.1  # least weight of the latest step
-OUTLIER = 2.0  # a step that takes so many times what is expected counts as this
+PLAINS = 5  # plain steps that one with drafts is compared with
+KEPT = 15  # comparisons that are remembered
+START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
+BESIDE = 8  # a plain step that lies further back is no comparison
+
+
+class Way(NamedTuple):
+    """How a step is run. width: tokens of a decode row. hidden: some of them are thought of on the device, by the draft model."""
+
+    width: int
+    hidden: bool = False
+
+    def __str__(self) -> str:
+        return "plain" if self.width == 1 else f"{'model' if self.hidden else 'host'} x{self.width}"
+
+
+PLAIN = Way(1)
 
 
 class Costs:
-    """Seconds of a step by way and rows of its program (per replica). Empty until something was measured."""
+    """Steps by way and rows (per replica). Empty until something was measured."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int], float] = {}
-        self._steps: Counter[tuple[str, int]] = Counter()
+        self._start: dict[tuple[Way, int], float] = {}
+        self._plains: dict[int, deque[float]] = {}
+        self._latest: dict[int, int] = {}
+        self._ratios: dict[tuple[Way, int], deque[float]] = {}
+        self._typical: dict[tuple[Way, int], float] = {}
+        self._sizes: dict[tuple[Way, int], int] = {}
+        self._steps = 0
 
-    def set(self, way: str, rows: int, seconds: float) -> None:
-        """Note what was measured."""
-        self._seconds[way, rows] = seconds
+    @property
+    def ways(self) -> list[Way]:
+        """The ways to run a step with drafts that were measured, the narrowest first."""
+        return sorted({way for way, _ in self._start if way != PLAIN})
 
-    def take(self, way: str, rows: int, seconds: float) -> None:
-        """Correct by what a step took: the first one counts for more than what was measured at the start, with nothing to do."""
-        known = self._seconds.get((way, rows), seconds)
-        self._steps[way, rows] += 1
-        self._seconds[way, rows] = known + max(NEW, 1 / self._steps[way, rows]) * (min(seconds, OUTLIER * known) - known)
+    def set(self, way: Way, rows: int, seconds: float) -> None:
+        """Note what the program for so many rows took at the start."""
+        self._start[way, rows] = seconds
+        self._sizes.clear()
 
-    def table(self) -> dict[tuple[str, int], float]:
-        """All that is known."""
-        return dict(self._seconds)
+    def take(self, way: Way, rows: int, seconds: float) -> None:
+        """Note what a step of so many rows took.
 
-    def get(self, way: str, rows: int) -> float:
-        """Seconds of a step that holds so many rows.
+        Raises:
+            LookupError: no such step was measured.
+        """
+        size = self.size(PLAIN, rows)
+        self._steps += 1
+        if way == PLAIN:
+            self._plains.setdefault(size, deque(maxlen=PLAINS)).append(seconds)
+            self._latest[size] = self._steps
+        elif self._steps - self._latest.get(size, -BESIDE) <= BESIDE:
+            ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
+            ratios.append(seconds / _median(self._plains[size]))
+            self._typical[way, size] = _median(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
+
+    def table(self) -> dict[tuple[Way, int], float]:
+        """What each program took at the start, in seconds."""
+        return dict(self._start)
+
+    def ratio(self, way: Way, rows: int) -> float:
+        """How many plain steps a step of so many rows takes.
 
         Raises:
             LookupError: no program measured holds them.
         """
-        return self._seconds[way, self._size(way, rows)]
+        size = self.size(PLAIN, rows)
+        found = self._typical.get((way, size))
+        if found is None:
+            found = self._typical[way, size] = self._measured(way, size)
+        return found
 
-    def seen(self, way: str, rows: int) -> bool:
-        """Whether such a step was ever made, not only measured at the start."""
-        return self._steps[way, self._size(way, rows)] > 0
+    def size(self, way: Way, rows: int) -> int:
+        """The rows of the program that holds so many.
 
-    def _size(self, way: str, rows: int) -> int:
-        sizes = [size for known, size in self._seconds if known == way and size >= rows]
-        if not sizes:
-            raise LookupError(f"no {way} step of {rows} rows was measured")
-        return min(sizes)
+        Raises:
+            LookupError: none that was measured does.
+        """
+        found = self._sizes.get((way, rows))
+        if found is None:
+            sizes = [size for known, size in self._start if known == way and size >= rows]
+            if not sizes:
+                raise LookupError(f"no {way} step of {rows} rows was measured")
+            found = self._sizes[way, rows] = min(sizes)
+        return found
+
+    def _measured(self, way: Way, size: int) -> float:
+        return self._start[way, self.size(way, size)] / self._start[PLAIN, size]
+
+
+def way_of(batch: Batch, bucket: Bucket) -> Way:
+    """How a step without prompts is run."""
+    return Way(bucket.decode_tokens, batch.hidden and bucket.decode_tokens > 1)
 
 
 def measure(program: Program) -> Costs:
     """Time every step without prompts a few times, with rows that hold nothing: attention to a long context is not in it."""
+    runs = [(way, bucket.decode_rows, run) for bucket in program.config.buckets for way, run in _runs(program, bucket)]
+    taken: dict[tuple[Way, int], float] = {}
+    for turn in range(1 + ROUNDS):  # the first touches memory for the first time; what disturbs one turn disturbs all ways to run
+        for way, rows, run in runs:
+            seconds = _timed(run)
+            taken[way, rows] = seconds if turn <= 1 else min(seconds, taken[way, rows])
     costs = Costs()
-    for bucket in program.config.buckets:
-        if not bucket.prefill_tokens:
-            for way, run in _runs(program, bucket):
-                run()  # the first touches memory for the first time
-                costs.set(way, bucket.decode_rows, min(_timed(run) for _ in range(ROUNDS)))
+    for (way, rows), seconds in taken.items():
+        costs.set(way, rows, seconds)
     return costs
 
 
-def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[Way, Callable[[], Any]]]:
+    if bucket.prefill_tokens:
+        return
     packed = pack(Batch((), ()), program.config.shapes(bucket))
     if bucket.decode_tokens == 1:
         yield PLAIN, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
         return
-    yield WIDE, lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
+    yield Way(bucket.decode_tokens), lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
     if program.config.draft is not None:
-        yield MODEL, lambda: program.verify(program.forward(packed, Demand.GREEDY), Demand.GREEDY).counts
+        drafting = Way(bucket.decode_tokens, hidden=True)
+        yield drafting, lambda: program.verify(program.forward(packed, Demand.GREEDY), Demand.GREEDY).counts
+
+
+def _median(values: Iterable[float]) -> float:
+    """The one in the middle, of two the lower."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def _timed(run: Callable[[], Any]) -> float:

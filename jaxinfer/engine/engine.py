@@ -62,13 +62,14 @@ class _Active:
 
 @dataclass
 class _Flight:
-    """A batch on the devices, not committed yet. `sampled` is None until its sampler is launched."""
+    """A batch on the devices, not committed yet. steady: launched behind another. `sampled` is None until its sampler is launched."""
 
     batch: Batch
     packed: Packed
     computed: Computed
     begun: float
     host_gap: float
+    steady: bool
     scored: Scored | None = None
     sampled: Sampled | Verified | None = None
 
@@ -208,7 +209,8 @@ class Engine:
         idle = all(flight.done for flight in self._flights)
         computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
-        return _Flight(batch, packed, computed, begun, gap, self.program.score(packed, computed))
+        steady = bool(self._flights) or not self._depth
+        return _Flight(batch, packed, computed, begun, gap, steady, self.program.score(packed, computed))
 
     def _land(self, left: int) -> list[Output]:
         """Commit the oldest flights until so many are left."""
@@ -231,7 +233,7 @@ class Engine:
         for (index, row), sequence in zip(rows, sequences, strict=True):
             if row.samples and sequence is not None:
                 outputs.append(self._advance_by(self._active[row.request.key], drawn[index]))
-        self._measure(flight)
+        self._measure(flight, sum(counts))
         return outputs
 
     def _advance_by(self, active: _Active, drawn: list[Drawn]) -> Output:
@@ -363,13 +365,13 @@ class Engine:
             raise RequestError(f"min_tokens {params.min_tokens} exceeds the {limit} tokens that still fit; lower it", "min_tokens")
         return limit
 
-    def _measure(self, flight: _Flight) -> None:
+    def _measure(self, flight: _Flight, drawn: int) -> None:
         now = time.perf_counter()
         shapes, batch = flight.packed.shapes, flight.batch
         padded = shapes.bucket.tokens * shapes.replicas
         phase = "mixed" if batch.prefills else "decode"
         if self.speculator is not None and self._idle_since:
-            self.speculator.observe(batch, shapes.bucket, now - self._idle_since)
+            self.speculator.observe(batch, shapes.bucket, now - self._idle_since, drawn=drawn, steady=flight.steady)
         self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 

@@ -7,12 +7,14 @@ a step costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 START = 0.5  # the chance of a kind that was never tried
 WEIGHT = 4.0  # trials that a starting point counts for
 MEMORY = 0.97  # what each trial leaves of the weight of those before
+LEAST = 0.02  # a draft that stands more seldom is not worth its page
 
 
 @dataclass
@@ -45,11 +47,24 @@ class History:
         self.kinds.setdefault(kind, Odds()).take(accepted, proposed)
         self.own.setdefault(key, {}).setdefault(kind, Odds()).take(accepted, proposed)
 
-    def worth(self, key: Hashable, kind: str, count: int) -> float:
-        """Tokens that so many drafts of a kind are likely to give a sequence."""
-        chance = self.own.get(key, {}).get(kind, Odds()).chance(self.kinds.get(kind, Odds()).chance(START))
-        return sum(chance**place for place in range(1, count + 1))
+    def chance(self, key: Hashable, kind: str) -> float:
+        """How likely a sequence's next draft of a kind stands: above 0 and below 1."""
+        of_all = self.kinds.get(kind)
+        start = START if of_all is None else of_all.chance(START)
+        own = self.own.get(key)
+        odds = None if own is None else own.get(kind)
+        return start if odds is None else odds.chance(start)
 
     def forget(self, key: Hashable) -> None:
         """A sequence has ended."""
         self.own.pop(key, None)
+
+
+def worth(chance: float, count: int) -> float:
+    """Tokens that so many drafts are likely to give, if each that may stand does so with this chance, above 0 and below 1."""
+    return chance * (1 - chance**count) / (1 - chance)
+
+
+def enough(chance: float) -> int:
+    """How many drafts are worth making: the last one stands in at least `LEAST` of the steps; never fewer than one."""
+    return max(1, int(math.log(LEAST) / math.log(chance)))

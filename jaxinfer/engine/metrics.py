@@ -25,7 +25,8 @@ class StepRecord:
 class EngineMetrics:
     """Gauges (running, waiting, kv_usage from 0 to 1), totals since the start, and the latest steps (oldest dropped).
 
-    drafts: rows that had some. accepted_at: drafts that stood, by their place among the row's, from 0.
+    drafts: rows that had some. accepted_at: drafts that stood, by their place among the row's, from 0. shadow: "checks", finished requests
+    that were run again without drafts, and "mismatches", those of them whose tokens differed (`serve/shadow.py`).
     """
 
     running: int = 0
@@ -41,6 +42,7 @@ class EngineMetrics:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_at: Counter[int] = field(default_factory=Counter)
+    shadow: Counter[str] = field(default_factory=Counter)
     steps: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=4096))
 
     def record(self, step: StepRecord) -> None:

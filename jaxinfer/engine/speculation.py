@@ -1,21 +1,24 @@
-"""Who gets drafts in the next step, and whether anybody does: only where they are likely to pay.
+"""Who gets drafts in the next step, how many, and whether anybody does: only where they are likely to pay.
 
-For every sequence that decodes, each proposer is asked; of what they say, the guess with the best history is taken. Drafts make a step
-wider for all its rows, so the question is one for the whole step: tokens to be expected per second with drafts against tokens per second
-without, by the history of acceptance and the costs of steps. Where drafts do not pay, they are tried once in a while all the same, so
-seldom that it costs at most `PROBE` of the time. This file does not know how drafts are verified.
+For every sequence that decodes, each proposer is asked; of what they say, the guess with the best history is taken, as far as its drafts
+are likely enough to stand. Drafts make a step wider for all its rows, so the question is one for the whole step: for each width that there
+is a program for, the tokens to be expected per second with drafts against those without, by the history of acceptance and the costs of
+steps at this number of rows. Where drafts do not seem to pay they are tried as often as the allowance (`allowance.py`) permits; where they
+do, steps without are made once in a while, so that their cost is known too. This file does not know how drafts are verified.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.config import SpeculationConfig
-from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs
-from jaxinfer.engine.history import History
+from jaxinfer.engine.allowance import Allowance
+from jaxinfer.engine.costs import PLAIN, Costs, Way, way_of
+from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
@@ -26,9 +29,11 @@ from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.program import ProgramConfig
 
-MARGIN = 1.02  # what drafts must promise: their worth is an estimate
-PROBE = 0.01
-SELDOM = 32  # steps without drafts between two trials, at least
+MARGIN = 1.05  # what drafts must promise: their worth and what steps cost are estimates
+FIRST, FRESH, AGAIN = 8, 256, 3  # after so many steps with drafts, later more, a few are made without, to see what these cost now
+SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
+APART = 16  # steps without drafts between two trials, at least
+PATIENT, SELDOM = 16, 4  # after so many refusals in a row proposers are asked before every fourth step: it takes the host's time
 
 
 class Candidate(NamedTuple):
@@ -39,15 +44,39 @@ class Candidate(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """A proposal and how many tokens it is likely to give."""
+    """A proposal and the chance that each of its drafts stands. likely: that the text goes on such that it can be used at all."""
 
     proposal: Proposal
-    worth: float
+    chance: float
+    likely: float = 1.0
+
+    def worth(self, count: int) -> float:
+        """Tokens that its first `count` drafts are likely to give."""
+        return self.likely * worth(self.chance, min(count, len(self.proposal.tokens)))
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the host does not know its drafts."""
+        return self.proposal.tokens[0] == DRAFTED
+
+
+class Plan(NamedTuple):
+    """A step with drafts: how it is run, for whom, how many tokens a row is likely to get, and what it costs in plain steps."""
+
+    way: Way
+    guesses: Mapping[Key, Guess]
+    tokens: float
+    cost: float
+
+    @property
+    def promise(self) -> float:
+        """Tokens per second, those of a plain step being 1."""
+        return self.tokens / self.cost
 
 
 @dataclass
 class Speculator:
-    """Decides for an engine. always: draft whenever there is a guess, whatever it costs (tests and selftests)."""
+    """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks)."""
 
     proposers: Sequence[Proposer]
     drafts: int
@@ -57,17 +86,32 @@ class Speculator:
     metrics: EngineMetrics
     always: bool = False
     history: History = field(default_factory=History)
+    allowance: Allowance = field(default_factory=Allowance)
     _kinds: dict[Key, str] = field(default_factory=dict)
-    _refused: dict[int, int] = field(default_factory=dict)
+    _age: Counter[int] = field(default_factory=Counter)
+    _looks: Counter[int] = field(default_factory=Counter)
+    _until: dict[int, int] = field(default_factory=dict)
+    _apart: dict[int, int] = field(default_factory=dict)
+    _refused: Counter[int] = field(default_factory=Counter)
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
-        guesses = {candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}
+        rows = len(candidates)
+        size = self._size(rows)
+        if not self.always and self._refused[size] >= PATIENT and self._refused[size] % SELDOM:
+            self._refused[size] += 1
+            return {}
+        plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         for proposer in self.proposers:
             proposer.rest()
-        chosen = self._choose(guesses, len(candidates))
-        self._kinds = {key: guess.proposal.kind for key, guess in chosen.items()}
-        return {key: guess.proposal.tokens for key, guess in chosen.items()}
+        if plan is None:
+            self._refused[size] += 1
+            return {}
+        del self._refused[size]
+        self._kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
+        most = plan.way.width - 1
+        counts = {key: most if self.always else min(most, enough(guess.chance)) for key, guess in plan.guesses.items()}
+        return {key: guess.proposal.tokens[: counts[key]] for key, guess in plan.guesses.items()}
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:
         """Take in how many tokens rows with drafts have drawn."""
@@ -75,18 +119,32 @@ class Speculator:
             proposed, accepted = len(row.tokens) - 1, count - 1
             if not proposed or accepted < 0:
                 continue
-            self._refused.clear()
             self.history.take(row.request.key, self._kinds.get(row.request.key, "draft"), accepted, proposed)
             self.metrics.drafts += 1
             self.metrics.draft_tokens += proposed
             self.metrics.accepted_tokens += accepted
             self.metrics.accepted_at.update(range(accepted))
 
-    def observe(self, batch: Batch, bucket: Bucket, seconds: float) -> None:
-        """Take in how long a step took, from the end of the one before."""
-        if not batch.prefills:
-            way = PLAIN if bucket.decode_tokens == 1 else MODEL if batch.hidden else WIDE
-            self.costs.take(way, bucket.decode_rows, seconds)
+    def observe(self, batch: Batch, bucket: Bucket, seconds: float, *, drawn: int, steady: bool) -> None:
+        """Take in a step: how long it took from the end of the one before, how many tokens it drew, and whether it was launched behind
+        another, as all are where there are no drafts."""
+        if batch.prefills:
+            return
+        way, rows = way_of(batch, bucket), len(batch.decodes)
+        size = self._size(rows)
+        if way != PLAIN or steady:
+            self.costs.take(way, size, seconds)
+        if way == PLAIN:
+            self.allowance.earn(size)
+            self._apart[size] = self._apart.get(size, APART) + 1
+            if self._apart[size] > APART:
+                self._until.pop(size, None)
+            if steady:
+                self._age[size], self._looks[size] = 0, max(0, self._looks[size] - 1)
+            return
+        self._age[size] += 1
+        self._apart[size] = 0
+        self.allowance.settle(size, drawn / rows - self.costs.ratio(way, size))
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
@@ -94,39 +152,54 @@ class Speculator:
         for proposer in self.proposers:
             proposer.forget(key)
 
+    def _size(self, rows: int) -> int:
+        """The rows of the plain program for so many: what is known of one number holds for its neighbours."""
+        return self.costs.size(PLAIN, -(-rows // self.replicas))
+
     def _guesses(self, candidate: Candidate) -> list[Guess]:
-        key, found = candidate.sequence.request.key, []
+        """What each proposer says. What it says about a text whose last token is still on its way can be used if the text goes on as
+        guessed."""
+        sequence = candidate.sequence
+        key, found = sequence.request.key, []
         for proposer in self.proposers:
             if proposer.DEVICE and not candidate.hidden:
                 continue
-            proposal = proposer.propose(candidate.sequence, self.drafts)
+            proposal = proposer.propose(sequence, self.drafts)
             if proposal is not None and not proposer.DEVICE:
                 proposal = proposal._replace(tokens=checked(proposal.tokens, self.vocab))
             if proposal is not None and proposal.tokens:
-                found.append(Guess(proposal, self.history.worth(key, proposal.kind, len(proposal.tokens))))
+                chance = self.history.chance(key, proposal.kind)
+                found.append(Guess(proposal, chance, chance if sequence.pending and not proposer.DEVICE else 1.0))
         return found
 
-    def _choose(self, guesses: Mapping[Key, list[Guess]], rows: int) -> dict[Key, Guess]:
-        """Drafts from the host alone, or from the device too: whichever gives more tokens per second, if it is more than without."""
-        size = -(-rows // self.replicas)
-        best, rate, tried = dict[Key, Guess](), 0.0, WIDE
-        for way, allowed in ((WIDE, False), (MODEL, True)):
-            found = {key: _best(own, allowed) for key, own in guesses.items()}
-            chosen = {key: guess for key, guess in found.items() if guess is not None}
-            if not chosen or (allowed and not any(DRAFTED in guess.proposal.tokens for guess in chosen.values())):
-                continue
-            expected = (rows + sum(guess.worth for guess in chosen.values())) / self.costs.get(way, size)
-            if expected > rate:
-                best, rate, tried = chosen, expected, way
-        if not best or self.always or rate > MARGIN * rows / self.costs.get(PLAIN, size) or self._probe(tried, size):
-            return best
-        return {}
+    def _plan(self, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
+        """The step with drafts that promises most, if it is to be made."""
+        plans = [plan for way in self.costs.ways if (plan := self._planned(way, found, size, rows)) is not None]
+        if self.always:
+            return max(plans, key=lambda plan: plan.tokens, default=None)
+        best = max(plans, key=lambda plan: plan.promise, default=None)
+        if best is None:
+            return None
+        if best.promise > MARGIN and self.allowance.believes(size):
+            until = self._until.get(size, FIRST)
+            if self._age[size] >= min(until, FRESH if best.promise > SURE else NEAR):
+                self._looks[size], self._until[size] = AGAIN, min(2 * until, FRESH)
+            return None if self._looks[size] else best
+        due = self._apart.get(size, APART) >= APART
+        return best if due and self.allowance.affords(size, best.cost - 1) else None
 
-    def _probe(self, way: str, size: int) -> bool:
-        """Whether it is time to try drafts although they do not seem to pay: soon, if such a step was never made."""
-        self._refused[size] = self._refused.get(size, 0) + 1
-        extra = self.costs.get(way, size) / self.costs.get(PLAIN, size) - 1 if self.costs.seen(way, size) else 0.0
-        return self._refused[size] > max(SELDOM, extra / PROBE)
+    def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
+        """Drafts for one way to run the step; None where nobody has any that need it."""
+        most, chosen, expected = way.width - 1, dict[Key, Guess](), 0.0
+        for key, guesses in found.items():
+            value = 0.0
+            for guess in guesses:
+                if (way.hidden or not guess.hidden) and (own := guess.worth(most)) > value:
+                    chosen[key], value = guess, own
+            expected += value
+        if not chosen or (way.hidden and not any(guess.hidden for guess in chosen.values())):
+            return None
+        return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size))
 
 
 def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
@@ -146,7 +219,3 @@ def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:
         found.append(EagleProposer() if head else DraftProposer())
     return found
 
-
-def _best(guesses: Sequence[Guess], allowed: bool) -> Guess | None:
-    found = [guess for guess in guesses if allowed or DRAFTED not in guess.proposal.tokens]
-    return max(found, key=lambda guess: guess.worth, default=None)

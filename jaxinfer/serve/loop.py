@@ -19,6 +19,7 @@ from typing import Any
 from jaxinfer.request import Output, QueueFull, Request, RequestError
 from jaxinfer.serve.errors import ApiError
 from jaxinfer.serve.phase import Phase, Pulse, Stage
+from jaxinfer.serve.shadow import Shadow
 from jaxinfer.serve.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -37,16 +38,18 @@ class EngineLoop:
 
     phase, stage: for /health. failure: what ended the engine. on_change: called with each new phase and each report of a stage,
     from whatever thread it comes.
+    shadow: checks drafts while nobody asks for anything.
     observer: called on the event loop with the outputs of each step and the time (monotonic seconds).
     """
 
-    def __init__(self, factory: Factory, *, stall_seconds: float = STALL_SECONDS) -> None:
+    def __init__(self, factory: Factory, *, stall_seconds: float = STALL_SECONDS, shadow: Shadow | None = None) -> None:
         self.phase = Phase.LOADING
         self.stage = Stage()
         self.failure: BaseException | None = None
         self.on_change: Callable[[Phase | Stage], None] = _ignore
         self.observer: Observer = _unobserved
         self._factory = factory
+        self._shadow = shadow or Shadow(0.0)
         self._stall_seconds = stall_seconds
         self._stages: dict[str, Stage] = {}
         self._engine: Any = None
@@ -183,10 +186,11 @@ class EngineLoop:
     def _step(self) -> None:
         began = time.monotonic()
         before = self._engine.metrics.steps_total
-        outputs = self._engine.step()
+        made = self._engine.step()
+        outputs = self._shadow.take(self._engine, made)
         if outputs:
             self._call_soon(self._dispatch, outputs)
-        if outputs or self._engine.metrics.steps_total != before:  # a step that ran no batch and said nothing is no progress
+        if made or self._engine.metrics.steps_total != before:  # a step that ran no batch and said nothing is no progress
             self._pulse.beat(time.monotonic() - began)
 
     def _take_jobs(self) -> None:
@@ -194,10 +198,13 @@ class EngineLoop:
         while not self._engine.has_work or not self._jobs.empty():
             if not self._engine.has_work:
                 self._pulse.beat()
+                if self._jobs.empty() and self._shadow.begin(self._engine):
+                    return
             try:
                 job = self._jobs.get(timeout=min(IDLE_SECONDS, self._stall_seconds / 4))
             except queue.Empty:
                 continue
+            self._shadow.give_way(self._engine)
             job(self._engine)
 
     def _add(self, engine: Any, stream: Stream) -> None:
@@ -211,6 +218,8 @@ class EngineLoop:
                 logger.exception("the engine failed to take a request")
             self._call_soon(stream.fail, _refusal(error))
         else:
+            for request in stream.requests:
+                self._shadow.watch(request)
             self._call_soon(_accept, stream)
 
     def _report(self, name: str, done: int, total: int) -> None:

@@ -59,6 +59,8 @@ _READINGS = (
     _drafts("draft_tokens", "Drafts that were verified.", lambda m: m.draft_tokens),
     _drafts("accepted_tokens", "Drafts that stood.", lambda m: m.accepted_tokens),
     _drafts("accepted_tokens_per_pos", "Drafts that stood, by place.", lambda m: dict(m.accepted_at), label="position"),
+    _Reading("shadow_checks", "", "Requests run again without drafts.", lambda m: m.shadow["checks"]),
+    _Reading("shadow_mismatches", "", "Requests that gave other tokens without drafts.", lambda m: m.shadow["mismatches"]),
     _Reading("steps", "", "Steps of the engine.", lambda m: m.steps_total),
     _Reading("compilations", "", "Programs compiled, by bucket.", lambda m: dict.fromkeys(m.compile_seconds, 1), label="bucket"),
     _Reading("compile_seconds", "", "Seconds spent on compiling, by bucket.", lambda m: dict(m.compile_seconds), label="bucket"),

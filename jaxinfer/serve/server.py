@@ -28,6 +28,7 @@ from jaxinfer.serve.loop import EngineLoop, Factory, Progress
 from jaxinfer.serve.metrics import Metrics
 from jaxinfer.serve.phase import Phase, Stage
 from jaxinfer.serve.protocol import protocol
+from jaxinfer.serve.shadow import Shadow
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
 STOP_SECONDS = 5.0  # how long the engine's thread may take to end
@@ -41,11 +42,13 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve until told to stop. Returns the exit code: 0 after a drain, 1 when the engine failed, 130 after Ctrl-C.
 
     Raises:
-        ConfigError: the address cannot be listened on, or the key is empty.
+        ConfigError: the address cannot be listened on, the key is empty, or drafts are to be checked where there are none.
         ConfigError, CheckpointError, TokenizerError: the model cannot be run as asked.
     """
     if server.api_key == "":
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to serve without one")
+    if server.shadow_check and engine.speculation.speculate == "off":
+        raise ConfigError("--shadow-check has nothing to check with --speculate off; choose a way to draft, or leave it out")
     listening = bind(server.host, server.port)
 
     def factory(progress: Progress) -> Any:
@@ -87,7 +90,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def run(factory: Factory, config: ServerConfig, listening: socket.socket, *, model: str) -> int:
     """Load what `factory` makes and serve it on a socket until a signal ends it."""
-    engine = EngineLoop(factory)
+    engine = EngineLoop(factory, shadow=Shadow(config.shadow_check))
     metrics = Metrics(lambda: engine.loaded, config.served_model_name)
     engine.observer = metrics.observe
     context = Context(config, engine, metrics)

@@ -64,8 +64,10 @@ def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
 
 
 def verifying(max_sequences: int, drafts: int) -> tuple[Bucket, ...]:
-    """The shapes beside `buckets` in which each decode row may have so many drafts; steps with prompts in them have none."""
-    return tuple(Bucket(0, 0, rows, 1 + drafts) for rows in _powers(1, max_sequences, 4))
+    """The shapes beside `buckets` in which each decode row may have so many drafts, or half as many where four or more are meant: with many
+    rows each token costs, and the first drafts stand most often. Steps with prompts in them have none."""
+    widths = (1 + drafts // 2, 1 + drafts) if drafts >= 4 else (1 + drafts,)
+    return tuple(Bucket(0, 0, rows, width) for width in widths for rows in _powers(1, max_sequences, 4))
 
 
 def fixed(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:

@@ -92,6 +92,7 @@ def test_audit_budgets():
         (lambda: EngineConfig(execution=ExecutionConfig(deterministic="on"), speculation=SpeculationConfig("auto")), "--deterministic"),
         (lambda: EngineConfig(execution=ExecutionConfig(deterministic="on"), speculation=SpeculationConfig("eagle")), "--deterministic"),
         (lambda: ServerConfig(port=65536), "--port"),
+        (lambda: ServerConfig(shadow_check=1.5), "--shadow-check"),
     ],
 )
 def test_settings_that_cannot_work_name_their_flag(make, flag):

@@ -39,5 +39,7 @@ class Proposer(Protocol):
 
 def checked(tokens: Values[int], vocab: int) -> tuple[int, ...]:
     """The drafts before the first that is no token id of the model: a foreign id would be looked up as another token."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab):
+        return tuple(tokens)
     bad = next((place for place, token in enumerate(tokens) if not 0 <= token < vocab), len(tokens))
     return tuple(tokens[:bad])

@@ -1,5 +1,7 @@
 """The benchmark of drafts on the tiny engines: its rows, and its prompts."""
 
+import argparse
+
 import pytest
 
 from jaxinfer.bench import speculation
@@ -11,6 +13,7 @@ def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
     rows = speculation.measure({"off": plain, "auto": speculating}, [(1, 2, 3), (5, 6, 5, 6, 5)], 12, 1)
     assert [row["way"] for row in rows] == ["off", "auto"]
     assert rows[0]["speedup"] == 1.0 and all(row["equal"] and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[0]["costs_little"] and rows[0]["drafts"] == 0 < rows[1]["drafts"]
     assert rows[0]["drafted_rows"] == rows[0]["acceptance"] == 0
     assert 0 < rows[1]["acceptance"] <= 1 and rows[1]["drafted_rows"] > 0
     assert rows[1]["tokens_per_step"] > rows[0]["tokens_per_step"]
@@ -19,11 +22,21 @@ def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
 @pytest.mark.parametrize("kind", speculation.KINDS)
 def test_prompts_differ_and_say_what_they_want(kind):
     tokenizer = byte_tokenizer()
-    found = speculation.prompts(kind, 64, tokenizer)
-    assert len({tuple(prompt) for prompt in found}) == 64
+    found = speculation.prompts(kind, 256, tokenizer)
+    assert len({tuple(prompt) for prompt in found}) == 256
     assert ("Copy this text" in tokenizer.decode(found[9])) == (kind == "copying")
 
 
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="with a tokenizer"):
         speculation.prompts("story", 1, None)
+
+
+def test_several_values_stand_with_commas_between_them():
+    parser = argparse.ArgumentParser()
+    speculation.add_arguments(parser)
+    found = parser.parse_args(["--batch", "1,8,64", "--batch", "256", "--way", "lookup,auto", "--kind", "chat"])
+    assert (found.batch, found.way, found.kind) == ([1, 8, 64, 256], ["lookup", "auto"], ["chat"])
+    for flags in (["--batch", "0"], ["--batch", "x"], ["--way", "lookup,magic"], ["--kind", ","]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(flags)

@@ -2,40 +2,68 @@
 
 import pytest
 
-from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs, measure
+from jaxinfer.batch import DRAFTED, Batch, Row
+from jaxinfer.engine.costs import BESIDE, KEPT, PLAIN, START, Costs, Way, measure, way_of
+from jaxinfer.request import Request
+from jaxinfer.step.buckets import Bucket
+
+WIDE, MODEL = Way(3), Way(3, hidden=True)
 
 
-def test_the_smallest_program_that_holds_the_rows_counts():
+@pytest.fixture
+def costs():
     costs = Costs()
-    costs.set(PLAIN, 1, 1.0)
-    costs.set(PLAIN, 4, 2.0)
-    assert [costs.get(PLAIN, rows) for rows in (1, 2, 4)] == [1.0, 2.0, 2.0]
-    for way, rows in ((PLAIN, 5), (WIDE, 1)):
-        with pytest.raises(LookupError, match="was measured"):
-            costs.get(way, rows)
+    for way, rows, seconds in ((PLAIN, 1, 1.0), (PLAIN, 2, 1.5), (PLAIN, 4, 2.0), (WIDE, 1, 2.0), (WIDE, 4, 3.0), (MODEL, 4, 4.0)):
+        costs.set(way, rows, seconds)
+    return costs
 
 
-def test_steps_correct_what_was_measured_and_outliers_do_little():
-    costs = Costs()
-    costs.take(WIDE, 1, 2.0)
-    assert costs.get(WIDE, 1) == 2.0
-    costs.take(WIDE, 1, 3.0)
-    assert costs.get(WIDE, 1) == pytest.approx(2.5)
-    costs.take(WIDE, 1, 1000.0)
-    assert costs.get(WIDE, 1) < 3.4
-    for _ in range(100):
-        costs.take(WIDE, 1, 1.0)
-    assert costs.get(WIDE, 1) == pytest.approx(1.0, rel=0.01)
+def test_the_smallest_program_that_holds_the_rows_counts(costs):
+    assert [costs.size(PLAIN, rows) for rows in (1, 2, 3, 4)] == [1, 2, 4, 4]
+    assert [costs.ratio(WIDE, rows) for rows in (1, 2, 3, 4)] == [2.0, 2.0, 1.5, 1.5]
+    assert costs.ways == [WIDE, MODEL]
+    assert [str(way) for way in (PLAIN, *costs.ways)] == ["plain", "host x3", "model x3"]
+    with pytest.raises(LookupError, match="was measured"):
+        costs.ratio(WIDE, 5)
 
 
-def test_the_first_step_counts_for_more_than_what_was_measured_before():
-    costs = Costs()
-    costs.set(WIDE, 4, 9.0)
-    assert not costs.seen(WIDE, 2)
-    costs.take(WIDE, 4, 2.0)
-    assert costs.seen(WIDE, 2) and costs.get(WIDE, 2) == 2.0
+def test_steps_are_compared_with_plain_ones_of_their_time(costs):
+    for slow in (1.0, 5.0, 0.3):
+        for _ in range(KEPT):
+            costs.take(PLAIN, 1, slow)
+            costs.take(WIDE, 1, 1.2 * slow)
+        assert costs.ratio(WIDE, 1) == pytest.approx(1.2)
+    for _ in range(BESIDE):
+        costs.take(WIDE, 1, 9.0)
+    before = costs.ratio(WIDE, 1)
+    for _ in range(KEPT):
+        costs.take(WIDE, 1, 90.0)  # nobody knows what a plain one takes now
+    assert costs.ratio(WIDE, 1) == before
+
+
+def test_steps_that_take_long_now_and_then_do_nothing(costs):
+    for number in range(60):
+        costs.take(PLAIN, 1, 1.0 if number % 3 else 70.0)
+        costs.take(WIDE, 1, 1.3 if number % 4 else 100.0)
+    assert costs.ratio(WIDE, 1) == pytest.approx(1.3)
+
+
+def test_what_was_measured_at_the_start_is_forgotten(costs):
+    for number in range(START + 6):
+        costs.take(PLAIN, 3, 1.0)
+        costs.take(WIDE, 3, 5.0)
+        assert (costs.ratio(WIDE, 4) == 1.5) == (number < 2)
+
+
+def test_a_batch_says_how_it_is_run():
+    def way(*drafts):
+        return way_of(Batch((Row(Request("a", (1,)), 0, 0, (1, *drafts), (1,), samples=True),), ()), Bucket(0, 0, 1, 3 if drafts else 1))
+
+    assert [way(), way(5), way(5, DRAFTED)] == [PLAIN, WIDE, MODEL]
 
 
 def test_every_way_is_measured_for_all_rows(speculating):
     costs = measure(speculating.program)
-    assert all(costs.get(way, rows) > 0 for way in (PLAIN, WIDE, MODEL) for rows in (1, 2, 4))
+    assert costs.ways == [WIDE, MODEL]
+    assert all(costs.ratio(way, rows) > 0 for way in (WIDE, MODEL) for rows in (1, 2, 4))
+    assert all(seconds > 0 for seconds in costs.table().values())

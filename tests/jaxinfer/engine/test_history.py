@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.engine.history import START, History, Odds
+from jaxinfer.engine.history import START, History, Odds, enough, worth
 
 
 def test_trials_end_with_the_first_draft_that_does_not_stand():
@@ -26,13 +26,19 @@ def test_what_happened_lately_counts():
 
 def test_a_request_starts_from_its_kind_and_goes_its_own_way():
     history = History()
-    assert history.worth("a", "draft", 2) == pytest.approx(START + START**2)
+    assert history.chance("a", "draft") == START
     for _ in range(50):
         history.take("a", "draft", 3, 3)
         history.take("b", "lookup", 0, 3)
-    assert history.worth("new", "draft", 3) > 2.5 > 0.4 > history.worth("new", "lookup", 3)
+    assert history.chance("new", "draft") > 0.9 > 0.2 > history.chance("new", "lookup")
     for _ in range(30):
         history.take("c", "draft", 0, 3)
-    assert history.worth("c", "draft", 3) < history.worth("new", "draft", 3) < history.worth("a", "draft", 3)
+    assert history.chance("c", "draft") < history.chance("new", "draft") < history.chance("a", "draft")
     history.forget("a")
-    assert history.worth("a", "draft", 3) == history.worth("new", "draft", 3)
+    assert history.chance("a", "draft") == history.chance("new", "draft")
+
+
+def test_what_drafts_are_worth_and_how_many_are_enough():
+    assert worth(0.5, 3) == pytest.approx(0.5 + 0.25 + 0.125)
+    assert [enough(chance) for chance in (0.001, 0.1, 0.2, 0.5)] == [1, 1, 2, 5]
+    assert enough(0.999) > 100

@@ -6,15 +6,17 @@ from functools import reduce
 
 import pytest
 
-from jaxinfer.batch import DRAFTED, Row
+from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine import speculation
-from jaxinfer.engine.costs import MODEL, PLAIN, WIDE, Costs
+from jaxinfer.engine.allowance import START
+from jaxinfer.engine.costs import PLAIN, Costs, Way
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, FIRST, PATIENT, SELDOM, Candidate, Speculator
 from jaxinfer.request import Request, joined
+from jaxinfer.step.buckets import Bucket
 from tests.jaxinfer.conftest import scheduler
 from tests.jaxinfer.engine.test_engine import GREEDY, VARIETY, assert_same, one, reference, run, tokens
 
@@ -111,16 +113,19 @@ class Fixed:
         self.forgotten.append(key)
 
 
+WIDE, MODEL = Way(4), Way(4, hidden=True)
+
+
 def costs(**seconds):
     table = Costs()
-    for way in (PLAIN, WIDE, MODEL):
-        for rows in (1, 4, 16):
-            table.set(way, rows, seconds[way])
+    for way, name in ((PLAIN, "plain"), (WIDE, "wide"), (MODEL, "model"), (Way(2), "narrow")):
+        for rows in (1, 4, 16) if name in seconds else ():
+            table.set(way, rows, seconds[name])
     return table
 
 
-def speculator(*proposers, plain=1.0, wide=1.2, model=1.3):
-    return Speculator(proposers, 3, 100, 1, costs(plain=plain, wide=wide, model=model), EngineMetrics())
+def speculator(*proposers, **seconds):
+    return Speculator(proposers, 3, 100, 1, costs(**{"plain": 1.0, "wide": 1.2, "model": 1.3, **seconds}), EngineMetrics())
 
 
 def candidates(count=1, **hidden):
@@ -132,9 +137,15 @@ def drafted(name, drafts):
     return Row(Request(name, (1,)), 0, 0, (1, *drafts), (1,), samples=True)
 
 
+def observed(made, *drafts, drawn=1, seconds=1.0, steady=True):
+    """A step of one row has been made."""
+    made.observe(Batch((drafted("0", drafts),), ()), Bucket(0, 0, 1, 1 + len(drafts)), seconds, drawn=drawn, steady=steady)
+
+
 def test_drafts_are_given_while_they_pay():
     made = speculator(Fixed((7, 8, 9), "draft"))
     assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (7, 8, 9)}
+    made.allowance.settle(1, -START)  # nothing is left for trials
     for _ in range(60):
         made.learn([(drafted("0", (7, 8, 9)), 1)])
     assert made.propose(candidates()) == {}
@@ -146,19 +157,76 @@ def test_drafts_are_given_while_they_pay():
 
 
 def test_a_wide_step_that_costs_too_much_is_not_made_but_tried_now_and_then():
-    made = speculator(Fixed((7, 8, 9)), wide=4.2)
+    made = speculator(Fixed((7, 8, 9)), wide=2.5)
 
     def steps_until_tried():
-        return next(number for number in range(1000) if made.propose(candidates()))
+        for number in range(1000):
+            if made.propose(candidates()):
+                return number
+            observed(made)
+        return None
 
-    assert steps_until_tried() == 32  # what it costs was only measured at the start
-    made.learn([(drafted("0", (7, 8, 9)), 1)])
-    made.costs.take(WIDE, 1, 4.2)
-    assert steps_until_tried() == 320  # (4.2 - 1) / 1 %
-    made.learn([(drafted("0", (7, 8, 9)), 1)])
-    assert not made.propose(candidates())
+    assert steps_until_tried() == 0  # it was never made
+    observed(made, 7, 8, 9, seconds=2.5)
+    assert 90 < steps_until_tried() < 120  # 1.5 - 0.5 plain steps have to be saved, a hundredth of one in each step
+    observed(made, 7, 8, 9, seconds=2.5)
+    assert 140 < steps_until_tried() < 170
     made.always = True
     assert made.propose(candidates())
+
+
+def test_few_rows_with_drafts_that_pay_are_enough_and_how_many_drafts_follows_from_history_and_costs():
+    made = speculator(Fixed((7, 8, 9)), narrow=1.05)
+    for _ in range(60):
+        made.history.take(("0", 0), "fixed", 3, 3)
+    for _ in range(60):
+        made.history.take(("1", 0), "fixed", 0, 3)
+    assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (7,)}
+    made.costs = costs(plain=1.0, wide=2.4, narrow=1.05)
+    assert made.propose(candidates(2)) == {("0", 0): (7,), ("1", 0): (7,)}
+
+
+def test_what_is_said_about_a_text_that_goes_on_meanwhile_is_worth_less():
+    made = speculator(Fixed((7, 8, 9)), wide=1.6)
+    made.allowance.settle(1, -START)
+    waiting = candidates()
+    assert made.propose(waiting)
+    waiting[0].sequence.pending = 1
+    assert not made.propose(waiting)
+
+
+def test_promises_are_believed_as_long_as_they_have_not_cost_too_much():
+    made = speculator(Fixed((7, 8, 9)))
+    made.history.take = lambda *args: None  # nothing is learnt
+    made.costs.take = lambda *args: None
+    drafted = 0
+    for _ in range(100):
+        drafts = made.propose(candidates()).get(("0", 0), ())
+        observed(made, *drafts, seconds=1.2)
+        drafted += len(drafts) > 0
+    assert 15 < drafted < 30  # each costs 0.2
+
+
+def test_a_few_steps_without_drafts_show_what_they_cost_now():
+    made = speculator(Fixed((7, 8, 9)))
+    for _ in range(40):
+        made.history.take("x", "fixed", 3, 3)
+    steps = []
+    for _ in range(5 * FIRST):
+        drafts = made.propose(candidates()).get(("0", 0), ())
+        observed(made, *drafts, drawn=1 + len(drafts), steady=steps[-1:] == [0])
+        steps.append(len(drafts))
+    first, then = [3] * FIRST, [0] * (AGAIN + 1)  # the first of them is not launched behind another
+    assert steps[: 3 * FIRST + 2 * len(then)] == first + then + first * 2 + then
+
+
+def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
+    made, asked = speculator(Fixed((7, 8, 9)), wide=9.0), []
+    made.allowance.settle(1, -START)
+    made.proposers[0].rest = lambda: asked.append(1)
+    for _ in range(PATIENT + 40):
+        assert not made.propose(candidates())
+    assert len(asked) == PATIENT + 40 // SELDOM
 
 
 def test_ids_outside_of_the_vocabulary_are_refused():

@@ -64,6 +64,7 @@ def test_the_engines_own_counters(engine):
     counters.running, counters.waiting, counters.kv_usage, counters.preemptions = 3, 2, 0.25, 7
     counters.prompt_tokens, counters.generation_tokens = 11, 13
     counters.finished["stop"] = 4
+    counters.shadow.update({"checks": 9, "mismatches": 1})
     counters.drafts, counters.draft_tokens, counters.accepted_tokens = 5, 20, 8
     counters.accepted_at.update({0: 5, 1: 3})
     metrics = Metrics(lambda: engine, "served")
@@ -76,6 +77,7 @@ def test_the_engines_own_counters(engine):
     assert found["vllm:num_preemptions_total"] == 7
     assert found["vllm:request_success_total|stop"] == 4
     assert found["vllm:spec_decode_num_drafts_total"] == found["jaxinfer_spec_decode_num_drafts_total"] == 5
+    assert (found["jaxinfer_shadow_checks_total"], found["jaxinfer_shadow_mismatches_total"]) == (9, 1)
     assert (found["vllm:spec_decode_num_draft_tokens_total"], found["vllm:spec_decode_num_accepted_tokens_total"]) == (20, 8)
     assert found["vllm:spec_decode_num_accepted_tokens_per_pos_total|1"] == 3
     assert found["jaxinfer_compilations_total|t16"] == 1

@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from jaxinfer.config import ConfigError
-from jaxinfer.serve.server import bind
+from jaxinfer.config import ConfigError, EngineConfig, ServerConfig
+from jaxinfer.serve.server import bind, serve
 from tests.fakes import until
 
 ROOT = Path(__file__).parents[3]
@@ -124,6 +124,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_process():
     server = Process(load="raise ConfigError('planted: no such model')")
     assert server.wait() == 1
     assert "planted: no such model" in server.err
+
+
+def test_drafts_that_are_not_made_are_not_checked():
+    with pytest.raises(ConfigError, match="--speculate off"):
+        serve(EngineConfig(), ServerConfig(port=0, shadow_check=0.01))
 
 
 def test_ports_and_hosts():

@@ -74,10 +74,13 @@ def test_occupancy_is_that_of_the_fullest_replica():
 
 def test_rows_with_drafts_have_a_few_buckets_of_their_own():
     wide = verifying(64, 4)
-    assert [str(bucket) for bucket in wide] == ["decode1x5", "decode4x5", "decode16x5", "decode64x5"]
+    assert [str(bucket) for bucket in wide[:4]] == ["decode1x3", "decode4x3", "decode16x3", "decode64x3"]
+    assert [str(bucket) for bucket in wide[4:]] == ["decode1x5", "decode4x5", "decode16x5", "decode64x5"]
+    assert {bucket.decode_tokens for bucket in verifying(4, 2)} == {3}
     available = (*buckets(64, 512), *wide)
     assert choose(available, Occupancy(0, 0, 3)) == Bucket(0, 0, 4)
-    assert choose(available, Occupancy(0, 0, 3, 2)) == Bucket(0, 0, 4, 5)
+    assert choose(available, Occupancy(0, 0, 3, 2)) == Bucket(0, 0, 4, 3)
+    assert choose(available, Occupancy(0, 0, 3, 4)) == Bucket(0, 0, 4, 5)
     assert (Bucket(0, 0, 4, 5).tokens, Bucket(0, 0, 4, 5).rows) == (20, 4)
     with pytest.raises(LookupError):
         choose(available, Occupancy(32, 1, 3, 2))

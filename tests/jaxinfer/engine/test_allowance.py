@@ -1,0 +1,133 @@
+"""What drafts may cost: accounts, and the whole policy in simulated engines whose steps take any time now and then."""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+from jaxinfer.batch import Batch, Row
+from jaxinfer.engine.allowance import LEAST, MOST, SHARE, START, Allowance
+from jaxinfer.engine.costs import Costs, Way
+from jaxinfer.engine.metrics import EngineMetrics
+from jaxinfer.engine.proposers.proposal import Proposal
+from jaxinfer.engine.speculation import Candidate, Speculator
+from jaxinfer.request import Request
+from jaxinfer.step.buckets import Occupancy, buckets, choose, verifying
+
+
+def test_trials_are_saved_up_for():
+    account = Allowance()
+    assert account.affords(4, START) and not account.affords(4, START + 0.1)
+    account.settle(4, -START)
+    assert not account.affords(4, 0.5) and account.affords(8, START)
+    for _ in range(round(0.5 / SHARE) + 1):
+        account.earn(4)
+    assert account.affords(4, 0.5)
+    for _ in range(round(MOST / SHARE) * 2):
+        account.earn(4)
+    assert account.balance(4) == MOST
+
+
+def test_a_promise_that_was_never_kept_is_believed_no_more_until_something_is_gained():
+    account = Allowance()
+    account.settle(1, LEAST - START)
+    assert not account.believes(1)
+    account.settle(1, 100.0)
+    assert account.believes(1) and account.balance(1) == START
+    account.settle(1, -0.5)
+    account.settle(1, 0.1)
+    assert account.balance(1) == pytest.approx(START - 0.4)
+
+
+# The policy against engines that are only costs and chances
+
+
+class Anything:
+    """A proposer that always has four drafts."""
+
+    DEVICE = False
+
+    def propose(self, sequence, count):
+        return Proposal((1,) * count, "some")
+
+    def rest(self):
+        pass
+
+    def forget(self, key):
+        pass
+
+
+class World:
+    """So many rows. wide: what a step with four drafts a row takes beside one without, which takes 1; with two half of what is more.
+    stands: the chance of each draft; "copying": high for one row in four, low for the others. noise: how often a step takes longer, up to
+    ten times."""
+
+    def __init__(self, rows, stands, wide, *, noise=0.15, seed=0):
+        self.draw, self.rows, self.stands, self.wide, self.noise = random.Random(seed), rows, stands, wide, noise
+        self.steps = Counter()
+        self.available = (*buckets(256, 32), *verifying(256, 4))
+        costs = Costs()
+        for bucket in self.available:
+            if not bucket.prefill_tokens:
+                way = Way(bucket.decode_tokens)
+                costs.set(way, bucket.decode_rows, min(self.measured(way) for _ in range(5)))
+        self.made = Speculator((Anything(),), 4, 10, 1, costs, EngineMetrics())
+        self.requests = [Request(str(number), (1,)) for number in range(rows)]
+        self.candidates = [Candidate(SimpleNamespace(request=request, pending=0)) for request in self.requests]
+        self.seconds = self.tokens = 0.0
+
+    def takes(self, way):
+        return 1 + (self.wide - 1) * (way.width - 1) / 4
+
+    def measured(self, way):
+        slow = self.draw.uniform(2, 10) if self.draw.random() < self.noise else 1.0
+        load = (5.0, 1.0, 4.0, 2.0)[sum(self.steps.values()) // 50 % 4]  # of the machine, by others
+        return self.takes(way) * self.draw.lognormvariate(0, 0.1) * slow * load
+
+    def drawn(self, request, drafts):
+        chance = self.stands if isinstance(self.stands, float) else 0.95 if int(request.id) % 4 == 0 else 0.01
+        count = 1
+        while count <= drafts and self.draw.random() < chance:
+            count += 1
+        return count
+
+    def step(self):
+        drafts = self.made.propose(self.candidates)
+        rows = [Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests]
+        batch = Batch(tuple(rows), ())
+        bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
+        way = Way(bucket.decode_tokens)
+        counts = [self.drawn(row.request, len(row.tokens) - 1) for row in rows]
+        self.made.learn(zip(rows, counts, strict=True))
+        self.made.observe(batch, bucket, self.measured(way), drawn=sum(counts), steady=True)
+        self.seconds += self.takes(way)
+        self.tokens += sum(counts)
+        self.steps[way.width] += 1
+
+    def rate(self, steps):
+        """Tokens per row and second, 1 without drafts; from what steps take when nothing disturbs."""
+        begun = self.seconds, self.tokens
+        for _ in range(steps):
+            self.step()
+        return (self.tokens - begun[1]) / self.rows / (self.seconds - begun[0])
+
+
+ROWS = [1, 6, 32, pytest.param(256, marks=pytest.mark.ci)]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("stands", "wide"), [(0.8, 1.2), (0.8, 2.0), ("copying", 1.1)])
+def test_where_drafts_pay_they_are_made(rows, stands, wide):
+    warm, steps = (40, 160) if rows < 64 else (4, 16)
+    always, world = World(rows, stands, wide), World(rows, stands, wide)
+    always.made.always = True
+    world.rate(warm)
+    assert world.rate(steps) > 0.9 * always.rate(steps), world.steps
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("stands", "wide"), [(0.05, 1.2), (0.05, 1.02), (0.3, 2.5), (0.1, 6.0)])
+def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
+    world = World(rows, stands, wide)
+    assert world.rate(250 if rows < 64 else 90) > 0.97, world.steps
