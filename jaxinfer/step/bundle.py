@@ -64,6 +64,11 @@ class Bundle:
         """Bytes that the programs take on a device."""
         return self.header["bytes_beside"]
 
+    @property
+    def mosaic(self) -> bool:
+        """Whether programs have kernels that want Mosaic GPU's runtime."""
+        return any(entry["mosaic"] for entry in self.header["programs"].values())
+
     def adopt(self, config: EngineConfig) -> EngineConfig:
         """The settings with those that decide the programs as the bundle has them, where they stand at their defaults.
 
@@ -138,7 +143,7 @@ class Loader:
 
     def start(self) -> None:
         """Do what must be done before programs are loaded: those with kernels for Hopper GPUs want their runtime in the process."""
-        if any(entry["mosaic"] for entry in self.bundle.header["programs"].values()):
+        if self.bundle.mosaic:
             hopper.start_runtime()
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
@@ -234,6 +239,7 @@ def _sources() -> str:
     found = [
         (path.relative_to(folder).as_posix(), path)
         for folder, parts in roots for part in parts for path in ([part] if part.is_file() else sorted(part.rglob("*.py")))
+        if path != Path(__file__)
     ]  # fmt: skip
     return digest(f"{name} {sha256(path.read_bytes()).hexdigest()}" for name, path in found)
 
