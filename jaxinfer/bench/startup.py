@@ -66,11 +66,12 @@ def start(config: EngineConfig, way: str) -> Start:
 
     from jaxinfer.engine.engine import Engine
 
-    seen, read = [], [0.0]
+    seen: list[float] = []
+    read = [0.0]
 
-    def listen(name: str, *_: Any, **__: Any) -> None:
-        if name == EVENT:
-            seen.append(name)
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == EVENT:
+            seen.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     begun = time.perf_counter()

@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="one JSON object for each slice")
     group.add_argument(
         "--autotune", metavar="FILE",
-        help="XLA's choices of GPU kernels, for --bundle; a card writes them with XLA_FLAGS=--xla_gpu_dump_autotune_results_to=FILE python"
-        " -m jaxinfer generate --prompt x --compile-threads 1 --compilation-cache off and the flags of the engine",
+        help="XLA's choices of GPU kernels, kept in the bundle; a card writes them for the programs of a bundle made without:"
+        " XLA_FLAGS=--xla_gpu_dump_autotune_results_to=FILE python -m jaxinfer bench startup --bundle DIR --compare --compile-threads 1"
+        " --compilation-cache off",
     )  # fmt: skip
     add_settings(parser, EngineConfig)
 

@@ -39,7 +39,7 @@ class Order:
 
 
 def compiler(autotune: str | None, platform: str) -> Compiler:
-    """The compiler, with XLA's choices from a file.
+    """The compiler, with XLA's choices from a file: all of them, or compiling is refused.
 
     Raises:
         ConfigError: there is no such file, or the slice has no GPUs.
@@ -50,17 +50,18 @@ def compiler(autotune: str | None, platform: str) -> Compiler:
         raise ConfigError("--autotune is for slices of GPUs: XLA makes no such choices elsewhere; leave it out")
     if not Path(autotune).is_file():
         raise ConfigError(f"--autotune {autotune}: no such file; see `jaxinfer plan --help` for how a card writes it")
-    return Compiler({"xla_gpu_load_autotune_results_from": str(Path(autotune).resolve())})
+    whole = str(Path(autotune).resolve())
+    return Compiler({"xla_gpu_load_autotune_results_from": whole, "xla_gpu_require_complete_aot_autotune_results": True})
 
 
-def complete(sizing: Sizing, made: Program, needed: int, progress: Callable[[str, int, int], None]) -> Program:
-    """Every program for the pool that an engine makes, with those of `made` where their pool is the same; they need `needed` bytes.
+def complete(sizing: Sizing, made: Program, needed: int, source: Compiler, progress: Callable[[str, int, int], None]) -> Program:
+    """Every program for the pool that an engine makes beside programs that need `needed` bytes, of `made` if those are the same.
 
     Raises:
         ConfigError: it does not fit after all.
     """
-    memory, program = sizing.resized(needed, made.source)
-    program = made if made.config.pool == program.config.pool else program
+    memory, program = sizing.resized(needed, source)
+    program = made if (made.source, made.config.pool) == (source, program.config.pool) else program
     program.compile(progress, [key for key in program.config.keys if key not in program.sizes])
     check_programs(memory, program.bytes_beside, sizing.config.cache)
     return program

@@ -21,10 +21,11 @@ from jaxinfer.planner import advice, bundling, collectives, outcome, topology
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
 from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
+from jaxinfer.planner.sizing import Sizing
 from jaxinfer.planner.slices import parse
 from jaxinfer.planner.telling import Compiled, Told, bundle_command, name_of, tell
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.executable import Source
+from jaxinfer.step.program import Program
 
 
 def main(result: Path) -> None:
@@ -55,14 +56,18 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         kernels = kernels_for(choices[0].sizing())
         weighed = sorted((estimate(choice, kernels) for choice in choices), key=lambda each: each.score, reverse=True)
     _check_bundle(request)
-    source, compiled = bundling.compiler(request.get("autotune"), piece.platform), dict[MeshShape, Compiled]()
+    source = bundling.compiler(request.get("autotune"), piece.platform)
+    compiled: dict[MeshShape, Compiled] = {}
     while request["compile"] and weighed[0].choice.mesh not in compiled:
-        compiled[weighed[0].choice.mesh] = _compile(weighed[0], source, request["all"], progress)
+        compiled[weighed[0].choice.mesh] = _compile(weighed[0], request["all"], progress)
         weighed = _again(weighed, kernels, compiled)
     with weighed[0].choice.target():
         found = list(advice.changes(weighed[0], kernels))
         plan = tell(Told(request, weighed, compiled, kernels, found))
-        return plan if request.get("bundle") is None or not plan.fits else _bundled(plan, request, weighed[0], compiled, progress)
+        if request.get("bundle") is None or not plan.fits:
+            return plan
+        own, sizing = compiled[weighed[0].choice.mesh], weighed[0].choice.sizing()
+        return _bundled(plan, request, sizing, bundling.complete(sizing, own.program, own.needed, source, progress))
 
 
 def _check_bundle(request: Mapping[str, Any]) -> None:
@@ -72,18 +77,14 @@ def _check_bundle(request: Mapping[str, Any]) -> None:
         raise ConfigError("--autotune goes into a bundle; add --bundle DIR")
 
 
-def _bundled(
-    plan: outcome.Plan, request: Mapping[str, Any], best: Estimate, compiled: Mapping[MeshShape, Compiled],
-    progress: Callable[[str, int, int], None],
-) -> outcome.Plan:  # fmt: skip
+def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, program: Program) -> outcome.Plan:
     """Write the bundle of a plan; the plan says so."""
-    begun, own, sizing = time.perf_counter(), compiled[best.choice.mesh], best.choice.sizing()
-    about = {"model": request["model"], "slice": request["slice"], "command": bundle_command(request, best)}
+    about = {"model": request["model"], "slice": request["slice"], "command": bundle_command(request, plan)}
     order = bundling.Order(Path(request["bundle"]), Path(request["autotune"]) if request.get("autotune") else None, about)
-    made = bundling.write(order, sizing, bundling.complete(sizing, own.program, own.needed, progress))
-    programs = {**plan.programs, "bundle": {**made, "seconds": time.perf_counter() - begun}}
-    command = f"python -m jaxinfer.serve --model {request['config'].get('model', request['model'])} --bundle {shlex.quote(made['folder'])}"
-    return replace(plan, programs=programs, command=command)
+    made = bundling.write(order, sizing, program)
+    model = shlex.quote(str(request["config"].get("model", request["model"])))
+    command = f"python -m jaxinfer.serve --model {model} --bundle {shlex.quote(made['folder'])}"
+    return replace(plan, programs={**plan.programs, "bundle": made}, command=command)
 
 
 def _wish(request: Mapping[str, Any]) -> Wish:
@@ -99,13 +100,13 @@ def _wish(request: Mapping[str, Any]) -> Wish:
     return Wish(dict(request["values"]), config, context, output, request["concurrency"], request["goal"], request["price"], folder)
 
 
-def _compile(best: Estimate, source: Source, everything: bool, progress: Callable[[str, int, int], None]) -> Compiled:
+def _compile(best: Estimate, everything: bool, progress: Callable[[str, int, int], None]) -> Compiled:
     """Compile for a choice: the programs that set its memory, or all of them, with a pool of the size that is expected."""
     begun, choice = time.perf_counter(), best.choice
     with choice.target():
         sizing = choice.sizing()
         pages = max(best.account.row, best.account.pages(best.reserved))
-        program = sizing.program(replace(sizing.empty_pool, pages=pages + 1), source)
+        program = sizing.program(replace(sizing.empty_pool, pages=pages + 1))
         program.compile(progress, program.config.keys if everything else program.config.largest)
     found = {key: collectives.in_text(program.compiled(key).as_text()) for key in program.sizes if isinstance(key, Bucket)}
     return Compiled(program, found, time.perf_counter() - begun)

@@ -157,11 +157,11 @@ def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def bundle_command(request: Mapping[str, Any], best: Estimate) -> str:
-    """How to make the bundle that was planned once more."""
-    wish, given = best.choice.wish, {"model": request["model"], **request["config"]}
-    flags = [f"--slice {request['slice']}", f"--mesh {name_of(best.choice.mesh)}", f"--context {wish.context}"]
-    flags += [] if wish.concurrency is None else [f"--concurrency {wish.concurrency}"]
+def bundle_command(request: Mapping[str, Any], plan: Plan) -> str:
+    """How to make the bundle of a plan once more."""
+    settings, given = plan.settings, {"model": request["model"], **request["config"]}
+    flags = [f"--slice {request['slice']}", f"--mesh {settings['mesh']}", f"--context {settings['context']}"]
+    flags += [] if settings["concurrency"] is None else [f"--concurrency {settings['concurrency']}"]
     flags += [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
     return " ".join(["python -m jaxinfer plan", *flags, "--bundle DIR"])
 

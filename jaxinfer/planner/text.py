@@ -27,7 +27,7 @@ def show(plan: Plan, console: Console) -> None:
     if "bundle" in plan.programs:
         made = plan.programs["bundle"]
         size = f"{made['programs']} programs, {made['bytes'] / MIB:.1f} MiB, KV pool of {made['kv_tokens']:,} tokens a replica"
-        console.print(Text(f"bundle in {made['folder']}: {size}, made in {made['seconds']:.0f} s"), soft_wrap=True)
+        console.print(Text(f"bundle in {made['folder']}: {size}"), soft_wrap=True)
 
 
 def compare(plans: Sequence[Plan], console: Console) -> None:

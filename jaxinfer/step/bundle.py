@@ -14,15 +14,13 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.sharding import Mesh
 
-import jaxinfer
 import pallas_kernels
 from jaxinfer import devices
 from jaxinfer.checkpoint import manifest
@@ -190,8 +188,8 @@ def machine(device: Any) -> dict[str, Any]:
     installed = {found.metadata["Name"]: found.version for found in distributions() if found.metadata["Name"] in RUNTIMES}
     wanted = {"gpu": "jax-cuda", "tpu": "libtpu"}.get(device.platform, "none")
     return {
-        "jaxinfer": jaxinfer.__version__, "sources": _sources(), "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-        "runtime": {name: version for name, version in sorted(installed.items()) if name.startswith(wanted)},
+        "sources of jaxinfer": _sources(), "jax": jax.__version__, "jaxlib": version("jaxlib"),
+        "runtime": {name: found for name, found in sorted(installed.items()) if name.startswith(wanted)},
         "device": device.device_kind if chip is None else chip.name, "processor": platform.machine(),
         **{name: str(getattr(jax.config, name)) for name in FLAGS},
     }  # fmt: skip
@@ -234,7 +232,7 @@ def _model(graph: Graph) -> str:
 
 def _sources() -> str:
     """A hash of the files that programs are made from."""
-    own, kernels = Path(jaxinfer.__file__).parent, Path(pallas_kernels.__file__).parent
+    own, kernels = Path(__file__).parents[1], Path(pallas_kernels.__file__).parent
     roots = [(own, [own / name for name in SOURCES]), (kernels, [kernels])]
     found = [
         (path.relative_to(folder).as_posix(), path)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxinfer.config import ConfigError
 from jaxinfer.sampling import Sampled, unchecked
 from jaxinfer.step.forward import Computed, DraftRows, RowInputs
 from jaxinfer.step.score import Scored
@@ -69,18 +70,24 @@ class Source(Protocol):
 class Compiler:
     """Programs are traced and compiled here. options: of XLA, by name."""
 
-    options: Mapping[str, str] | None = None
+    options: Mapping[str, str | bool] | None = None
     stage: str = "compile"
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
-        """Trace; the returned function compiles."""
+        """Trace; the returned function compiles, and raises ConfigError where XLA refuses with `options`."""
         lowered = call.lower()
 
         def compiled() -> Made:
-            made = lowered.compile(dict(self.options)) if self.options else lowered.compile()
+            made = lowered.compile() if self.options is None else self._with_options(lowered, self.options)
             return Made(made, ProgramSize.of(made))
 
         return compiled
+
+    def _with_options(self, lowered: Any, options: Mapping[str, str | bool]) -> Any:
+        try:
+            return lowered.compile(dict(options))
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"XLA refuses {options}: {str(error)[:1000]}") from None
 
 
 class Dumped(NamedTuple):
@@ -111,7 +118,7 @@ def load(data: bytes, description: Mapping[str, Any], arguments: tuple[Any, ...]
     """Put a program together on the mesh's devices, to be called with arguments as described; those it does not use were `dropped`."""
     from jax._src import core, stages
     from jax._src.interpreters import pxla
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     found, client = xla_client.DeviceList(tuple(mesh.devices.flat)), mesh.devices.flat[0].client
     flat = jax.tree.leaves(arguments)
