@@ -217,10 +217,6 @@ class Program:
         """A compiled program."""
         return self._compiled[key]
 
-    def lower(self, key: Any) -> Any:
-        """The lowered program of a key, from descriptions alone."""
-        return self.call(key).lower()
-
     def call(self, key: Any) -> Call:
         """What the program of a bucket, a sampler, a scorer, `ADMIT`, `COPY`, `WIPE` or `POOL` computes, and of what."""
         if isinstance(key, Bucket):
