@@ -147,16 +147,26 @@ def test_a_bundle_for_something_else_is_refused_or_compiled_by_choice(early, fol
     with pytest.raises(BundleMismatch, match="--page-size is 4 in the bundle, 8 was asked for"):
         early(other)
     real, built = setup._build, []
-    build_all = lambda config, progress, bundle: real(config, progress, bundle) if bundle else built.append(config)
+
+    def build_all(config, progress, bundle):
+        if bundle is not None:
+            return real(config, progress, bundle)
+        built.append(config)
+        raise ConfigError("it compiles now")
+
     monkeypatch.setattr(setup, "_build", build_all)
-    early(replace(other, execution=replace(other.execution, bundle_mismatch="compile")))
+    with pytest.raises(ConfigError, match="it compiles now"):
+        early(replace(other, execution=replace(other.execution, bundle_mismatch="compile")))
     assert [config.execution.bundle for config in built] == [None] and "--page-size is 4 in the bundle" in caplog.text
 
 
-def test_another_model_or_too_little_memory_for_a_bundle(early, folder, bundled, tmp_path, monkeypatch):
+def test_another_model_or_too_little_memory_for_a_bundle(early, plain, folder, bundled, tmp_path, monkeypatch):
     with pytest.raises(BundleMismatch, match="model is llama"):
         early(from_bundle(write_folder(tmp_path, intermediate_size=64), bundled))
-    monkeypatch.setattr(setup.devices, "memory_bytes", lambda device: 700_000)
+    config, info = settings(folder), plain.info
+    asked = setup._sizing(config, setup._describe(config), plain.program.config.placement).account()
+    half = asked.weights + asked.slots + info.program_bytes + info.kv_bytes // 2
+    monkeypatch.setattr(setup.devices, "memory_bytes", lambda device: half * 10 // 9)
     with pytest.raises(BundleMismatch, match=r"its KV pool has 256 tokens, memory holds \d+ "):
         early(from_bundle(folder, bundled))
 
