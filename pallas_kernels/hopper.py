@@ -101,6 +101,11 @@ def kernel(
 
 def start_runtime() -> None:
     """Run the smallest kernel: programs that were compiled elsewhere load only where Mosaic GPU's runtime is in the process already."""
+    jax.block_until_ready(jax.jit(smallest())(np.zeros((TILE, 64), np.float32)))
+
+
+def smallest() -> Callable[..., Any]:
+    """A kernel that copies a float32 [64, 64]."""
 
     def copy(source: Any, target: Any, scratch: tuple[Any, Any]) -> None:
         shared, barrier = scratch
@@ -110,9 +115,7 @@ def start_runtime() -> None:
         plgpu.wait_smem_to_gmem(0)
 
     numbers = jax.ShapeDtypeStruct((TILE, 64), jnp.float32)
-    scratch = (plgpu.SMEM(numbers.shape, numbers.dtype), plgpu.Barrier())
-    launch = jax.jit(kernel(copy, scratch, out_type=numbers, grid={"block": 1}, warpgroups=1))
-    jax.block_until_ready(launch(np.zeros(numbers.shape, numbers.dtype)))
+    return kernel(copy, (plgpu.SMEM(numbers.shape, numbers.dtype), plgpu.Barrier()), out_type=numbers, grid={"block": 1}, warpgroups=1)
 
 
 def interpretation() -> Any:

@@ -74,3 +74,5 @@ def test_a_block_of_keys(interpreted, soft_cap, floor, stop):
 
 def test_the_runtime_is_started_by_a_kernel(interpreted):
     hopper.start_runtime()
+    numbers = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+    np.testing.assert_array_equal(np.asarray(hopper.smallest()(numbers)), numbers)
