@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     bundle = config.execution.bundle
     if args.compare and bundle is None:
         raise ConfigError("--compare compares a start from a bundle with one without; add --bundle DIR")
+    first = start(config, "compiled" if bundle is None else "bundle")  # before the report asks for devices: a bundle says how many
     with Report("startup", args) as report:
-        first = start(config, "compiled" if bundle is None else "bundle")
         report.add(**first.row)
         wrong = bundle is not None and config.model.load_format != "random" and first.compilations > first.row["expected_compilations"]
         if wrong:
