@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,11 @@ from jaxinfer.models.graph import Graph
 from jaxinfer.step.executable import Call, Made, load
 from jaxinfer.step.program import ProgramConfig
 from jaxinfer.step.sizes import ProgramSize
-from pallas_kernels import hopper
 
 HEADER, VERSION = "bundle.json", 1
 REMEDY = "copy the bundle again, or make it anew"
 SOURCES = ("batch.py", "sampling.py", "sharding.py", "cache", "models", "quant", "step")  # of jaxinfer: what programs are made from
-RUNTIMES = ("jax-cuda12-pjrt", "jax-cuda13-pjrt", "libtpu")
+RUNTIMES = {"gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt"), "tpu": ("libtpu",)}  # packages that bring the compiler
 FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
 CODE = tuple("avx sse ssse fma f16c bmi abm popcnt aes vaes pclmul vpclmul gfni sha amx movbe adx".split())  # beginnings of x86's names
 
@@ -142,6 +141,8 @@ class Loader:
     def start(self) -> None:
         """Do what must be done before programs are loaded: those with kernels for Hopper GPUs want their runtime in the process."""
         if self.bundle.mosaic:
+            from pallas_kernels import hopper
+
             hopper.start_runtime()
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
@@ -185,11 +186,9 @@ def open_bundle(folder: Path) -> Bundle:
 def machine(device: Any) -> dict[str, Any]:
     """What programs depend on beside what they compute: versions, sources and the device (a described one will do)."""
     chip = devices.find_chip(device.device_kind)
-    installed = {found.metadata["Name"]: found.version for found in distributions() if found.metadata["Name"] in RUNTIMES}
-    wanted = {"gpu": "jax-cuda", "tpu": "libtpu"}.get(device.platform, "none")
     return {
         "sources of jaxinfer": _sources(), "jax": jax.__version__, "jaxlib": version("jaxlib"),
-        "runtime": {name: found for name, found in sorted(installed.items()) if name.startswith(wanted)},
+        "runtime": {name: found for name in RUNTIMES.get(device.platform, ()) if (found := _version(name)) is not None},
         "device": device.device_kind if chip is None else chip.name, "processor": platform.machine(),
         **{name: str(getattr(jax.config, name)) for name in FLAGS},
     }  # fmt: skip
@@ -223,6 +222,13 @@ def digest(parts: Iterable[str]) -> str:
     for part in parts:
         found.update(part.encode() + b"\0")
     return found.hexdigest()[:32]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _model(graph: Graph) -> str:

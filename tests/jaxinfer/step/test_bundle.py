@@ -11,6 +11,7 @@ from jaxinfer.sharding import make_mesh
 from jaxinfer.step import bundle
 from jaxinfer.step.bundle import Bundle, BundleMismatch, Loader, open_bundle
 from jaxinfer.step.program import ADMIT, COPY, WIPE
+from pallas_kernels import hopper
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_program_for_other_arguments_is_refused(opened, plain):
 
 def test_kernels_for_hopper_want_their_runtime_first(opened, monkeypatch):
     started = []
-    monkeypatch.setattr(bundle.hopper, "start_runtime", lambda: started.append(True))
+    monkeypatch.setattr(hopper, "start_runtime", lambda: started.append(True))
     Loader(Bundle(opened.folder, {**opened.header, "programs": {"a": {"mosaic": True}}}), make_mesh({})).start()
     assert started == [True]
 
