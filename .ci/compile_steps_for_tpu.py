@@ -57,7 +57,7 @@ def programs(name: str, where: str, quantize: str | None, layers: int | None) ->
 
 def held(key: Bucket, program: Any, sizing: Any) -> list[str]:
     """What is wrong with a compiled step."""
-    text, layers = program.text(key), len(program.config.kv_specs)
+    text, layers = program.compiled(key).as_text(), len(program.config.kv_specs)
     wrong, mesh_size = [], program.config.placement.mesh.size
     kernels, wanted = text.count(KERNEL), layers * ((key.decode_rows > 0) + 2 * (key.prefill_tokens > 0))
     if kernels < wanted:

@@ -20,6 +20,7 @@ LOAD_FORMATS = ("auto", "random")
 KV_DTYPES = ("auto", "int8", "fp8")
 IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
 SWITCH = ("on", "off")
+BUNDLE_MISMATCH = ("refuse", "compile")
 SPECULATE = ("off", "lookup", "draft", "eagle", "auto")
 MOST_DRAFTS = 7  # attention takes up to 8 tokens of a decode row
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -186,6 +187,8 @@ class ExecutionConfig:
     )
     compile_threads: int = option(0, "programs compiled at once (default: one per core)")
     compilation_cache: str = option("on", "keep compiled programs between starts", choices=SWITCH)
+    bundle: str | None = option(None, "folder of compiled programs: `jaxinfer plan` writes it, engines load it instead of compiling")
+    bundle_mismatch: str = option("refuse", "what to do with a bundle that was made for something else", choices=BUNDLE_MISMATCH)
 
     def __post_init__(self) -> None:
         if min(self.mesh) < 1:
@@ -194,6 +197,7 @@ class ExecutionConfig:
         _one_of("overlap", self.overlap, SWITCH)
         _one_of("deterministic", self.deterministic, SWITCH)
         _one_of("compilation-cache", self.compilation_cache, SWITCH)
+        _one_of("bundle-mismatch", self.bundle_mismatch, BUNDLE_MISMATCH)
         _at_least("compile-threads", self.compile_threads, 0)
 
 

@@ -36,9 +36,10 @@ import pytest
 hypothesis.settings.register_profile("steady", derandomize=True)  # a red suite says something about the change; longer checks draw afresh
 hypothesis.settings.load_profile("steady")
 
-ENGINES = tuple(
-    f"tests/jaxinfer/{name}.py" for name in ("engine/test_engine", "engine/test_setup", "step/test_program", "train/test_acceptance")
-)
+ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in (
+    "engine/test_engine", "engine/test_setup", "planner/test_bundling", "step/test_bundle", "step/test_executable", "step/test_program",
+    "train/test_acceptance",
+))  # fmt: skip
 SCHOOL = tuple(f"tests/jaxinfer/train/test_{name}.py" for name in ("distill", "draft", "learner", "student"))
 DRAFTING = tuple(
     f"tests/jaxinfer/{name}.py" for name in ("bench/test_speculation", "engine/test_costs", "engine/test_speculation", "selftest/test_r5")

@@ -171,7 +171,7 @@ class _Side:
         self.config: ProgramConfig = replace(program.config, pool=pool, buckets=(bucket,), max_sequences=1, max_tokens=longest)
         self.leaves = program.leaves
         mesh, rules = self.config.placement.mesh, self.config.placement.rules
-        self._run = Program(self.config).lower(bucket).compile()
+        self._run = Program(self.config).call(bucket).lower().compile()
         self._kv: Any = kv_cache.allocate(self.config.kv_specs, mesh, rules)
         neutral = slot_state.neutral(self.config.spare_slot + 1, self.config.vocab)
         self._slots = jax.device_put(neutral, NamedSharding(mesh, PartitionSpec()))

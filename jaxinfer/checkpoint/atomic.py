@@ -22,8 +22,8 @@ MARK = ".partial-"
 HERE, EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse a place that must not be written to, before any work is done.
+def check_target(target: Path, *, overwrite: bool, flag: str = "--out") -> None:
+    """Refuse a place that must not be written to, before any work is done. flag: what it was named with.
 
     Raises:
         CheckpointError: it is taken and may not be overwritten, or holds something that is no checkpoint.
@@ -31,30 +31,31 @@ def check_target(target: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
-        raise CheckpointError(f"--out {target}: expected a new or an existing folder, found something else there")
+        raise CheckpointError(f"{flag} {target}: expected a new or an existing folder, found something else there")
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"--out {target}: it exists already; name another folder, or add --overwrite to replace it")
+        replace = ", or add --overwrite to replace it" if flag == "--out" else ""
+        raise CheckpointError(f"{flag} {target}: it exists already; name another folder{replace}")
     if not (target / "config.json").is_file():
         raise CheckpointError(f"--out {target}: --overwrite replaces model folders only, and this one has no config.json")
 
 
 @contextmanager
-def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool = False, flag: str = "--out") -> Iterator[Path]:
     """A folder to fill. It becomes `target` when the block ends without an error, and is removed when it ends with one.
 
     Raises:
         CheckpointError: `check_target` refuses the place, or the file system cannot swap folders.
     """
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, flag=flag)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
         partial = target.parent / f".{target.name}{MARK}{secrets.token_hex(6)}"
         partial.mkdir()
     except OSError as error:
-        raise CheckpointError(f"--out {target}: {error.strerror or error}") from None
+        raise CheckpointError(f"{flag} {target}: {error.strerror or error}") from None
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -63,23 +63,24 @@ def verify(
     weights: bool,
     hashes: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    remedy: str = REMEDY,
 ) -> None:
     """Compare a folder with its manifest, if it has one: the weights, or everything else (a few small files).
 
     hashes=False compares no more than which files there are and how long they are. progress is called with (bytes done, bytes in all),
-    from any thread.
+    from any thread. remedy: what the errors say to do.
 
     Raises:
         CheckpointError: a file that is missing or not what it was; the message names it, and the tensor where there is one.
     """
     if not (folder / NAME).exists():
         return
-    files = {name: file for name, file in _read(folder / NAME).items() if _is_weights(name) == weights}
+    files = {name: file for name, file in _read(folder / NAME, remedy).items() if _is_weights(name) == weights}
     total = sum(file.bytes for file in files.values())
     done = [0]
 
     def check(name: str) -> None:
-        _check(folder / name, files[name], hashes=hashes)
+        _check(folder / name, files[name], hashes=hashes, remedy=remedy)
         done[0] += files[name].bytes
         if progress is not None:
             progress(done[0], total)
@@ -123,34 +124,34 @@ def _own(body: Mapping[str, Any]) -> str:
     return digest_of([json.dumps(body, sort_keys=True, separators=(",", ":")).encode()])
 
 
-def _read(path: Path) -> dict[str, _File]:
+def _read(path: Path, remedy: str) -> dict[str, _File]:
     body = read_json(path)
     own = body.pop("sha256", None)
     if own != _own(body):
-        raise broken(path, "its own SHA-256 at the end", own, remedy=REMEDY)
+        raise broken(path, "its own SHA-256 at the end", own, remedy=remedy)
     if body.get("version") != VERSION or not isinstance(body.get("files"), dict):
         raise broken(path, f"version {VERSION} and files", body.get("version"), remedy="use the version of jaxinfer that wrote it")
     try:
         files = {name: _File(int(it["bytes"]), str(it["sha256"]), it.get("tensors", {})) for name, it in body["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise broken(path, "bytes and sha256 of each file", "something else", remedy=REMEDY) from None
+        raise broken(path, "bytes and sha256 of each file", "something else", remedy=remedy) from None
     outside = next((name for name in files if name.startswith("/") or ".." in Path(name).parts), None)
     if outside is not None:
         raise broken(path, "names of files in the folder", outside)
     return files
 
 
-def _check(path: Path, file: _File, *, hashes: bool) -> None:
+def _check(path: Path, file: _File, *, hashes: bool, remedy: str) -> None:
     if not path.is_file():
-        raise broken(path, f"a file of {file.bytes} bytes, as {NAME} says", "no such file", remedy=REMEDY)
+        raise broken(path, f"a file of {file.bytes} bytes, as {NAME} says", "no such file", remedy=remedy)
     size = path.stat().st_size
     if size != file.bytes:
-        raise broken(path, f"{file.bytes} bytes, as {NAME} says", f"{size}", remedy=REMEDY)
+        raise broken(path, f"{file.bytes} bytes, as {NAME} says", f"{size}", remedy=remedy)
     found = _hash(path) if hashes else file.sha256
     if found != file.sha256:
         tensor, expected, found = _culprit(path, file) or (None, file.sha256, found)
         expected = f"SHA-256 {expected[:16]}..., as {NAME} says"
-        raise broken(path, expected, f"{found[:16]}...: damaged or changed", tensor=tensor, remedy=REMEDY)
+        raise broken(path, expected, f"{found[:16]}...: damaged or changed", tensor=tensor, remedy=remedy)
 
 
 def _culprit(path: Path, file: _File) -> tuple[str, str, str] | None:

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from jaxinfer.config import KV_DTYPES, EngineConfig, engine_settings, parse_count
+from jaxinfer.config import KV_DTYPES, ConfigError, EngineConfig, engine_settings, parse_count
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import StageBar, remark, warn
 
@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-compile", action="store_true", help="arithmetic only, in seconds; what programs need is guessed")
     group.add_argument("--all", action="store_true", help="compile every program, not only those that set the memory")
     group.add_argument("--json", action="store_true", help="one JSON object for each slice")
+    group.add_argument(
+        "--autotune", metavar="FILE",
+        help="XLA's choices of GPU kernels, kept in the bundle; a card writes them for the programs of a bundle made without:"
+        " XLA_FLAGS=--xla_gpu_dump_autotune_results_to=FILE python -m jaxinfer bench startup --bundle DIR --compare --compile-threads 1"
+        " --compilation-cache off",
+    )  # fmt: skip
     add_settings(parser, EngineConfig)
 
 
@@ -41,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
     """Plan each slice, one process after the other; see the module for exit codes."""
     from jaxinfer.planner import planning, text
 
-    settings = _settings(args)
+    settings, slices = _settings(args), _names(args.slice)
     model = settings.pop("model", "demo")
     wanted = _wanted(args, settings)
+    if wanted.bundle is not None and len(slices) > 1:
+        raise ConfigError(f"--bundle {wanted.bundle} holds programs for one slice; --slice names {len(slices)}")
     plans = []
-    for name in _names(args.slice):
+    for name in slices:
         remark(f"planning {model} for {name}")
         with StageBar() as bar:
             made = planning.run(model, name, wanted, settings, bar)
@@ -67,7 +75,8 @@ def _wanted(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     context = args.context or settings.pop("max_model_len", None)
     return Wanted(
         context=context, concurrency=args.concurrency, output=args.output, goal=args.goal, price=args.price,
-        mesh=settings.pop("mesh", None), compile=not args.no_compile, all=args.all,
+        mesh=settings.pop("mesh", None), compile=not args.no_compile, all=args.all, bundle=settings.pop("bundle", None),
+        autotune=args.autotune,
     )  # fmt: skip
 
 
@@ -88,8 +97,6 @@ def _console() -> Any:
 
 
 def _count(text: str) -> int:
-    from jaxinfer.config import ConfigError
-
     try:
         return parse_count(text)
     except ConfigError as error:

@@ -94,7 +94,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
         built = build(config, progress or (lambda stage, done, total: None))
-        self.config = config
+        self.config = config = built.config
         self.tokenizer = built.tokenizer
         self.info = built.info
         self.defaults: dict[str, Any] = {name: getattr(SamplingParams(), name) for name in SAMPLING_DEFAULTS} | built.defaults

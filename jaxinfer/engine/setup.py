@@ -2,7 +2,8 @@
 
 Find the model, read its configuration, describe its weights, arrange the mesh, size the KV pool by arithmetic (a model that cannot
 fit is refused before a weight is read) and, where memory is tight, by what the compiler says the largest programs need; compile every
-program while the weights are read, then load. Nothing here runs again once the engine is ready. This file does not know about requests.
+program while the weights are read, or load it from a bundle, whose pool has its size already; then load the weights. Nothing here runs
+again once the engine is ready. This file does not know about requests.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from jaxinfer.planner.memory import GIB, MemoryPlan, check_programs
 from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
+from jaxinfer.step.bundle import Bundle, BundleMismatch, Loader, open_bundle
 from jaxinfer.step.program import Program, ProgramConfig
 from jaxinfer.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]  # stage (read: bytes, compile: programs), done, total; from any thread
+Progress = Callable[[str, int, int], None]  # stage (read: bytes, compile or load: programs), done, total; from any thread
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +72,9 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Built:
-    """Everything the engine runs on."""
+    """Everything the engine runs on. config: the settings as they are in the end: a bundle brings some."""
 
+    config: EngineConfig
     info: EngineInfo
     tokenizer: Tokenizer | None
     program: Program
@@ -106,12 +109,20 @@ def build(config: EngineConfig, progress: Progress) -> Built:
         ConfigError: settings that cannot work together or on this machine. CheckpointError, TokenizerError: a model that cannot be read.
     """
     try:
-        return _build(config, progress)
+        return _build(config, progress, None if config.execution.bundle is None else open_bundle(Path(config.execution.bundle)))
     except NotImplementedError as error:  # kernels asked for by name that refuse
         raise ConfigError(f"--implementation {config.execution.implementation}: {error}") from error
+    except BundleMismatch as error:
+        if config.execution.bundle_mismatch == "refuse":
+            raise
+        logger.warning("%s", error)
+    return build(replace(config, execution=replace(config.execution, bundle=None)), progress)
 
 
-def _build(config: EngineConfig, progress: Progress) -> Built:
+def _build(config: EngineConfig, progress: Progress, bundle: Bundle | None) -> Built:
+    if bundle is not None:
+        bundle.check_machine()
+        config = bundle.adopt(config)
     mesh = _mesh(config)
     use_compilation_cache(config.execution.compilation_cache)
     model = _with_draft(config, _describe(config))
@@ -120,20 +131,20 @@ def _build(config: EngineConfig, progress: Progress) -> Built:
     _check_tokenizers(model, tokenizer)
     defaults = _sampling_defaults(model.folder)
     sized = _sizing(config, model, Placement(mesh, DEFAULT_RULES, config.execution.implementation))
-    memory, program = sized.sized()
+    memory, program = sized.sized() if bundle is None else _from_bundle(sized, bundle)
     scheduler = _scheduler(config, model, memory)
     for of in _models(model):
         if config.model.load_format != "random" and of.folder is not None:
             read.verify(of.folder, of.graph)  # before anything is compiled
     with ThreadPoolExecutor(1) as reader:
         weights = reader.submit(_weights, config, model, mesh, progress)
-        memory, program = _compiled(sized, memory, program, progress)
+        memory, program = _compiled(sized, memory, program, progress) if bundle is None else _loaded(memory, program, progress)
         program.load(weights.result())
     if scheduler.pools[0].size != memory.pool.pages:
         scheduler = _scheduler(config, model, memory)
     info = _info(config, model, program.config, memory)
     costs = Costs() if config.speculation.speculate == "off" else measure(program)
-    return Built(info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults, costs=costs)
+    return Built(config=config, info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults, costs=costs)
 
 
 def _models(model: _Model) -> tuple[_Model, ...]:
@@ -272,6 +283,23 @@ def _compiled(sized: sizing.Sizing, memory: MemoryPlan, program: Program, progre
         memory, program = sized.resized(program.bytes_beside)
         program.compile(progress)
     return check_programs(memory, program.bytes_beside, sized.config.cache), program
+
+
+def _from_bundle(sized: sizing.Sizing, bundle: Bundle) -> tuple[MemoryPlan, Program]:
+    """The bundle's pool and programs, not loaded yet; refuses what does not match."""
+    source = Loader(bundle, sized.placement.mesh)
+    memory, program = sized.planned(bundle.needed, source)
+    if memory.pool.pages < bundle.pages:
+        bundle.refuse_pool((memory.pool.pages - 1) * memory.pool.page_size)
+    bundle.check(program.config)
+    return memory, program
+
+
+def _loaded(memory: MemoryPlan, program: Program, progress: Progress) -> tuple[MemoryPlan, Program]:
+    if isinstance(program.source, Loader):
+        program.source.start()
+    program.compile(progress)
+    return memory, program
 
 
 def _weights(config: EngineConfig, model: _Model, mesh: Mesh, progress: Progress) -> tuple[jax.Array, ...]:

@@ -8,6 +8,7 @@ parent (planning.py) reports that. Progress goes to stdout, one JSON list a line
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
-from jaxinfer.planner import advice, collectives, outcome, topology
+from jaxinfer.planner import advice, bundling, collectives, outcome, topology
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
 from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
+from jaxinfer.planner.sizing import Sizing
 from jaxinfer.planner.slices import parse
-from jaxinfer.planner.telling import Compiled, Told, name_of, tell
+from jaxinfer.planner.telling import Compiled, Told, bundle_command, name_of, tell
 from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.program import Program
 
 
 def main(result: Path) -> None:
@@ -52,13 +55,36 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
     with choices[0].target():
         kernels = kernels_for(choices[0].sizing())
         weighed = sorted((estimate(choice, kernels) for choice in choices), key=lambda each: each.score, reverse=True)
+    _check_bundle(request)
+    source = bundling.compiler(request.get("autotune"), piece.platform)
     compiled: dict[MeshShape, Compiled] = {}
     while request["compile"] and weighed[0].choice.mesh not in compiled:
         compiled[weighed[0].choice.mesh] = _compile(weighed[0], request["all"], progress)
         weighed = _again(weighed, kernels, compiled)
     with weighed[0].choice.target():
         found = list(advice.changes(weighed[0], kernels))
-    return tell(Told(request, weighed, compiled, kernels, found))
+        plan = tell(Told(request, weighed, compiled, kernels, found))
+        if request.get("bundle") is None or not plan.fits:
+            return plan
+        own, sizing = compiled[weighed[0].choice.mesh], weighed[0].choice.sizing()
+        return _bundled(plan, request, sizing, bundling.complete(sizing, own.program, own.needed, source, progress))
+
+
+def _check_bundle(request: Mapping[str, Any]) -> None:
+    if request.get("bundle") is not None and not request["compile"]:
+        raise ConfigError("--bundle keeps compiled programs, and --no-compile makes none; leave one out")
+    if request.get("bundle") is None and request.get("autotune") is not None:
+        raise ConfigError("--autotune goes into a bundle; add --bundle DIR")
+
+
+def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, program: Program) -> outcome.Plan:
+    """Write the bundle of a plan; the plan says so."""
+    about = {"model": request["model"], "slice": request["slice"], "command": bundle_command(request, plan)}
+    order = bundling.Order(Path(request["bundle"]), Path(request["autotune"]) if request.get("autotune") else None, about)
+    made = bundling.write(order, sizing, program)
+    model = shlex.quote(str(request["config"].get("model", request["model"])))
+    command = f"python -m jaxinfer.serve --model {model} --bundle {shlex.quote(made['folder'])}"
+    return replace(plan, programs={**plan.programs, "bundle": made}, command=command)
 
 
 def _wish(request: Mapping[str, Any]) -> Wish:
@@ -82,7 +108,7 @@ def _compile(best: Estimate, everything: bool, progress: Callable[[str, int, int
         pages = max(best.account.row, best.account.pages(best.reserved))
         program = sizing.program(replace(sizing.empty_pool, pages=pages + 1))
         program.compile(progress, program.config.keys if everything else program.config.largest)
-    found = {key: collectives.in_text(program.text(key)) for key in program.sizes if isinstance(key, Bucket)}
+    found = {key: collectives.in_text(program.compiled(key).as_text()) for key in program.sizes if isinstance(key, Bucket)}
     return Compiled(program, found, time.perf_counter() - begun)
 
 

@@ -14,7 +14,8 @@ MARK = "jaxinfer-plan "  # before each line of progress that a child writes
 class Wanted(NamedTuple):
     """What a plan is asked for, beside model, slice and the engine's settings. None: see `jaxinfer plan --help`.
 
-    compile: whether to ask the compiler (else everything is arithmetic). all: compile every program of the list.
+    compile: whether to ask the compiler (else everything is arithmetic). all: compile every program of the list. bundle: a folder to write
+    all of them to (see step/bundle.py). autotune: a file with XLA's choices of GPU kernels.
     """
 
     context: int | None = None
@@ -25,6 +26,8 @@ class Wanted(NamedTuple):
     mesh: MeshShape | None = None
     compile: bool = True
     all: bool = False
+    bundle: str | None = None
+    autotune: str | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer import devices
-from jaxinfer.checkpoint import hub
+from jaxinfer.checkpoint import atomic, hub
 from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments, parse_count, parse_mesh
 from jaxinfer.models import find
@@ -54,12 +54,14 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     """Plan in a child and wait for it; see `plan`. settings: of the engine, by name.
 
     Raises:
-        ConfigError: an unknown slice or shape, or settings that cannot work. CheckpointError: no such model.
+        ConfigError: an unknown slice or shape, or settings that cannot work. CheckpointError: no such model, or a taken place for a bundle.
     """
     piece = parse(slice)
     if wanted.goal not in GOALS:
         raise ConfigError(f"--goal {wanted.goal!r} is not one of {', '.join(GOALS)}")
     from_arguments(EngineConfig, settings)
+    if wanted.bundle is not None:
+        atomic.check_target(Path(wanted.bundle), overwrite=False, flag="--bundle")
     values = read_shape(model)
     request = {**wanted._asdict(), "model": model, "slice": piece.name, "values": values, "config": {**settings, "model": model}}
     folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()

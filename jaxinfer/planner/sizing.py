@@ -24,6 +24,7 @@ from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account, Demand, MemoryPlan, account, plan_memory
 from jaxinfer.step.buckets import Bucket, buckets, fixed, verifying
+from jaxinfer.step.executable import Source
 from jaxinfer.step.program import Program, ProgramConfig
 
 MARGIN = (9, 8)  # programs that are compiled again, for another pool, may need a little more
@@ -158,8 +159,8 @@ class Sizing:
             device_memory=self.machine.memory, draft=self.model.draft,
         )  # fmt: skip
 
-    def planned(self, programs: int | None = None) -> tuple[MemoryPlan, Program]:
-        """The pool beside programs of so many bytes (None: a guess), and the programs for it, not compiled yet.
+    def planned(self, programs: int | None = None, source: Source | None = None) -> tuple[MemoryPlan, Program]:
+        """The pool beside programs of so many bytes (None: a guess), and the programs for it, not made yet; see `Program` for `source`.
 
         Raises:
             ConfigError: not even one sequence of full length fits.
@@ -168,15 +169,16 @@ class Sizing:
             self.model.graph, self.empty_pool, self.demand, self.config.cache, placement=self.placement,
             device_memory=self.machine.memory, programs=programs, draft=self.model.draft,
         )  # fmt: skip
-        return memory, self.program(memory.pool)
+        return memory, self.program(memory.pool, source)
 
-    def program(self, pool: PoolShape) -> Program:
+    def program(self, pool: PoolShape, source: Source | None = None) -> Program:
         """The programs for a pool."""
-        return Program(ProgramConfig(
+        config = ProgramConfig(
             graph=self.model.graph, placement=self.placement, pool=pool, buckets=bucket_list(self.config, self.machine.platform),
             max_sequences=self.demand.sequences, max_tokens=self.model.max_tokens,
             threads=self.config.execution.compile_threads or os.cpu_count() or 1, draft=self.model.draft,
-        ))  # fmt: skip
+        )  # fmt: skip
+        return Program(config, source)
 
     def sized(self) -> tuple[MemoryPlan, Program]:
         """The pool and its programs; where the guess leaves little room, by what the compiler says the largest programs need.
@@ -187,10 +189,10 @@ class Sizing:
         memory, program = self.planned()
         return self.resized(program.measure()) if memory.unsure else (memory, program)
 
-    def resized(self, programs: int) -> tuple[MemoryPlan, Program]:
+    def resized(self, programs: int, source: Source | None = None) -> tuple[MemoryPlan, Program]:
         """The pool beside programs that were seen to need so many bytes.
 
         Raises:
             ConfigError: not even one sequence of full length fits.
         """
-        return self.planned(with_margin(programs))
+        return self.planned(with_margin(programs), source)

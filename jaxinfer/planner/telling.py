@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,15 @@ def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]
         "change": change.words, "flags": change.flags, "effect": change.effect(best), "remark": change.remark.replace("MODEL", model),
         "fits": change.made.fits, "concurrency": change.made.largest, "itl": change.made.decode.seconds,
     }  # fmt: skip
+
+
+def bundle_command(request: Mapping[str, Any], plan: Plan) -> str:
+    """How to make the bundle of a plan once more."""
+    settings, given = plan.settings, {"model": request["model"], **request["config"]}
+    flags = [f"--slice {request['slice']}", f"--mesh {settings['mesh']}", f"--context {settings['context']}"]
+    flags += [] if settings["concurrency"] is None else [f"--concurrency {settings['concurrency']}"]
+    flags += [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+    return " ".join(["python -m jaxinfer plan", *flags, "--bundle DIR"])
 
 
 def _command(request: Mapping[str, Any], best: Estimate) -> str:

@@ -24,6 +24,10 @@ def show(plan: Plan, console: Console) -> None:
     console.print(Group(*_parts(plan)))
     if plan.fits:
         console.print(Text("\n" + plan.command, style="bold"), soft_wrap=True)
+    if "bundle" in plan.programs:
+        made = plan.programs["bundle"]
+        size = f"{made['programs']} programs, {made['bytes'] / MIB:.1f} MiB, KV pool of {made['kv_tokens']:,} tokens a replica"
+        console.print(Text(f"bundle in {made['folder']}: {size}"), soft_wrap=True)
 
 
 def compare(plans: Sequence[Plan], console: Console) -> None:

@@ -1,9 +1,10 @@
 """The compiled programs and the arrays they run on: the only place that lowers, compiles and launches.
 
-`Program` owns weights (a flat tuple), KV pool and slots. `compile` lowers a forward program for every bucket, a sampler for every
-number of rows and the small programs that edit slots and pages, and compiles them in parallel; afterwards nothing is traced or compiled any
-more: a batch that fits no bucket is an error. `forward` and `sample` launch the two halves of a step and hand back device arrays
-without waiting for them. This file does not know about requests beyond what a batch says.
+`Program` owns weights (a flat tuple), KV pool and slots. `compile` makes a forward program for every bucket, a sampler for every
+number of rows and the small programs that edit slots and pages, in parallel, each from its source (executable.py: compiled here, or
+loaded from a bundle); afterwards nothing is traced or compiled any more: a batch that fits no bucket is an error. `forward` and
+`sample` launch the two halves of a step and hand back device arrays without waiting for them. This file does not
+know about requests beyond what a batch says.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from jaxinfer import sampling
 from jaxinfer.batch import Admission, Batch
-from jaxinfer.cache import kv as kv_cache
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement
@@ -29,6 +30,7 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, choose, occupancy
+from jaxinfer.step.executable import Call, Compiler, Made, Source
 from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
@@ -38,7 +40,7 @@ from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
-ADMIT, COPY, WIPE = "admit", "copy-pages", "wipe-pages"
+ADMIT, COPY, WIPE, POOL = "admit", "copy-pages", "wipe-pages", "make-pool"
 
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
 
@@ -139,7 +141,7 @@ class ProgramConfig:
     @property
     def keys(self) -> tuple[Any, ...]:
         """Everything that is compiled."""
-        return (*self.buckets, *self.samplers, *self.proposers, *self.scorers, ADMIT, COPY, WIPE)
+        return (*self.buckets, *self.samplers, *self.proposers, *self.scorers, ADMIT, COPY, WIPE, POOL)
 
     @property
     def largest(self) -> tuple[Any, ...]:
@@ -163,10 +165,12 @@ class ProgramConfig:
 class Program:
     """Compiled steps over the arrays they need. One thread uses it."""
 
-    def __init__(self, config: ProgramConfig) -> None:
+    def __init__(self, config: ProgramConfig, source: Source | None = None) -> None:
         self.config = config
+        self.source: Source = Compiler() if source is None else source
         self.compile_seconds: dict[str, float] = {}
         self._compiled: dict[Any, Any] = {}
+        self._sizes: dict[Any, ProgramSize] = {}
         self._leaves: tuple[Array, ...] = ()
         self._kv: tuple[Any, ...] = ()
         self._slots: Any = None
@@ -178,15 +182,15 @@ class Program:
         self._edit = PageEdit(config.kv_specs, mesh, config.placement.rules)
 
     def compile(self, progress: Progress, keys: Sequence[Any] | None = None) -> None:
-        """Lower every program (or those of `keys`) here and compile them on `threads` threads; calls progress("compile", done, total)
-        from any thread."""
-        work = self.config.keys if keys is None else keys
-        progress("compile", 0, len(work))
+        """Lower every program (or those of `keys`) here and compile them on `threads` threads, or have them loaded; calls
+        progress("compile" or "load", done, total) from any thread."""
+        work, stage = self.config.keys if keys is None else keys, self.source.stage
+        progress(stage, 0, len(work))
         with ThreadPoolExecutor(self.config.threads) as pool:
             futures = []
             for key in work:  # while one is lowered here, those before it compile there
-                futures.append(pool.submit(self._compile, key, self.lower(key)))
-                futures[-1].add_done_callback(lambda _: progress("compile", len(self._compiled), len(work)))
+                futures.append(pool.submit(self._make, key, self.source.begin(key, self.call(key))))
+                futures[-1].add_done_callback(lambda _: progress(stage, len(self._compiled), len(work)))
             for future in futures:
                 future.result()
 
@@ -198,7 +202,7 @@ class Program:
     @property
     def sizes(self) -> dict[Any, ProgramSize]:
         """What each compiled program takes on a device, as the compiler says."""
-        return {key: ProgramSize.of(compiled) for key, compiled in self._compiled.items()}
+        return dict(self._sizes)
 
     @property
     def leaves(self) -> tuple[Array, ...]:
@@ -210,32 +214,34 @@ class Program:
         """What the programs take on each device beside weights, pool and slots (see sizes.py)."""
         return beside(self.sizes, self.config.keys).total
 
-    def text(self, key: Any) -> str:
-        """The compiler's text of a compiled program."""
-        return self._compiled[key].as_text()
+    def compiled(self, key: Any) -> Any:
+        """A compiled program."""
+        return self._compiled[key]
 
-    def lower(self, key: Any) -> Any:
-        """The lowered program of a bucket, a sampler, a scorer, `ADMIT`, `COPY` or `WIPE`, from descriptions alone."""
+    def call(self, key: Any) -> Call:
+        """What the program of a bucket, a sampler, a scorer, `ADMIT`, `COPY`, `WIPE` or `POOL` computes, and of what."""
         if isinstance(key, Bucket):
-            return self._lower_forward(self.config.shapes(key))
+            return self._forward_call(self.config.shapes(key))
         if isinstance(key, SamplerKey):
-            return self._lower_sampler(key)
+            return self._sampler_call(key)
         if isinstance(key, ProposeKey):
-            return self._lower_propose(key)
+            return self._proposer_call(key)
         if isinstance(key, ScoreKey):
-            return self._lower_score(self.config.shapes(key.bucket))
+            return self._score_call(self.config.shapes(key.bucket))
+        if key == POOL:
+            return Call(self._empty_pool, (), self._pool_shardings)
         if key == ADMIT:
             words = jax.ShapeDtypeStruct((slot_state.admission_words(self.config.max_tokens),), np.int32)
-            return jax.jit(slot_state.admit, donate_argnums=0).lower(self._slot_structs, self._on_all(words))
+            return Call(slot_state.admit, (self._slot_structs, self._on_all(words)), self._replicated, donated=(0,))
         ids = jax.ShapeDtypeStruct((self.config.pool.replicas, AT_ONCE), np.int32, sharding=self._by_replica)
         edit, columns = {COPY: (self._edit.copy, 2), WIPE: (self._edit.wipe, 1)}[key]
-        return jax.jit(edit, donate_argnums=0, out_shardings=self._pool_shardings).lower(self._pool_structs, *(ids,) * columns)
+        return Call(edit, (self._pool_structs, *(ids,) * columns), self._pool_shardings, donated=(0,))
 
     def load(self, leaves: Sequence[Array]) -> None:
         """Take the weights and make the KV pool and the slots."""
         config = self.config
         self._leaves = tuple(leaves)
-        self._kv = kv_cache.allocate(config.kv_specs, config.placement.mesh, config.placement.rules)
+        self._kv = self._compiled[POOL]()
         self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
         words = sampling.mask_words(config.vocab)
         for draws in {key.draws for key in config.samplers}:
@@ -308,7 +314,7 @@ class Program:
         for (ids,) in blocks(pages, self.config.pool.replicas, 1):
             self._kv = self._compiled[WIPE](self._kv, self._send(ids, self._by_replica))
 
-    def _lower_forward(self, shapes: Shapes) -> Any:
+    def _forward_call(self, shapes: Shapes) -> Call:
         config = self.config
         leaves = tuple(leaf for graph in config.graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
@@ -316,9 +322,9 @@ class Program:
         step = Forward(config.graph, shapes, config.placement, config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
-        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, self._pool_structs, self._slot_structs, buffer, *drafts)
+        return Call(step, (leaves, self._pool_structs, self._slot_structs, buffer, *drafts), out, donated=(1,))
 
-    def _lower_propose(self, key: ProposeKey) -> Any:
+    def _proposer_call(self, key: ProposeKey) -> Call:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
         target = config.graph if draft.tapped else None
         graphs = config.graphs if draft.tapped else (draft,)
@@ -327,9 +333,9 @@ class Program:
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
         step = Propose(draft, shapes, config.placement, config.vocab, key.greedy, target)
         out = (self._pool_shardings[len(config.graph.config.attention_shapes) :], self._by_replica)
-        return jax.jit(step, donate_argnums=1, out_shardings=out).lower(leaves, pools, self._slot_structs, buffer)
+        return Call(step, (leaves, pools, self._slot_structs, buffer), out, donated=(1,))
 
-    def _lower_sampler(self, key: SamplerKey) -> Any:
+    def _sampler_call(self, key: SamplerKey) -> Call:
         config, shape, rows = self.config, jax.ShapeDtypeStruct, key.rows
         logits = shape((key.draws, config.vocab), np.float32, sharding=self._by_replica)
         mask = shape((key.draws, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
@@ -340,25 +346,27 @@ class Program:
             tokens = shape((rows, key.width), np.int32, sharding=self._by_replica)
             of_rows = sampling.unchecked(DraftRows, dict.fromkeys(("slots", "positions", "lengths"), of_row) | {"tokens": tokens})
             step = Verifier(config.spare_slot, config.placement, key.demand, config.forced)
-        out = (self._replicated, self._replicated)
-        return jax.jit(step, donate_argnums=3, out_shardings=out).lower(logits, of_rows, mask, self._slot_structs)
+        return Call(step, (logits, of_rows, mask, self._slot_structs), (self._replicated, self._replicated), donated=(3,))
 
-    def _lower_score(self, shapes: Shapes) -> Any:
+    def _score_call(self, shapes: Shapes) -> Call:
         config, shape, bucket = self.config, jax.ShapeDtypeStruct, shapes.bucket
         leaves = config.graph.structs(config.placement.mesh, config.placement.rules)
         size = (shapes.replicas * bucket.tokens, config.graph.config.hidden_size)
         hidden = shape(size, config.graph.dtype, sharding=self._by_replica)
         targets = shape((shapes.replicas, bucket.prefill_tokens), np.int32, sharding=self._by_replica)
         step = Score(config.graph, shapes, config.placement)
-        return jax.jit(step, out_shardings=self._replicated).lower(leaves, hidden, targets)
+        return Call(step, (leaves, hidden, targets), self._replicated)
 
     def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array:
         """A copy of host memory on the devices: what the host does to its own afterwards does not matter."""
         return jax.device_put(values.copy(), sharding)
 
-    def _compile(self, key: Any, lowered: Any) -> None:
+    def _empty_pool(self) -> tuple[Any, ...]:
+        return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), self._pool_structs)
+
+    def _make(self, key: Any, make: Callable[[], Made]) -> None:
         begun = time.perf_counter()
-        self._compiled[key] = lowered.compile()
+        self._compiled[key], self._sizes[key] = make()
         self.compile_seconds[str(key)] = time.perf_counter() - begun
 
     @property

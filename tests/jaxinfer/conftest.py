@@ -10,8 +10,10 @@ import pytest
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.config import CacheConfig, EngineConfig, ExecutionConfig, MeshShape, ModelConfig, SchedulerConfig, SpeculationConfig
+from jaxinfer.engine import setup
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.planner import bundling
 from tests.fakes import byte_tokenizer
 
 CONFIG = {
@@ -77,6 +79,15 @@ def share(engines_made, engine):
 def plain(folder, progress, engines_made):
     """One device, room for everybody."""
     return share(engines_made, Engine(settings(folder), progress=lambda *report: progress.append(report)))
+
+
+@pytest.fixture(scope="session")
+def bundled(plain, folder, tmp_path_factory):
+    """A bundle of the plain engine's programs."""
+    config, place = settings(folder), tmp_path_factory.mktemp("bundles") / "plain"
+    sizing = setup._sizing(config, setup._describe(config), plain.program.config.placement)
+    bundling.write(bundling.Order(place, None, {"model": "tiny", "slice": "cpu-1", "command": "jaxinfer plan ..."}), sizing, plain.program)
+    return place
 
 
 def scheduler(limits, pages, policy="fcfs"):

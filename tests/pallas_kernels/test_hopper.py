@@ -70,3 +70,9 @@ def test_a_block_of_keys(interpreted, soft_cap, floor, stop):
     scores = q @ keys.T * 0.2
     weights = np.exp(scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap))
     np.testing.assert_allclose(found, weights @ values / weights.sum(1, keepdims=True), atol=0.02)
+
+
+def test_the_runtime_is_started_by_a_kernel(interpreted):
+    hopper.start_runtime()
+    numbers = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
+    np.testing.assert_array_equal(np.asarray(hopper.smallest()(numbers)), numbers)

@@ -45,6 +45,14 @@ def test_flags_reach_the_planner(asked, capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is True
 
 
+def test_a_bundle_is_of_one_slice(asked, capsys):
+    assert program.main(["plan", "--slice", "v6e-4", "--bundle", "DIR", "--autotune", "FILE", "--json"]) == 0
+    _, _, wanted, settings = asked[0]
+    assert (wanted.bundle, wanted.autotune, settings) == ("DIR", "FILE", {})
+    assert program.main(["plan", "--slice", "v6e-4,v5e-8", "--bundle", "DIR"]) == 2
+    assert "--bundle DIR holds programs for one slice; --slice names 2" in capsys.readouterr().err and len(asked) == 1
+
+
 def test_exit_codes(asked, capsys):
     assert program.main(["plan", "--slice", "v6e-4", "--json"]) == 0
     assert program.main(["plan", "--slice", "v5e-8", "--json"]) == 1

@@ -10,12 +10,24 @@ import pytest
 from jaxinfer.checkpoint import audit_record
 from jaxinfer.checkpoint.convert import convert
 from jaxinfer.checkpoint.errors import CheckpointError
-from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, MeshShape, ModelConfig, SchedulerConfig, SpeculationConfig
+from jaxinfer.config import (
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+    ExecutionConfig,
+    MeshShape,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from jaxinfer.engine import setup
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.setup import build, use_compilation_cache
 from jaxinfer.models.graph import Quantization
 from jaxinfer.planner import child
 from jaxinfer.planner.sizing import Machine
+from jaxinfer.request import Request, SamplingParams
+from jaxinfer.step.bundle import BundleMismatch
 from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
@@ -31,7 +43,7 @@ def early(monkeypatch):
         raise AssertionError("too late: the engine reads weights or compiles already")
 
     monkeypatch.setattr(Program, "compile", late)
-    monkeypatch.setattr(Program, "lower", late)
+    monkeypatch.setattr(Program, "call", late)
     monkeypatch.setattr(setup, "_weights", late)
     return lambda config: build(config, lambda *report: None)
 
@@ -52,7 +64,7 @@ def test_what_is_running(plain, folder):
         "data=1,tensor=1",
     )
     assert (info.max_model_len, info.kv_tokens, info.max_concurrency, info.device_count) == (64, 4 * 64, 4, 1)
-    assert info.programs == 22
+    assert info.programs == 23
     assert info.parameters == sum(np.prod(leaf.shape) for leaf in plain.program._leaves)
     assert info.weight_bytes == 4 * info.parameters
 
@@ -104,6 +116,69 @@ def test_programs_that_need_more_than_was_left_shrink_the_pool(plain, folder, mo
     smaller, again = setup._compiled(sized, memory, program, lambda *_: None)
     assert compiled == [program, again] and again.config.pool == smaller.pool and smaller.pool.pages < memory.pool.pages
     assert smaller.programs == 120_000 and smaller.total <= smaller.limit
+
+
+def from_bundle(folder, place, **execution):
+    """Settings that say nothing but which model and which bundle."""
+    return EngineConfig(
+        ModelConfig(model=str(folder), load_format="random"),
+        execution=ExecutionConfig(bundle=str(place), compilation_cache="off", **execution),
+    )
+
+
+def test_a_bundle_starts_an_engine_without_compiling_anything(plain, folder, bundled, monkeypatch):
+    """Its settings come with it, and the tokens are those of the engine that was compiled."""
+    compiled, reports = [], []
+    listen = lambda event, duration_secs, **_: compiled.append(event) if event.startswith("/jax/core/compile") else None
+    monkeypatch.setattr(setup, "_weights", lambda *_: plain.program._leaves)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    engine = Engine(from_bundle(folder, bundled), progress=lambda *report: reports.append(report))
+    ask = [Request(str(n), tuple(range(1, 4 + n)), SamplingParams.of(temperature=n / 2, max_tokens=9, seed=n)) for n in range(3)]
+    found = [joined_tokens(of, ask) for of in (engine, plain)]
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == [] and found[0] == found[1] and len(found[0]) == 3
+    assert reports[0] == ("load", 0, 23) and reports[-1] == ("load", 23, 23)
+    assert engine.info == plain.info
+    assert engine.config.cache.page_size == 4 and engine.config.execution.bundle == str(bundled)
+
+
+def joined_tokens(engine, requests):
+    made = {}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            made.setdefault(output.request_id, []).extend(output.token_ids)
+    return made
+
+
+def test_a_bundle_for_something_else_is_refused_or_compiled_by_choice(early, folder, bundled, monkeypatch, caplog):
+    other = replace(from_bundle(folder, bundled), cache=CacheConfig(page_size=8))
+    with pytest.raises(BundleMismatch, match="--page-size is 4 in the bundle, 8 was asked for"):
+        early(other)
+    real, built = setup._build, []
+
+    def build_all(config, progress, bundle):
+        if bundle is not None:
+            return real(config, progress, bundle)
+        built.append(config)
+        raise ConfigError("it compiles now")
+
+    monkeypatch.setattr(setup, "_build", build_all)
+    with pytest.raises(ConfigError, match="it compiles now"):
+        early(replace(other, execution=replace(other.execution, bundle_mismatch="compile")))
+    assert [config.execution.bundle for config in built] == [None] and "--page-size is 4 in the bundle" in caplog.text
+
+
+def test_another_model_or_too_little_memory_for_a_bundle(early, plain, folder, bundled, tmp_path, monkeypatch):
+    with pytest.raises(BundleMismatch, match="model is llama"):
+        early(from_bundle(write_folder(tmp_path, intermediate_size=64), bundled))
+    config, info = settings(folder), plain.info
+    asked = setup._sizing(config, setup._describe(config), plain.program.config.placement).account()
+    half = asked.weights + asked.slots + info.program_bytes + info.kv_bytes // 2
+    monkeypatch.setattr(setup.devices, "memory_bytes", lambda device: half * 10 // 9)
+    with pytest.raises(BundleMismatch, match=r"its KV pool has 256 tokens, memory holds \d+ "):
+        early(from_bundle(folder, bundled))
 
 
 def test_defaults_come_from_the_models_authors(plain):

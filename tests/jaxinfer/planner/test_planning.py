@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import jaxinfer
+from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError
 from jaxinfer.planner import planning
 from jaxinfer.planner.outcome import MARK, Plan, Wanted
@@ -35,6 +36,11 @@ def child(monkeypatch):
 def test_a_plan_from_a_config_json_in_a_process_of_its_own(config_json):
     plan = jaxinfer.plan(str(config_json), "cpu-2", context="32", compile=False, page_size=4, mesh="tensor=2")
     assert plan.fits and plan.settings["mesh"] == "data=1,tensor=2" and plan.settings["context"] == 32
+
+
+def test_a_bundle_goes_to_a_new_place(config_json, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--bundle .*: it exists already; name another folder$"):
+        planning.run(str(config_json), "cpu", Wanted(bundle=str(tmp_path)), {})
 
 
 def test_models_are_found_by_shape_file_or_folder(config_json):

@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from jaxinfer.config import MeshShape, engine_settings
-from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, name_of
+from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, bundle_command, name_of
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned
 
@@ -38,6 +38,12 @@ def test_the_command_starts_what_was_planned(meshed_plan):
     wanted = "python -m jaxinfer.serve --model small --mesh data=2,tensor=2 --max-model-len 64 --max-sequences 2 --page-size 4"
     assert meshed_plan.command.startswith(wanted)
     assert set(FLAGS) <= set(engine_settings())
+
+
+def test_the_command_that_makes_a_bundle_again(meshed_plan):
+    asked = {"model": "small", "slice": "cpu-4", "config": {"kv_tokens": 512, "quantize": None}}
+    wanted = "--slice cpu-4 --mesh data=2,tensor=2 --context 64 --concurrency 4 --model small --kv-tokens 512 --bundle DIR"
+    assert bundle_command(asked, meshed_plan) == f"python -m jaxinfer plan {wanted}"
 
 
 def test_a_guess_is_called_one():

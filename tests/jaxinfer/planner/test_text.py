@@ -1,6 +1,7 @@
 """Plans for people: every part is there, no line is wider than the terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -33,6 +34,12 @@ def test_a_plan_that_fits(meshed_plan, width):
     assert "USD" in out and meshed_plan.command in out and "(--all)" in out
     tables = [line for line in out.splitlines() if "jaxinfer.serve" not in line]
     assert max(map(len, tables)) <= width
+
+
+def test_a_bundle_is_said_to_be_there(meshed_plan):
+    made = {"folder": "DIR", "programs": 27, "bytes": 3 << 20, "kv_tokens": 4096}
+    out = shown(text.show, replace(meshed_plan, programs={**meshed_plan.programs, "bundle": made}))
+    assert "bundle in DIR: 27 programs, 3.0 MiB, KV pool of 4,096 tokens a replica" in out
 
 
 def test_meshes_are_compared():

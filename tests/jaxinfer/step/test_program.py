@@ -12,7 +12,7 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import ADMIT, COPY, WIPE, SamplerKey, ScoreKey
+from jaxinfer.step.program import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey
 from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
@@ -30,7 +30,7 @@ def test_every_bucket_is_compiled_before_the_first_request(plain, progress):
     compiled = set(plain.program._compiled)
     samplers = {SamplerKey(count, demand) for count in (1, 2, 4, 8) for demand in Demand}
     scorers = (ScoreKey(Bucket(32, 4, 0)), ScoreKey(Bucket(32, 4, 4)))
-    assert compiled == {*plain.program.config.buckets, *samplers, *scorers, ADMIT, COPY, WIPE}
+    assert compiled == {*plain.program.config.buckets, *samplers, *scorers, ADMIT, COPY, WIPE, POOL}
     assert set(plain.metrics.compile_seconds) == {str(key) for key in compiled}
     reports = [(done, total) for stage, done, total in progress if stage == "compile"]
     assert reports[0] == (0, len(compiled))

@@ -1,0 +1,90 @@
+"""A program taken apart and put together again is the program that it was: results, donation, checks, placement."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer.config import ConfigError
+from jaxinfer.sharding import make_mesh
+from jaxinfer.step import executable
+from jaxinfer.step.executable import Call, Compiler, dump, from_json, load, to_json
+from jaxinfer.step.forward import Computed
+from jaxinfer.step.program import WIPE, SamplerKey
+
+
+def described(shape, mesh, *spec, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A program that takes an array over, leaves one unused and gives back what a forward pass does."""
+    mesh = make_mesh({"tensor": 2})
+    kv, unused, other = described((4, 2), mesh, "tensor"), described((3,), mesh), described((2,), mesh)
+    shardings = ((NamedSharding(mesh, PartitionSpec("tensor")),), NamedSharding(mesh, PartitionSpec()))
+    step = lambda pools, state: ((pools[0] + state["b"][None],), state["b"] * 2.0)
+    return mesh, Call(step, ((kv,), {"a": unused, "b": other}), shardings, donated=(0,))
+
+
+def arrays(call):
+    fill = lambda leaf: jax.device_put(np.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), leaf.sharding)
+    return jax.tree.map(fill, call.arguments)
+
+
+def test_a_loaded_program_is_the_compiled_one(small):
+    mesh, call = small
+    made = Compiler().begin("key", call)()
+    data, description = dump(made.run)
+    assert isinstance(data, bytes) and description["dropped"] == [1]
+    loaded = load(data, description, call.arguments, mesh)
+    for _ in range(2):  # the second call takes the fast path
+        results = []
+        for program in (made.run, loaded):
+            given = arrays(call)
+            results.append(program(*given))
+            assert given[0][0].is_deleted() and not given[1]["b"].is_deleted()
+        assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
+        for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+            assert one.sharding == other.sharding and one.committed == other.committed
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    with pytest.raises(TypeError, match="input pytree"):
+        loaded(arrays(call)[0])
+
+
+def test_programs_of_an_engine_on_a_mesh(meshed):
+    program = meshed.program
+    for key in (WIPE, SamplerKey(2)):
+        data, description = dump(program.compiled(key))
+        loaded = load(data, description, program.call(key).arguments, program.config.placement.mesh)
+        assert jax.tree.leaves(loaded.output_shardings) == jax.tree.leaves(program.compiled(key).output_shardings)
+        assert loaded.out_tree == program.compiled(key).out_tree and loaded.in_tree == program.compiled(key).in_tree
+
+
+def test_arguments_in_words(small):
+    _, call = small
+    assert list(call.inputs) == ["float32[4, 2]['tensor']", "float32[3][]", "float32[2][]"]
+    with pytest.raises(NotImplementedError, match="named shardings"):
+        list(Call(call.function, (jax.ShapeDtypeStruct((2,), np.int32),), None).inputs)
+
+
+def test_results_as_json():
+    mesh = make_mesh({"data": 2})
+    leaf = described((4, 8), mesh, ("data", "tensor"), None, dtype=jax.numpy.bfloat16)
+    tree = ((leaf, (leaf, leaf)), executable.unchecked(Computed, {"hidden": leaf, "logits": leaf, "rows": (leaf,)}))
+    assert jax.tree.leaves(from_json(to_json(tree), mesh)) == jax.tree.leaves(tree)
+    assert jax.tree.structure(from_json(to_json(tree), mesh)) == jax.tree.structure(tree)
+    with pytest.raises(NotImplementedError, match="results made of dict cannot be described"):
+        to_json({"a": leaf})
+
+
+def test_what_a_description_does_not_hold_is_refused(small, monkeypatch):
+    made = Compiler().begin("key", small[1])().run
+    monkeypatch.setattr(made._executable, "_dispatch_in_layouts", ["a layout"])
+    with pytest.raises(NotImplementedError, match="layouts of its own"):
+        dump(made)
+
+
+def test_options_that_xla_refuses(small):
+    with pytest.raises(ConfigError, match=r"XLA refuses \{'no_such_option': '1'\}"):
+        Compiler({"no_such_option": "1"}).begin("key", small[1])()
