@@ -140,16 +140,8 @@ def _models(model: _Model) -> tuple[_Model, ...]:
 
 def _with_draft(config: EngineConfig, model: _Model) -> _Model:
     """The model with its draft model: the one that was named, or the embedded model's own."""
-    speculation = config.speculation
-    if speculation.speculate in ("off", "lookup"):
-        return model
-    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
-    if name is None and speculation.speculate == "auto":
-        return model
-    if name is None:
-        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
-    small = replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None))
-    return replace(model, draft=_describe(small))
+    name = sizing.draft_model(config)
+    return model if name is None else replace(model, draft=_describe(sizing.draft_settings(config, name)))
 
 
 def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:

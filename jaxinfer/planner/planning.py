@@ -20,6 +20,7 @@ from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments, parse_count, parse_mesh
 from jaxinfer.models import find
 from jaxinfer.planner.outcome import GOALS, MARK, Plan, Wanted
+from jaxinfer.planner.sizing import draft_model
 from jaxinfer.planner.slices import parse
 
 TAIL = 12  # lines of a dead child's stderr that are shown
@@ -59,11 +60,11 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     piece = parse(slice)
     if wanted.goal not in GOALS:
         raise ConfigError(f"--goal {wanted.goal!r} is not one of {', '.join(GOALS)}")
-    from_arguments(EngineConfig, settings)
+    draft = draft_model(from_arguments(EngineConfig, {**settings, "model": model}))
     values = read_shape(model)
     request = {**wanted._asdict(), "model": model, "slice": piece.name, "values": values, "config": {**settings, "model": model}}
-    folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()
-    request["folder"] = str(folder.resolve()) if any(folder.glob("*.safetensors")) else None
+    request["folder"] = _weights_of(model)
+    request["draft"] = None if draft is None else {"values": read_shape(draft), "folder": _weights_of(draft)}
     with tempfile.TemporaryDirectory(prefix="jaxinfer-plan-") as folder:
         result = Path(folder) / "plan.json"
         code, errors = _child(json.dumps(request), result, piece.platform, progress)
@@ -91,6 +92,12 @@ def read_shape(model: str) -> Mapping[str, Any]:
         values = find.find_shape(model)
     find.find(values.get("model_type"))
     return values
+
+
+def _weights_of(model: str) -> str | None:
+    """The folder that holds a model's weights, if they are here."""
+    folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()
+    return str(folder.resolve()) if any(folder.glob("*.safetensors")) else None
 
 
 def _child(request: str, result: Path, platform: str, progress: Progress | None) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,36 @@ def described(values: Mapping[str, Any], config: EngineConfig, platform: str, fo
     if wanted is not None and wanted > longest:
         raise ConfigError(f"--max-model-len {wanted} exceeds the {longest} tokens the model was made for; lower it")
     return Described(graph, wanted or longest)
+
+
+def draft_model(config: EngineConfig) -> str | None:
+    """Name of the draft model that the settings mean, the embedded model's own by default; None without one.
+
+    Raises:
+        ConfigError: drafts of a model are wanted and none is named.
+    """
+    speculation = config.speculation
+    if speculation.speculate in ("off", "lookup"):
+        return None
+    name = speculation.draft_model or ("draft" if config.model.model == "demo" else None)
+    if name is None and speculation.speculate == "draft":
+        raise ConfigError("--speculate draft needs --draft-model: a smaller model with the same tokenizer; or use --speculate lookup")
+    return name
+
+
+def draft_settings(config: EngineConfig, name: str | None = None) -> EngineConfig:
+    """The settings that a draft model is described with: never quantised, as long as it was made for."""
+    model = replace(config.model, model=name or config.model.model, revision=None, quantize=None, max_model_len=None)
+    return replace(config, model=model)
+
+
+def with_draft(model: Described, values: Mapping[str, Any], folder: Path | None, config: EngineConfig, platform: str) -> Described:
+    """The model with a draft model of this config.json (see `described`) beside it.
+
+    Raises:
+        ConfigError: as `described` does.
+    """
+    return replace(model, draft=described(values, draft_settings(config), platform, folder).graph)
 
 
 def _quantised(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:

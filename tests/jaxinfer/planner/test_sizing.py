@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
+from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
 from jaxinfer.planner.sizing import Machine, Sizing, Widths, described
@@ -63,3 +63,16 @@ def test_where_the_guess_leaves_little_room_the_compiler_is_asked(monkeypatch, s
     memory = int((whole + spare) / (0.9 - 1 / 32))
     assert sizes(memory).planned()[0].unsure and sizes(memory).planned()[0].tight == (spare < 0)
     assert sizes(memory).sized()[0].programs == 20_000 * 9 // 8
+
+
+def test_a_draft_model_is_the_one_that_a_start_takes():
+    small, drafts = ModelConfig(model="other", quantize="int8", max_model_len=32), SpeculationConfig("draft", "smaller")
+    config = replace(SMALL, model=small, speculation=drafts)
+    assert sizing.draft_model(config) == "smaller" and sizing.draft_model(SMALL) is None
+    assert sizing.draft_model(replace(SMALL, speculation=SpeculationConfig("auto"))) == "draft"
+    assert sizing.draft_model(replace(config, speculation=SpeculationConfig("auto"))) is None
+    with pytest.raises(ConfigError, match="--speculate draft needs --draft-model"):
+        sizing.draft_model(replace(config, speculation=SpeculationConfig("draft")))
+    assert sizing.draft_settings(config, "smaller").model == ModelConfig(model="smaller")
+    model = sizing.with_draft(described(CONFIG, SMALL, "cpu"), CONFIG, None, replace(SMALL, model=ModelConfig(quantize="int8")), "cpu")
+    assert model.draft == described(CONFIG, replace(SMALL, model=ModelConfig()), "cpu").graph
