@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engines.add_shape_argument(parser)
     parser.add_argument("--slice", metavar="NAME", help="what this machine is to the planner [what jax shows]")
     parser.add_argument("--schemes", default=",".join(SCHEMES), metavar="LIST", help=f"weights: none, or a scheme [{','.join(SCHEMES)}]")
-    parser.add_argument("--decode", action="append", type=latency.parse_load, metavar="BxC", help=f"decode rows [{' '.join(map(str, LOADS))}]")
+    rows = f"decode rows [{' '.join(map(str, LOADS))}]"
+    parser.add_argument("--decode", action="append", type=latency.parse_load, metavar="BxC", help=rows)
     parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement [32]")
     parser.add_argument("--all", action="store_true", help="the plan compiles every program in full")
     add_output_arguments(parser)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
 from jaxinfer.planner import advice, collectives, outcome, topology
-from jaxinfer.planner.depths import Compiled, compile_for
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
 from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.planner.slices import parse
-from jaxinfer.planner.telling import Told, name_of, tell
+from jaxinfer.planner.telling import Compiled, Told, name_of, tell
+from jaxinfer.step.buckets import Bucket
 
 
 def main(result: Path) -> None:
@@ -51,8 +53,8 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         kernels = kernels_for(choices[0].sizing())
         weighed = sorted((estimate(choice, kernels) for choice in choices), key=lambda each: each.score, reverse=True)
     compiled: dict[MeshShape, Compiled] = {}
-    while request["compile"] and weighed[0].choice.mesh not in compiled:
-        compiled[weighed[0].choice.mesh] = _compile(weighed[0], request["all"] or request.get("bundle") is not None, progress)
+    while request["compile"] and weighed[0].choice.mesh not in compiled and not weighed[0].hopeless:
+        compiled[weighed[0].choice.mesh] = _compile(weighed[0], request["all"], progress)
         weighed = _again(weighed, kernels, compiled)
     with weighed[0].choice.target():
         found = list(advice.changes(weighed[0], kernels))
@@ -75,8 +77,15 @@ def _wish(request: Mapping[str, Any]) -> Wish:
 
 
 def _compile(best: Estimate, everything: bool, progress: Callable[[str, int, int], None]) -> Compiled:
-    """Compile for a choice, with a pool of the size that is expected."""
-    return compile_for(best.choice, max(best.account.row, best.account.pages(best.reserved)), everything=everything, progress=progress)
+    """Compile for a choice: the programs that set its memory, or all of them, with a pool of the size that is expected."""
+    begun, choice = time.perf_counter(), best.choice
+    with choice.target():
+        sizing = choice.sizing()
+        pages = max(best.account.row, best.account.pages(best.reserved))
+        program = sizing.program(replace(sizing.empty_pool, pages=pages + 1))
+        program.compile(progress, program.config.keys if everything else program.config.largest)
+    found = {key: collectives.in_text(program.text(key)) for key in program.sizes if isinstance(key, Bucket)}
+    return Compiled(program, found, time.perf_counter() - begun)
 
 
 def _again(weighed: list[Estimate], kernels: Kernels, compiled: Mapping[MeshShape, Compiled]) -> list[Estimate]:

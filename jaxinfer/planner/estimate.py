@@ -122,6 +122,11 @@ class Estimate:
         return self.lacking <= 0
 
     @property
+    def hopeless(self) -> bool:
+        """Whether not even one sequence fits beside weights and slots, whatever programs need."""
+        return self.account.lacking(0) > 0
+
+    @property
     def itl_loaded(self) -> float:
         """Seconds between a sequence's tokens while prompts of others are computed in between, in a steady state."""
         wish, data = self.choice.wish, self.choice.mesh.data

@@ -9,20 +9,35 @@ from typing import Any
 import jax
 
 from jaxinfer.config import MeshShape
-from jaxinfer.planner import advice, topology
-from jaxinfer.planner.depths import Compiled
+from jaxinfer.planner import advice, collectives, topology
 from jaxinfer.planner.estimate import Estimate
 from jaxinfer.planner.outcome import Plan
 from jaxinfer.planner.predict import Kernels, Phase
-from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.program import Program
 from jaxinfer.step.sizes import ProgramSize, beside
 
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
 KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
 DRAFT_NOTE = "times are of steps without drafts; how often drafts stand is not predicted (python -m jaxinfer bench speculation measures it)"
-DEPTH_NOTE = "forward passes were compiled with {} and {} layers; the whole depth lies on a line through them (--all compiles every layer)"
-FLAGS = ("quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation",
-         "speculate", "draft_model", "draft_tokens")
+HOPELESS_NOTE = "weights and one sequence are more than the memory, so nothing was compiled"
+FLAGS = (
+    "quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation", "speculate", "draft_model",
+    "draft_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What compiling for a choice told: program sizes by key, texts' collectives by key, seconds."""
+
+    program: Program
+    collectives: Mapping[Any, tuple[collectives.Collective, ...]]
+    seconds: float
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the whole list of programs needs on a device."""
+        return beside(self.program.sizes, self.program.config.keys).total
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,10 @@ def name_of(mesh: MeshShape) -> str:
 def _notes(best: Estimate, own: Compiled | None) -> list[str]:
     quantised = best.choice.wish.config.cache.kv_dtype != "auto"
     drafts = best.choice.wish.config.speculation.speculate != "off"
+    hopeless = own is None and best.hopeless
     return [
-        *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []), *([DRAFT_NOTE] if drafts else []),
-        *([DEPTH_NOTE.format(*own.depths)] if own and own.depths else []),
+        *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
+        *([DRAFT_NOTE] if drafts else []),
     ]  # fmt: skip
 
 
@@ -96,7 +112,7 @@ def _memory(best: Estimate, own: Compiled | None) -> dict[str, Any]:
     account = best.account
     pages = max(0, account.pages(best.reserved))
     kv = (pages + 1) * account.page
-    parts = beside(own.sizes, own.program.config.keys) if own else None
+    parts = beside(own.program.sizes, own.program.config.keys) if own else None
     return {
         "limit": account.limit, "weights": account.weights, "slots": account.slots, "programs": best.programs,
         "programs_from": "compiler" if own else "guess",
@@ -130,18 +146,17 @@ def _mesh(each: Estimate, compiled: bool) -> dict[str, Any]:
 
 def _programs(own: Compiled | None) -> dict[str, Any]:
     if own is None:
-        return {"compiled": [], "derived": 0, "seconds": 0.0, "layers": None}
+        return {"compiled": [], "derived": 0, "seconds": 0.0}
 
     def row(key: Any, size: ProgramSize) -> dict[str, Any]:
         return {
             "name": str(key), "temporary": size.temporary, "output": size.output, "code": size.code,
-            "seconds": own.each[str(key)], "extrapolated": own.depths is not None and isinstance(key, Bucket),
+            "seconds": own.program.compile_seconds[str(key)],
             "collectives": [vars(each) for each in own.collectives.get(key, ())],
         }  # fmt: skip
 
-    rows = [row(key, size) for key, size in own.sizes.items()]
-    layers = None if own.depths is None else list(own.depths)
-    return {"compiled": rows, "derived": len(own.program.config.keys) - len(rows), "seconds": own.seconds, "layers": layers}
+    rows = [row(key, size) for key, size in own.program.sizes.items()]
+    return {"compiled": rows, "derived": len(own.program.config.keys) - len(rows), "seconds": own.seconds}
 
 
 def _advice(change: advice.Change, best: Estimate, model: str) -> dict[str, Any]:

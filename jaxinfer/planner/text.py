@@ -147,14 +147,12 @@ def _programs(plan: Plan) -> list[RenderableType]:
     table = _table("compiled", "temporaries MiB", "code MiB", "s", "collectives", title="Programs")
     for row in rows:
         made = ", ".join(f"{each['count']} {each['kind']} of {each['bytes'] / MIB:.2f} MiB" for each in row["collectives"]) or "-"
-        name = row["name"] + (" *" if row["extrapolated"] else "")
-        table.add_row(name, f"{row['temporary'] / MIB:.1f}", f"{row['code'] / MIB:.1f}", f"{row['seconds']:.1f}", made)
-    rest = f"{plan.programs['derived']} more programs of the list are smaller and were not compiled (--all)"
-    table.caption = f"{plan.programs['seconds']:.0f} s; {rest if plan.programs['derived'] else 'the whole list'}"
-    if plan.programs["layers"] is not None:
-        table.caption += "\n* compiled with {} and {} layers, the whole depth by a line through them (--all: every layer)".format(
-            *plan.programs["layers"]
-        )
+        table.add_row(row["name"], f"{row['temporary'] / MIB:.1f}", f"{row['code'] / MIB:.1f}", f"{row['seconds']:.1f}", made)
+    table.caption = (
+        f"{plan.programs['seconds']:.0f} s; {plan.programs['derived']} more programs of the list are smaller and were not compiled (--all)"
+    )
+    if not plan.programs["derived"]:
+        table.caption = f"{plan.programs['seconds']:.0f} s; the whole list"
     return [table]
 
 
