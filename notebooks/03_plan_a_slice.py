@@ -22,9 +22,9 @@ if importlib.util.find_spec("jaxinfer") is None:
 
 # %% [markdown]
 # ## The plans
-# `compile=False` is arithmetic alone, some seconds a slice; what programs need beside weights and cache is then a guess. Leave it out and the
-# real compiler is asked (`pip install 'jax[tpu]'` for TPUs, the CUDA plugin for NVIDIA): minutes for 80 layers on a small machine. Plans that
-# lie beside the notebook in `plans/` are read and not made again; the first line of each says how it was made.
+# `compile=False` is arithmetic alone, some seconds a slice; what programs need beside weights and cache is then a guess. Leave it out and
+# the real compiler is asked (`pip install 'jax[tpu]'` for TPUs, the CUDA plugin for NVIDIA): minutes for 80 layers on a small machine.
+# Plans that lie beside the notebook in `plans/` are read and not made again; the command that made each stands in it.
 
 # %%
 import json
@@ -50,7 +50,8 @@ for name, plan in plans.items():
     verdict = "fits" if plan.fits else f"does not fit: {plan.memory['lacking'] / 2**30:.1f} GiB a device too much"
     print(f"{name}: {plan.target['devices']} x {plan.target['chip']}, {verdict}")
     print(f"  mesh {plan.settings['mesh']}, {plan.capacity['concurrency']} sequences of {plan.settings['context']} tokens at once")
-    print(f"  {plan.speed['itl'] * 1e3:.0f} ms between tokens, {plan.speed['tokens_per_second']:,.0f} tokens/s; decode: {plan.phases['decode']['bound']}")
+    print(f"  {plan.speed['itl'] * 1e3:.0f} ms between tokens, {plan.speed['tokens_per_second']:,.0f} tokens/s in all")
+    print(f"  a decode step is bound by {plan.phases['decode']['bound']}, a prompt by {plan.phases['prefill']['bound']}")
 
 # %% [markdown]
 # ## One picture
