@@ -44,8 +44,9 @@ PREFILLS = (Load(1, 2048), Load(1, 8000), Load(8, 4096))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
     engines.add_shape_argument(parser)
-    parser.add_argument("--decode", action="append", type=_load, metavar="BxC", help=f"decode rows; may be repeated [{_list(DECODES)}]")
-    parser.add_argument("--prefill", action="append", type=_load, metavar="BxP", help=f"prefill rows; may be repeated [{_list(PREFILLS)}]")
+    repeated = {"action": "append", "type": parse_load}
+    parser.add_argument("--decode", **repeated, metavar="BxC", help=f"decode rows; may be repeated [{_list(DECODES)}]")
+    parser.add_argument("--prefill", **repeated, metavar="BxP", help=f"prefill rows; may be repeated [{_list(PREFILLS)}]")
     parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement [32]")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
@@ -59,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         ceiling = ceilings.measure(engine.info.dtype)
         report.add(row="ceiling", **ceiling.fields())
         about = engines.about(engine)
-        for load in _fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
-            report.add(row="decode", load=str(load), **about, **_decode(engine, load, args, ceiling))
-        for load in _fitting(engine, _prefills(args), 1):
+        for load in fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
+            report.add(row="decode", load=str(load), **about, **time_decode(engine, load, args, ceiling))
+        for load in fitting(engine, _prefills(args), 1):
             report.add(row="prefill", load=str(load), **about, **_prefill(engine, load, args, ceiling))
     return 0
 
@@ -79,7 +80,8 @@ def _prefills(args: argparse.Namespace) -> Sequence[Load]:
     return args.prefill or (() if args.decode else PREFILLS)
 
 
-def _fitting(engine: Any, loads: Sequence[Load], outputs: int) -> Iterator[Load]:
+def fitting(engine: Any, loads: Sequence[Load], outputs: int) -> Iterator[Load]:
+    """The loads that the engine holds with so many new tokens each; a word on stderr for each of the others."""
     config, info = engine.program.config, engine.info
     for load in loads:
         length = load.tokens + outputs
@@ -90,7 +92,7 @@ def _fitting(engine: Any, loads: Sequence[Load], outputs: int) -> Iterator[Load]
             yield load
 
 
-def _decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
+def time_decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
     """Fill the engine until every sequence decodes, then time steps.
 
     Raises:
@@ -187,7 +189,8 @@ def _prefill_operations(engine: Any, load: Load) -> float:
     return load.batch * (2 * dense * load.tokens + attention)
 
 
-def _load(text: str) -> Load:
+def parse_load(text: str) -> Load:
+    """Read BATCHxTOKENS, as a flag's type."""
     batch, _, tokens = text.partition("x")
     if not batch.isdigit() or not tokens.isdigit() or not int(batch) or not int(tokens):
         raise argparse.ArgumentTypeError(f"{text!r} is not BATCHxTOKENS; write for example 16x600")

@@ -30,7 +30,6 @@ from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
-from jaxinfer.models.eagle import is_head
 from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
@@ -152,37 +151,17 @@ def _models(model: _Model) -> tuple[_Model, ...]:
 
 
 def _with_draft(config: EngineConfig, model: _Model) -> _Model:
-    """The model with its draft model or head: the one that was named, or the embedded model's own; random weights have a made-up head."""
-    way = config.speculation.speculate
-    if way in ("off", "lookup"):
-        return model
-    own = "draft" if config.model.model == "demo" and way != "eagle" else None
-    name = config.speculation.draft_model or own
-    if name is not None:
-        return replace(model, draft=_draft(config, model, name))
-    if way == "auto":
-        return model
-    if way == "eagle" and config.model.load_format == "random":
-        return replace(model, draft=_head(config, model, "made-up head", None))
-    needed = "the model's EAGLE-3 head" if way == "eagle" else "a smaller model with the same tokenizer"
-    raise ConfigError(f"--speculate {way} needs --draft-model: {needed}; or use --speculate lookup")
+    """The model with its draft model or head, if the settings mean one."""
+    found = sizing.draft_of(config, weights=config.model.load_format != "random")
+    return model if found is None else replace(model, draft=_beside(config, model, found.name))
 
 
-def _draft(config: EngineConfig, model: _Model, name: str) -> _Model:
-    way, folder = config.speculation.speculate, None if name in find.known_shapes() else hub.resolve(name)
-    if folder is not None and is_head(read.read_config(folder)):
-        if way == "draft":
-            raise ConfigError(f"--draft-model {name} is an EAGLE-3 head, no model of its own; use --speculate eagle")
-        return _head(config, model, Path(name).name, folder)
-    if way == "eagle":
-        raise ConfigError(f"--draft-model {name} is a model of its own, no EAGLE-3 head; use --speculate draft")
-    return _describe(replace(config, model=replace(config.model, model=name, revision=None, quantize=None, max_model_len=None)))
-
-
-def _head(config: EngineConfig, model: _Model, name: str, folder: Path | None) -> _Model:
-    """The model's EAGLE-3 head; without a folder one that is made up."""
-    graph = sizing.head_of(model.graph, config, folder)
-    return _Model(folder, name, graph, graph.dtype, model.max_tokens, "eagle3")
+def _beside(config: EngineConfig, model: _Model, name: str | None) -> _Model:
+    """The draft model or head of that name; without one a head that is made up."""
+    folder, values = (None, None) if name is None else _found(name, None, config.model.load_format)
+    graph = sizing.beside(model.graph, values, folder, config, devices.platform())
+    kind = "eagle3" if values is None else str(values.get("model_type"))
+    return _Model(folder, "a made-up head" if name is None else Path(name).name, graph, graph.dtype, model.max_tokens, kind)
 
 
 def _check_tokenizers(model: _Model, tokenizer: Tokenizer | None) -> None:
@@ -245,14 +224,18 @@ def _mesh(config: EngineConfig) -> Mesh:
 
 
 def _describe(config: EngineConfig) -> _Model:
-    if config.model.load_format == "random" and config.model.model in find.known_shapes():
-        folder, values = None, find.find_shape(config.model.model)
-    else:
-        folder = hub.resolve(config.model.model, config.model.revision)
-        values = read.read_config(folder)
+    folder, values = _found(config.model.model, config.model.revision, config.model.load_format)
     found = sizing.described(values, config, devices.platform(), folder)
     name = config.model.model if folder is None or config.model.model == "demo" else Path(config.model.model).name
     return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
+
+
+def _found(name: str, revision: str | None, load_format: str) -> tuple[Path | None, dict[str, Any]]:
+    """A model's folder and its config.json; random weights of a well-known shape need no folder."""
+    if load_format == "random" and name in find.known_shapes():
+        return None, find.find_shape(name)
+    folder = hub.resolve(name, revision)
+    return folder, read.read_config(folder)
 
 
 def _require_audit(config: EngineConfig, model: _Model) -> None:

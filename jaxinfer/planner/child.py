@@ -46,7 +46,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         ConfigError: settings, shapes or packages that cannot work.
     """
     piece = parse(request["slice"])
-    devices = tuple(topology.describe(piece))
+    devices = tuple(topology.describe(piece)) if request["compile"] else topology.stand_ins(piece)
     wish = _wish(request)
     meshes = [MeshShape(*request["mesh"])] if request.get("mesh") else list(piece.meshes())
     choices = [Choice(piece, mesh, wish, devices) for mesh in meshes if mesh.size == piece.devices]
@@ -58,7 +58,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
     _check_bundle(request)
     source = bundling.compiler(request.get("autotune"), piece.platform)
     compiled: dict[MeshShape, Compiled] = {}
-    while request["compile"] and weighed[0].choice.mesh not in compiled:
+    while request["compile"] and weighed[0].choice.mesh not in compiled and not weighed[0].hopeless:
         compiled[weighed[0].choice.mesh] = _compile(weighed[0], request["all"], progress)
         weighed = _again(weighed, kernels, compiled)
     with weighed[0].choice.target():
@@ -97,7 +97,9 @@ def _wish(request: Mapping[str, Any]) -> Wish:
     if output >= context:
         raise ConfigError(f"--output {output} leaves no room for a prompt in --context {context}; lower it")
     folder = Path(request["folder"]) if request.get("folder") else None
-    return Wish(dict(request["values"]), config, context, output, request["concurrency"], request["goal"], request["price"], folder)
+    given = request.get("draft")
+    draft = None if given is None else (given["values"], Path(given["folder"]) if given["folder"] else None)
+    return Wish(dict(request["values"]), config, context, output, request["concurrency"], request["goal"], request["price"], folder, draft)
 
 
 def _compile(best: Estimate, everything: bool, progress: Callable[[str, int, int], None]) -> Compiled:

@@ -19,9 +19,9 @@ from jaxinfer.config import EngineConfig, MeshShape
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account
 from jaxinfer.planner.predict import Kernels, Phase, Predictor
-from jaxinfer.planner.sizing import Machine, Sizing, described, page_size, widths, with_margin
+from jaxinfer.planner.sizing import Machine, Sizing, described, page_size, widths, with_draft, with_margin
 from jaxinfer.planner.slices import Slice
-from jaxinfer.planner.topology import chip_of, usable_memory
+from jaxinfer.planner.topology import chip_of, tabled, usable_memory
 from jaxinfer.sharding import DEFAULT_RULES, MESH_AXES, make_mesh
 from pallas_kernels import dispatch
 
@@ -29,8 +29,8 @@ from pallas_kernels import dispatch
 @dataclass(frozen=True)
 class Wish:
     """What is planned for. context: tokens of a sequence at its end, of which `output` are generated. concurrency: sequences at once that
-    must fit, all replicas together (None: as many as do). price: of one chip for one hour. folder: the checkpoint's,
-    if it is there."""
+    must fit, all replicas together (None: as many as do). price: of one chip for one hour. folder: the checkpoint's, if it is there. draft:
+    the config.json (None: a head that is made up) and folder of what drafts, if anything does."""
 
     values: dict[str, Any]
     config: EngineConfig
@@ -40,6 +40,7 @@ class Wish:
     goal: str
     price: float | None
     folder: Path | None = None
+    draft: tuple[dict[str, Any] | None, Path | None] | None = None
 
     def on(self, mesh: MeshShape) -> EngineConfig:
         """The engine's settings on a mesh."""
@@ -53,8 +54,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """A slice, a mesh of it, and the wish with its settings. devices: described ones, or only one of them
-    where nothing will be compiled. memory: bytes that a device gives to arrays, None for what the runtime takes by default."""
+    """A slice, a mesh of it, and the wish with its settings. devices: described ones, or where nothing will be compiled only one of
+    them or of this machine. memory: bytes that a device gives to arrays, None for what the runtime takes by default."""
 
     piece: Slice
     mesh: MeshShape
@@ -81,11 +82,17 @@ class Choice:
         config, platform = self.wish.on(self.mesh), self.piece.platform
         placement = Placement(self.arranged, DEFAULT_RULES, config.execution.implementation)
         model = described(self.wish.values, config, platform, self.wish.folder)
+        if self.wish.draft is not None:
+            model = with_draft(model, *self.wish.draft, config, platform)
         return Sizing(config, model, placement, Machine(platform, self.usable_memory))
 
     def target(self) -> Any:
         """Inside, kernels are chosen for the described devices (a context manager)."""
-        return nullcontext() if self.piece.platform == "cpu" else jax.sharding.use_abstract_mesh(self.arranged.abstract_mesh)
+        if self.piece.platform == "cpu":
+            return nullcontext()
+        stand_ins = self.devices[0].platform == "cpu"
+        mesh = tabled(self.mesh._asdict(), self.piece) if stand_ins else self.arranged.abstract_mesh
+        return jax.sharding.use_abstract_mesh(mesh)
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,11 @@ class Estimate:
     def fits(self) -> bool:
         """Whether the engine starts and holds what was asked for."""
         return self.lacking <= 0
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether not even one sequence fits beside weights and slots, whatever programs need."""
+        return self.account.lacking(0) > 0
 
     @property
     def itl_loaded(self) -> float:
@@ -163,7 +175,7 @@ def estimate(choice: Choice, kernels: Kernels, programs: int | None = None, corr
     running = wish.concurrency or (1 if wish.goal == "latency" else max(replicas, fitting))
     predictor = Predictor(
         graph=sizing.model.graph, placement=sizing.placement, chip=chip_of(choice.piece), kernels=kernels,
-        kv_token=account.page / size, step_tokens=widest.tokens, correction=correction,
+        kv_token=_read(sizing, account) / size, step_tokens=widest.tokens, correction=correction,
     )  # fmt: skip
     decode = predictor.decode(max(1, running / replicas), max(1, wish.context - wish.output / 2))
     return Estimate(
@@ -172,6 +184,11 @@ def estimate(choice: Choice, kernels: Kernels, programs: int | None = None, corr
         largest=account.room(reserved, replicas) * replicas, running=running,
         decode=decode, prefill=predictor.prefill(max(1, wish.context - wish.output)), predictor=predictor, page_size=size,
     )  # fmt: skip
+
+
+def _read(sizing: Sizing, account: Account) -> int:
+    """Bytes of a page that the model itself reads: not the draft model's."""
+    return account.page if sizing.model.draft is None else replace(sizing, model=replace(sizing.model, draft=None)).account().page
 
 
 def kernels_for(sizing: Sizing) -> Kernels:

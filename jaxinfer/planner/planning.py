@@ -20,6 +20,7 @@ from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments, parse_count, parse_mesh
 from jaxinfer.models import find
 from jaxinfer.planner.outcome import GOALS, MARK, Plan, Wanted
+from jaxinfer.planner.sizing import draft_of
 from jaxinfer.planner.slices import parse
 
 TAIL = 12  # lines of a dead child's stderr that are shown
@@ -59,13 +60,15 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     piece = parse(slice)
     if wanted.goal not in GOALS:
         raise ConfigError(f"--goal {wanted.goal!r} is not one of {', '.join(GOALS)}")
-    from_arguments(EngineConfig, settings)
+    draft = draft_of(from_arguments(EngineConfig, {**settings, "model": model}), weights=False)
     if wanted.bundle is not None:
         atomic.check_target(Path(wanted.bundle), overwrite=False, flag="--bundle")
     values = read_shape(model)
     request = {**wanted._asdict(), "model": model, "slice": piece.name, "values": values, "config": {**settings, "model": model}}
-    folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()
-    request["folder"] = str(folder.resolve()) if any(folder.glob("*.safetensors")) else None
+    request["folder"] = _weights_of(model)
+    if draft is not None:
+        made_up = {"values": None, "folder": None}
+        request["draft"] = made_up if draft.name is None else {"values": read_shape(draft.name), "folder": _weights_of(draft.name)}
     with tempfile.TemporaryDirectory(prefix="jaxinfer-plan-") as folder:
         result = Path(folder) / "plan.json"
         code, errors = _child(json.dumps(request), result, piece.platform, progress)
@@ -93,6 +96,12 @@ def read_shape(model: str) -> Mapping[str, Any]:
         values = find.find_shape(model)
     find.find(values.get("model_type"))
     return values
+
+
+def _weights_of(model: str) -> str | None:
+    """The folder that holds a model's weights, if they are here."""
+    folder = hub.resolve(model) if model in hub.EMBEDDED else Path(model).expanduser()
+    return str(folder.resolve()) if any(folder.glob("*.safetensors")) else None
 
 
 def _child(request: str, result: Path, platform: str, progress: Progress | None) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from jaxinfer.devices import Chip
 from jaxinfer.models.graph import Graph, arrays_of
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import collectives, efficiency
+from jaxinfer.quant.qarray import PACKED
 from jaxinfer.sharding import ArraySpec, device_bytes, named
 
 INTEGER_SCHEME = "w8a8"  # weights and activations in int8; other schemes multiply in the activations' dtype
@@ -170,4 +171,5 @@ class Predictor:
         return heads // shards if kv_heads % shards == 0 else heads
 
     def _shard(self, spec: ArraySpec) -> int:
-        return prod(named(spec, self.placement.mesh, self.placement.rules).shard_shape(spec.shape))
+        """Numbers of a weight on one device: a byte of packed ones holds two."""
+        return (1 + (spec.dtype == PACKED)) * prod(named(spec, self.placement.mesh, self.placement.rules).shard_shape(spec.shape))

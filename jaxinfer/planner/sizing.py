@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,12 @@ class Described:
     graph: Graph
     max_tokens: int
     draft: Graph | None = None
+
+
+class Draft(NamedTuple):
+    """What drafts, by name or path; None: a head that is made up."""
+
+    name: str | None
 
 
 def with_margin(programs: int) -> int:
@@ -108,18 +114,56 @@ def described(values: Mapping[str, Any], config: EngineConfig, platform: str, fo
     return Described(graph, wanted or longest)
 
 
-def head_of(target: Graph, config: EngineConfig, folder: Path | None = None) -> Graph:
-    """The EAGLE-3 head of a model from its folder; without one, of the shape that one would train.
+def draft_of(config: EngineConfig, *, weights: bool = True) -> Draft | None:
+    """What drafts by the settings: the model or head that was named, or the embedded model's own; None without one.
+
+    weights: whether there must be some; where shapes are enough, a head may be made up.
 
     Raises:
-        ConfigError: a head that is made for another model, or is not implemented.
+        ConfigError: drafts of a model are wanted and none is named.
     """
-    if folder is None:
+    speculation, way = config.speculation, config.speculation.speculate
+    if way in ("off", "lookup"):
+        return None
+    name = speculation.draft_model or ("draft" if config.model.model == "demo" and way != "eagle" else None)
+    if name is not None or (way == "eagle" and not weights):
+        return Draft(name)
+    if way == "auto":
+        return None
+    needed = "the model's EAGLE-3 head" if way == "eagle" else "a smaller model with the same tokenizer"
+    raise ConfigError(f"--speculate {way} needs --draft-model: {needed}; or use --speculate lookup")
+
+
+def beside(target: Graph, values: Mapping[str, Any] | None, folder: Path | None, config: EngineConfig, platform: str) -> Graph:
+    """The draft model or head of this config.json (see `described`); None: the head that one would train for the target.
+
+    Raises:
+        ConfigError: it is of the other kind than `--speculate` says, or cannot stand beside the target; as `described` does.
+    """
+    way, head = config.speculation.speculate, values is None or eagle.is_head(values)
+    name = config.speculation.draft_model
+    if head and way == "draft":
+        raise ConfigError(f"--draft-model {name} is an EAGLE-3 head, no model of its own; use --speculate eagle")
+    if not head and way == "eagle":
+        raise ConfigError(f"--draft-model {name} is a model of its own, no EAGLE-3 head; use --speculate draft")
+    if values is not None and not head:
+        model = replace(config.model, model=name or config.model.model, revision=None, quantize=None, max_model_len=None)
+        return described(values, replace(config, model=model), platform, folder).graph
+    if values is None:
         return Graph.of(eagle, eagle.Config.beside(target.config), target.dtype)
-    values, random = read.read_config(folder), config.model.load_format == "random"
-    own = not random and read.holds(folder, "embed_tokens.weight")
+    stored = None if config.model.load_format == "random" else folder
+    own = stored is not None and read.holds(stored, "embed_tokens.weight")
     graph = Graph.of(eagle, eagle.Config.from_hf(read.of_model(values), target.config, own_embedding=own), target.dtype)
-    return graph if random else read.as_stored(folder, graph)
+    return graph if stored is None else read.as_stored(stored, graph)
+
+
+def with_draft(model: Described, values: Mapping[str, Any] | None, folder: Path | None, config: EngineConfig, platform: str) -> Described:
+    """The model with the draft model or head of this config.json beside it.
+
+    Raises:
+        ConfigError: as `beside` does.
+    """
+    return replace(model, draft=beside(model.graph, values, folder, config, platform))
 
 
 def _quantised(config: EngineConfig, folder: Path | None, graph: Graph) -> Graph:

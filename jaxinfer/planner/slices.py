@@ -103,6 +103,19 @@ def parse(name: str) -> Slice:
     return _make(key, count // family.counted)
 
 
+def of_devices(chip: str, devices: int) -> Slice:
+    """The slice of so many devices of a chip in `devices.CHIPS` ("cpu" is one too), as jax shows them.
+
+    Raises:
+        ConfigError: there is no such slice.
+    """
+    for key, family in FAMILIES.items():
+        chips = devices // family.devices
+        if family.chip == chip and devices % family.devices == 0 and chips in family.topologies:
+            return _make(key, chips)
+    raise ConfigError(f"no slice of {devices} x {chip} is known; name one with --slice, for example {EXAMPLES}")
+
+
 def _make(key: str, chips: int) -> Slice:
     family = FAMILIES[key]
     name = f"{key}{family.separator}{chips * family.counted}"

@@ -19,7 +19,12 @@ from jaxinfer.step.sizes import ProgramSize, beside
 
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
 KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
-FLAGS = ("quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation")
+DRAFT_NOTE = "times are of steps without drafts; how often drafts stand is not predicted (python -m jaxinfer bench speculation measures it)"
+HOPELESS_NOTE = "weights and one sequence are more than the memory, so nothing was compiled"
+FLAGS = (
+    "quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation", "speculate", "draft_model",
+    "draft_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,12 @@ def name_of(mesh: MeshShape) -> str:
 
 def _notes(best: Estimate, own: Compiled | None) -> list[str]:
     quantised = best.choice.wish.config.cache.kv_dtype != "auto"
-    return [*([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else [])]
+    drafts = best.choice.wish.config.speculation.speculate != "off"
+    hopeless = own is None and best.hopeless
+    return [
+        *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
+        *([DRAFT_NOTE] if drafts else []),
+    ]  # fmt: skip
 
 
 def _target(best: Estimate) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxinfer import devices
 from jaxinfer.config import ConfigError
@@ -48,7 +49,10 @@ def describe(piece: Slice) -> list[Any]:
     """
     line = missing_packages(piece)
     if line is not None:
-        raise ConfigError(f"compiling for {piece.name} needs a compiler that is not installed here: {line}")
+        raise ConfigError(
+            f"compiling for {piece.name} needs a compiler that is not installed here: {line}\n"
+            "or add --no-compile: arithmetic alone, with what programs need guessed"
+        )
     if piece.platform == "cpu":
         devices.prepare(piece.devices)
         return devices.select(piece.devices)
@@ -58,3 +62,15 @@ def describe(piece: Slice) -> list[Any]:
     else:
         found = topologies.get_topology_desc("", platform="cuda", target_config=piece.target_config, topology=piece.described)
     return list(found.devices)[: piece.devices]
+
+
+def stand_ins(piece: Slice) -> tuple[Any, ...]:
+    """What arithmetic needs of a slice's devices: a device of this machine, standing for each of them."""
+    return tuple(describe(piece)) if piece.platform == "cpu" else (jax.devices("cpu")[0],)
+
+
+def tabled(sizes: dict[str, int], piece: Slice) -> AbstractMesh:
+    """A mesh of the slice's devices from our own table: enough to choose kernels by, without any compiler."""
+    chip = chip_of(piece)
+    device = AbstractDevice(device_kind=(*chip.aliases, chip.name)[0], num_cores=None, platform=piece.platform)
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), abstract_device=device)

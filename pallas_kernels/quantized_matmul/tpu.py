@@ -3,8 +3,8 @@
 The inputs of a block of tokens stay in VMEM while tiles of the weight, whole rows of some output channels, come into one of two buffers.
 Steps of inputs are converted and multiplied; a scale of a whole row multiplies the sums in the end, a scale of a group each step's. int8
 inputs meet int8 weights as they are. Of packed weights the low halves meet the even inputs and the high ones the odd. Where several groups
-share a vector the inputs are repeated, each time with the others' made zero: so many tokens of those are left to XLA. Zeros other than 8
-are a small product of their own. Compiled and simulated, not yet measured on a chip.
+share a vector the inputs are repeated, each time with the others' made zero: many tokens of those are refused. Zeros other than 8 are a
+small product of their own. Compiled and simulated, not yet measured on a chip.
 """
 
 from typing import Any, NamedTuple
@@ -19,13 +19,12 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from pallas_kernels import dispatch, tensorcore, tuning
 from pallas_kernels.attention import precision
-from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
 from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to
 
 OP = "quantized_matmul"
 ROWS = 32  # of a tile of 8 bits
-MANY = 256  # tokens; of formats whose groups share vectors more are XLA's
+MANY = 256  # tokens; of formats whose groups share vectors more are refused
 X_BYTES, WEIGHT_BYTES = 12 << 20, 2 << 20  # VMEM for a block of inputs, and for a tile of the weight
 
 
@@ -116,6 +115,9 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     own = group // 2 if key["weight"] == "int4" else group
     if own and own % LANES and LANES % own:
         return f"its kernel needs groups that fill or share vectors of {LANES} stored inputs, not of {own}"
+    if 0 < own < LANES and int(key["tokens"]) > MANY:
+        times = LANES // own
+        return f"its kernel multiplies groups of {group} for at most {MANY} tokens, {times} times what is needed; here are {key['tokens']}"
     return None
 
 
@@ -136,8 +138,6 @@ def quantized_matmul(
     kind, tokens = Format.of(weight, scales, activations), x.shape[0]
     target, key = dispatch.target(), kind.key(x, weight)
     plan = _plan(Sizes(**tuning.sizes(OP, "tpu", target, key)), kind, weight, tokens, target)
-    if plan.parts > 1 and tokens > MANY:
-        return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     final = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     per_row = jnp.repeat(scales.astype(jnp.float32), kind.outputs, axis=0).T
     per_row = jnp.pad(per_row, ((0, 0), (0, plan.tiles * plan.sizes.outputs - weight.shape[0])))

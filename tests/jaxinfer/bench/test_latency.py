@@ -83,13 +83,13 @@ def test_a_sequence_that_ends_early_is_an_error(monkeypatch):
     engine = Engine()
     engine.info = FakeInfo(max_model_len=24, kv_tokens=1024)
     with pytest.raises(RuntimeError, match="did not decode in every step"):
-        latency._decode(engine, Load(1, 20), argparse.Namespace(steps=4, repeat=1), ceilings.Ceilings(1, 1, ""))
+        latency.time_decode(engine, Load(1, 20), argparse.Namespace(steps=4, repeat=1), ceilings.Ceilings(1, 1, ""))
 
 
 def test_no_run_finds_what_another_computed():
     engine, ceiling = Engine(), ceilings.Ceilings(1, 1, "")
     latency._prefill(engine, Load(2, 20), argparse.Namespace(repeat=2), ceiling)
-    latency._decode(engine, Load(2, 20), argparse.Namespace(steps=4, repeat=1), ceiling)
+    latency.time_decode(engine, Load(2, 20), argparse.Namespace(steps=4, repeat=1), ceiling)
     salts = [request.cache_salt for request in engine.seen]
     assert len(salts) == 8 and salts[::2] == salts[1::2] and len(set(salts)) == 4
     assert engine.seen[0].prompt == engine.seen[2].prompt
@@ -98,4 +98,4 @@ def test_no_run_finds_what_another_computed():
 @pytest.mark.parametrize("text", ["16", "x", "0x5", "ax5"])
 def test_a_bad_load_says_what_to_write(text):
     with pytest.raises(argparse.ArgumentTypeError, match="write for example 16x600"):
-        latency._load(text)
+        latency.parse_load(text)

@@ -86,23 +86,37 @@ def test_a_mesh_counts_all_its_replicas(meshed):
     assert info.weight_bytes < 4 * info.parameters
 
 
-@pytest.mark.parametrize("name", ["plain", "meshed"])
+@pytest.mark.parametrize("name", ["plain", "meshed", pytest.param("speculating", marks=pytest.mark.ci)])
 def test_a_plan_says_what_a_start_reports(name, request, folder):
     """The planner compiles few programs of the list, the engine all of them: within 3 % for programs, the same for the rest."""
-    engine = request.getfixturevalue(name)
+    info, plan, keys = started_and_planned(request.getfixturevalue(name), folder, compile=True)
+    assert plan.memory["programs"] == pytest.approx(info.program_bytes, rel=0.03)
+    assert {row["name"] for row in plan.programs["compiled"]} <= keys
+    assert len(plan.programs["compiled"]) + plan.programs["derived"] == info.programs
+
+
+def test_a_plan_counts_a_draft_model_as_a_start_does(speculating, plain, folder):
+    info, plan, _ = started_and_planned(speculating, folder, compile=False)
+    assert info.weight_bytes == 2 * plain.info.weight_bytes and plan.memory["kv_token"] == 2 * plain.info.kv_bytes / (65 * 4)
+    assert "--speculate auto --draft-model" in plan.command and "without drafts" in "".join(plan.notes)
+
+
+def started_and_planned(engine, folder, *, compile):
+    """What an engine says, a plan for the same settings, and the names of the engine's programs; weights and pool are the same."""
     info, config = engine.info, engine.program.config
     mesh, sequences = config.placement.mesh, config.max_sequences * config.pool.replicas
+    values, drafts = json.loads((folder / "config.json").read_text()), config.draft is not None
+    own = {"speculate": "auto", "draft_model": str(folder), "draft_tokens": 2} if drafts else {}
     asked = {
-        "model": "small", "slice": f"cpu-{mesh.size}", "values": json.loads((folder / "config.json").read_text()), "compile": True,
-        "config": {"page_size": 4, "max_step_tokens": 32, "dtype": "float32"}, "context": 64, "concurrency": sequences, "output": 16,
+        "model": "small", "slice": f"cpu-{mesh.size}", "values": values, "compile": compile,
+        "draft": {"values": values, "folder": None} if drafts else None,
+        "config": {"page_size": 4, "max_step_tokens": 32, "dtype": "float32", **own}, "context": 64, "concurrency": sequences, "output": 16,
         "goal": "throughput", "price": None, "mesh": tuple(mesh.shape.values()), "all": False,
     }  # fmt: skip
     plan = child.planned(asked, lambda *_: None)
     found = plan.memory["weights"], plan.memory["kv_pool"], plan.capacity["kv_tokens"]
     assert found == (info.weight_bytes, info.kv_bytes, info.kv_tokens)
-    assert plan.memory["programs"] == pytest.approx(info.program_bytes, rel=0.03)
-    assert {row["name"] for row in plan.programs["compiled"]} <= {str(key) for key in config.keys}
-    assert len(plan.programs["compiled"]) + plan.programs["derived"] == info.programs
+    return info, plan, {str(key) for key in config.keys}
 
 
 def test_programs_that_need_more_than_was_left_shrink_the_pool(plain, folder, monkeypatch):

@@ -52,7 +52,9 @@ def test_reads_the_public_layout(folder, own):
         tensors["embed_tokens.weight"] = np.ones((128, 64), np.float16)
         (folder / "model.safetensors").unlink()
         write(folder / "model.safetensors", tensors)
-    graph = sizing.head_of(Graph.of(llama, llama.TINY, "float32"), EngineConfig(ModelConfig("any")), folder)
+    graph = sizing.beside(
+        Graph.of(llama, llama.TINY, "float32"), read.read_config(folder), folder, EngineConfig(ModelConfig("any")), "cpu"
+    )
     assert graph.config.own_embedding == own == ("embedding.weight" in graph.names)
     loaded = read.load(folder, graph, make_mesh({}))
     weights = {name: np.asarray(value) for name, value in loaded.items()}

@@ -9,6 +9,7 @@ import pytest
 from jaxinfer.config import ConfigError
 from jaxinfer.planner import child, topology
 from jaxinfer.planner.outcome import MARK
+from jaxinfer.planner.telling import GUESS_NOTE, HOPELESS_NOTE
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned, request
 
@@ -54,6 +55,13 @@ def test_the_result_is_written_and_refusals_too(tmp_path, monkeypatch):
     child.main(tmp_path / "refused.json")
     refused = json.loads((tmp_path / "refused.json").read_text())
     assert refused["refused"] and "--context 1000" in refused["failure"] and refused["fits"] is False
+
+
+def test_what_weights_alone_are_too_large_for_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(child, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(topology.devices, "memory_bytes", lambda device: 90_000)
+    plan = planned("cpu-1", compile=True)
+    assert not plan.fits and plan.memory["lacking"] > 0 and plan.notes[:2] == [HOPELESS_NOTE, GUESS_NOTE]
 
 
 def test_progress_is_marked(capsys):

@@ -19,7 +19,7 @@ SHAPE = llama.Config.from_hf(find.find_shape("llama-3.1-8b"))
 
 
 def predictor(tensor=1, chip="NVIDIA H200", weights="bfloat16", attention="gpu"):
-    graph = Graph.of(llama, SHAPE, "bfloat16", Quantization(weights) if weights == "int8" else None)
+    graph = Graph.of(llama, SHAPE, "bfloat16", Quantization(weights) if weights in ("int8", "int4") else None)
     return Predictor(
         graph=graph,
         placement=Placement(make_mesh({"tensor": tensor})),
@@ -66,6 +66,12 @@ def test_shards_share_the_work_and_talk(h200):
 
 def test_quantised_weights_are_half_the_bytes(h200):
     assert predictor(weights="int8").weight_bytes == pytest.approx(h200.weight_bytes / 2, rel=0.01)
+
+
+def test_packed_weights_are_multiplied_like_others(h200):
+    packed = predictor(weights="int4")
+    assert packed.weight_bytes < 0.27 * h200.weight_bytes
+    assert (packed.layer_weights, packed.prefill(4096).compute) == (h200.layer_weights, h200.prefill(4096).compute)
 
 
 def test_integer_activations_multiply_at_the_integer_rate(h200):

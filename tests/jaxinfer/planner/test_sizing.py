@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
+from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
 from jaxinfer.planner.sizing import Machine, Sizing, Widths, described
@@ -63,3 +63,32 @@ def test_where_the_guess_leaves_little_room_the_compiler_is_asked(monkeypatch, s
     memory = int((whole + spare) / (0.9 - 1 / 32))
     assert sizes(memory).planned()[0].unsure and sizes(memory).planned()[0].tight == (spare < 0)
     assert sizes(memory).sized()[0].programs == 20_000 * 9 // 8
+
+
+def test_what_drafts_is_what_a_start_takes():
+    small, drafts = ModelConfig(model="other", quantize="int8", max_model_len=32), SpeculationConfig("draft", "smaller")
+    config = replace(SMALL, model=small, speculation=drafts)
+    assert sizing.draft_of(config) == sizing.Draft("smaller") and sizing.draft_of(SMALL) is None
+    assert sizing.draft_of(replace(SMALL, speculation=SpeculationConfig("auto"))) == sizing.Draft("draft")
+    assert sizing.draft_of(replace(config, speculation=SpeculationConfig("auto"))) is None
+    with pytest.raises(ConfigError, match="--speculate draft needs --draft-model"):
+        sizing.draft_of(replace(config, speculation=SpeculationConfig("draft")))
+
+
+def test_a_head_is_named_or_made_up_where_shapes_are_enough():
+    config = replace(SMALL, speculation=SpeculationConfig("eagle"))
+    with pytest.raises(ConfigError, match="the model's EAGLE-3 head"):
+        sizing.draft_of(config)
+    assert sizing.draft_of(config, weights=False) == sizing.Draft(None)
+    model = described(CONFIG, SMALL, "cpu")
+    head = sizing.with_draft(model, None, None, config, "cpu").draft
+    assert head is not None and head.tapped and head.config.vocab_size == model.graph.config.vocab_size
+    with pytest.raises(ConfigError, match="no EAGLE-3 head; use --speculate draft"):
+        sizing.beside(model.graph, CONFIG, None, config, "cpu")
+    with pytest.raises(ConfigError, match="is an EAGLE-3 head"):
+        sizing.beside(model.graph, None, None, replace(SMALL, speculation=SpeculationConfig("draft")), "cpu")
+
+
+def test_a_draft_model_is_described_without_the_models_settings():
+    model = sizing.with_draft(described(CONFIG, SMALL, "cpu"), CONFIG, None, replace(SMALL, model=ModelConfig(quantize="int8")), "cpu")
+    assert model.draft == described(CONFIG, replace(SMALL, model=ModelConfig()), "cpu").graph

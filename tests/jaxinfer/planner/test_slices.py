@@ -6,7 +6,7 @@ import pytest
 
 from jaxinfer import devices
 from jaxinfer.config import ConfigError, MeshShape
-from jaxinfer.planner.slices import CUBE, EXAMPLES, FAMILIES, FLAT, parse
+from jaxinfer.planner.slices import CUBE, EXAMPLES, FAMILIES, FLAT, of_devices, parse
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,13 @@ def test_a_compiler_is_told_of_whole_hosts():
 def test_every_way_to_split_the_devices():
     assert parse("v6e-4").meshes() == (MeshShape(1, 4), MeshShape(2, 2), MeshShape(4, 1))
     assert all(mesh.size == 8 for mesh in parse("tpu7x-8").meshes())
+
+
+def test_devices_that_are_there_are_a_slice():
+    names = [*EXAMPLES.split(", "), "cpu-2"]
+    assert [of_devices(piece.chip, piece.devices).name for piece in map(parse, names)] == names
+    with pytest.raises(ConfigError, match="no slice of 3 x TPU 7x is known; name one with --slice"):
+        of_devices("TPU 7x", 3)
 
 
 def test_larger_slices_of_the_family():

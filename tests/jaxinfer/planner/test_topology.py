@@ -8,8 +8,11 @@ import pytest
 
 from jaxinfer import devices
 from jaxinfer.config import ConfigError
+from jaxinfer.models.find import find_shape
 from jaxinfer.planner import topology
 from jaxinfer.planner.slices import parse
+from jaxinfer.planner.telling import GUESS_NOTE
+from tests.jaxinfer.planner.conftest import planned
 
 
 def test_cpu_devices_are_real():
@@ -30,6 +33,18 @@ def test_a_missing_compiler_is_named_with_the_line_that_brings_it(monkeypatch, n
     monkeypatch.setattr(topology, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=line):
         topology.describe(parse(name))
+
+
+@pytest.mark.parametrize("name", ["v5e-8", "v5p-8", "v6e-4", "tpu7x-8", "h100x8", "h200x1", "b200x8"])
+def test_kernels_are_chosen_without_a_compiler(monkeypatch, name):
+    """As `auto` chooses them with one: by the device's kind, from our own table."""
+    monkeypatch.setattr(topology, "find_spec", lambda _: None)
+    piece = parse(name)
+    plan = planned(name, values=find_shape("llama-3.1-8b"), context=4096, config={"page_size": 64, "dtype": "bfloat16"})
+    hopper = name[:4] in ("h100", "h200") and jax.__version_info__ >= (0, 11)
+    expected = "tpu" if piece.platform == "tpu" else "gpu" if hopper else "xla"
+    assert (plan.settings["attention"], plan.target["devices"]) == (expected, piece.devices)
+    assert len(plan.meshes) == len(piece.meshes()) and plan.notes[0] == GUESS_NOTE
 
 
 def test_nothing_is_missing_for_cpus():

@@ -57,7 +57,8 @@ def test_what_is_saved_is_served(target, tmp_path, drafts):
     student = learner_of(target, drafts).student
     weights = student.begin()
     manifest.write(tmp_path, student.save(tmp_path, weights))
-    graph = sizing.head_of(Graph.of(student.target.module, student.target.config, "float32"), EngineConfig(ModelConfig("any")), tmp_path)
+    target = Graph.of(student.target.module, student.target.config, "float32")
+    graph = sizing.beside(target, read.read_config(tmp_path), tmp_path, EngineConfig(ModelConfig("any")), "cpu")
     assert graph.config == student.graph.config
     loaded = read.load(tmp_path, graph, student.placement.mesh)
     assert ("d2t" in loaded) == (drafts is not None) and (tmp_path / "tokenizer.json").is_file()
