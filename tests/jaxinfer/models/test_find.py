@@ -6,6 +6,12 @@ import pytest
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import find, llama
+from jaxinfer.models.graph import Graph
+
+BILLIONS = {
+    "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "llama-3.2-1b": 1.236, "llama-3.2-3b": 3.213, "smollm2-135m": 0.1345, "tiny": 32928e-9,
+    "qwen3-8b": 8.19, "qwen3-32b": 32.76, "mixtral-8x7b": 46.70, "gemma3-27b": 27.01,
+}  # fmt: skip
 
 
 def test_finds_the_file():
@@ -38,6 +44,14 @@ def test_the_nearest_name_is_offered():
 def test_known_shapes_are_configs_of_models_that_exist(name):
     shape = find.find_shape(name)
     assert find.find(shape["model_type"]).Config.from_hf(shape).vocab_size == shape["vocab_size"]
+
+
+@pytest.mark.parametrize("name", sorted(find.known_shapes()))
+def test_known_shapes_have_the_parameters_their_names_say(name):
+    shape = find.find_shape(name)
+    module = find.find(shape["model_type"])
+    graph = Graph.of(module, module.Config.from_hf(shape), "bfloat16")
+    assert graph.nbytes / 2e9 == pytest.approx(BILLIONS[name], rel=2e-3)
 
 
 def test_shapes_of_architectures_that_are_missing_are_known_and_refused():
