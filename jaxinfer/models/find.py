@@ -1,7 +1,8 @@
 """Model files found by Hugging Face `model_type`: `llama` is `jaxinfer/models/llama.py`. Nothing is registered.
 
 A model file offers `Config.from_hf(config_json)`, `Model(config, dtype)`, `WEIGHTS` (our name -> transform of the checkpoint's tensors),
-`ignored(config)` (patterns of tensors that may be left unread) and `TINY` (a config for tests).
+`ignored(config)` (patterns of tensors that may be left unread) and `TINY` (a config for tests). A config names each layer's heads
+(`attention_shapes`) and windows (`attention_windows`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from jaxinfer.config import ConfigError
 
-NOT_MODELS = frozenset({"__init__", "find", "graph", "hf", "layers", "rope", "weights"})
+NOT_MODELS = frozenset({"__init__", "experts", "find", "graph", "hf", "layers", "rope", "weights"})
 SHAPES = Path(__file__).with_name("shapes.json")
 
 

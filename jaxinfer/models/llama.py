@@ -57,6 +57,11 @@ class Config:
         """The heads of each layer: what its KV pool is made for."""
         return (self.heads,) * self.layers
 
+    @property
+    def attention_windows(self) -> tuple[int | None, ...]:
+        """How many of the newest keys a token sees in each layer, its own included; None: all."""
+        return (None,) * self.layers
+
 
 class ModelOutput(NamedTuple):
     """Hidden states after the final norm, and each layer's pool with this step's keys and values."""
@@ -79,8 +84,12 @@ class Block(nnx.Module):
         placement = context.placement
         attended = self.attention(self.attention_norm(x), kv, context)
         x = constrain(x + attended.hidden, ("tokens", "embed"), placement.mesh, placement.rules)
-        x = constrain(x + self.mlp(self.mlp_norm(x), placement), ("tokens", "embed"), placement.mesh, placement.rules)
+        x = constrain(x + self.feed(self.mlp_norm(x), context), ("tokens", "embed"), placement.mesh, placement.rules)
         return AttentionResult(x, attended.kv)
+
+    def feed(self, x: Float[Array, "tokens embed"], context: StepContext) -> Float[Array, "tokens embed"]:
+        """The MLP's contribution to the residual stream."""
+        return self.mlp(x, context.placement)
 
 
 class Model(nnx.Module):

@@ -9,6 +9,7 @@ from jaxinfer.models.layers import HeadShape
 from tests.driving import assert_climbs, assert_parity
 
 
+@pytest.mark.ci
 def test_climbs_to_hugging_face_layer_by_layer():
     assert_climbs("qwen3")
 
