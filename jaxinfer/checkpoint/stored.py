@@ -218,7 +218,11 @@ def _of_blocks(transform: Transform, config: Any, spec: QSpec, contracting: int)
     """The transform with one number for each group of inputs: outputs stay as they are split, groups are merged into one dimension."""
     if isinstance(transform, Stacked):
         inner = replace(spec, values=_first(spec.values), scales=_first(spec.scales), zeros=None, smooth=None)
-        return Stacked(_of_blocks(transform.each, config, inner, contracting))
+        return Stacked(_parts_of_blocks(transform.each, config, inner, contracting))
+    return _parts_of_blocks(transform, config, spec, contracting)
+
+
+def _parts_of_blocks(transform: Part | Joined, config: Any, spec: QSpec, contracting: int) -> Part | Joined:
     if isinstance(transform, Joined):
         return Joined(transform.axis, tuple(_part_of_blocks(part, config, spec, contracting) for part in transform.parts))
     return _part_of_blocks(transform, config, spec, contracting)

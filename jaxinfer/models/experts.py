@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from jaxinfer.models.layers import Dim, Placement, StepContext, describe, project
+from jaxinfer.models.layers import Dim, StepContext, describe, project
 from jaxinfer.quant.matmul import Weight, grouped, partitions
 from jaxinfer.sharding import ArraySpec, partition
 
@@ -28,12 +28,12 @@ AXIS = "experts"
 class ExpertShape(NamedTuple):
     """How many experts there are, and how many of them a token goes through."""
 
-    count: int
+    total: int
     per_token: int
 
 
 class Routed(NamedTuple):
-    """The experts of each token and their shares, which add up to 1. An expert that does not exist (`count`) is none."""
+    """The experts of each token and their shares, which add up to 1. An expert that does not exist (`total`) is none."""
 
     experts: Int32[Array, "tokens chosen"]
     shares: Float[Array, "tokens chosen"]
@@ -50,8 +50,8 @@ class Experts(nnx.Module):
     """SwiGLU experts: the sum over a token's experts of share * down(silu(gate(x)) * up(x)). The router is never quantised."""
 
     def __init__(self, embed: int, mlp: int, shape: ExpertShape, dtype: np.dtype) -> None:
-        experts, features, inner = Dim(shape.count, AXIS), Dim(embed, "embed"), Dim(mlp, "mlp")
-        self.router = Described([Dim(shape.count), features], dtype)
+        experts, features, inner = Dim(shape.total, AXIS), Dim(embed, "embed"), Dim(mlp, "mlp")
+        self.router = Described([Dim(shape.total), features], dtype)
         self.gate_up = Described([experts, Dim(2), inner, features], dtype, contracting=1)
         self.down = Described([experts, features, inner], dtype, contracting=1)
         self.shape = shape
@@ -82,7 +82,7 @@ class Experts(nnx.Module):
         scores = project(x, self.router.weight, context.placement, out_dtype=np.dtype(np.float32))
         best, chosen = jax.lax.top_k(scores, self.shape.per_token)
         real = (context.positions >= 0)[:, None]
-        return Routed(jnp.where(real, chosen, self.shape.count), jax.nn.softmax(best, axis=-1))
+        return Routed(jnp.where(real, chosen, self.shape.total), jax.nn.softmax(best, axis=-1))
 
 
 def through(
@@ -109,4 +109,4 @@ def share_used(array: ArraySpec, config: Any) -> float:
     if AXIS not in array.axes:
         return 1.0
     shape: ExpertShape = config.experts
-    return shape.per_token / shape.count
+    return shape.per_token / shape.total

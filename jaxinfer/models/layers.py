@@ -153,7 +153,7 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class GatedMLP(nnx.Module):
-    """A gated MLP (Shazeer, arXiv 2002.05202): down(activation(gate(x)) * up(x)), gate and up as one matmul; SwiGLU unless told otherwise."""
+    """A gated MLP (Shazeer, arXiv 2002.05202): down(activation(gate(x)) * up(x)), gate and up as one matmul; SwiGLU by default."""
 
     def __init__(
         self, embed: int, mlp: int, dtype: np.dtype, *, bias: bool = False, activation: Callable[[Array], Array] = jax.nn.silu

@@ -39,7 +39,7 @@ class Config(llama.Config):
         fields = Fields(DEFAULTS | dict(config))
         fields.choice("hidden_act", ("silu",), default="silu")
         fields.read.update(("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"))  # of training
-        count = fields.integer("num_local_experts", default=cls.experts.count)
+        count = fields.integer("num_local_experts", default=cls.experts.total)
         experts = ExpertShape(count, fields.integer("num_experts_per_tok", default=cls.experts.per_token))
         if experts.per_token > count:
             raise ConfigError(f"config.json: num_experts_per_tok {experts.per_token} is above num_local_experts {count}")

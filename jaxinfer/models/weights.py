@@ -1,7 +1,8 @@
 """How a checkpoint's tensors become ours: renamed, reshaped, joined; read slice by slice, never whole.
 
 A transform says which tensors of the file it needs, with their exact shapes, and builds any slice of our array from slices of those.
-`Part` is one tensor, its dimensions split or not; `Joined` puts several parts side by side, `Stacked` one for each expert. Names may hold one `*`, the layer's number.
+`Part` is one tensor, its dimensions split or not; `Joined` puts several parts side by side, `Stacked` one
+for each expert. Names may hold one `*`, the layer's number.
 Knows no file format: a tensor is anything with `shape` and `read(slices)`.
 """
 

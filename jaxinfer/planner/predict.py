@@ -1,6 +1,7 @@
 """Predicted time of a step: bytes and operations of one device over its peak rates, over the share of them that is reached.
 
-A decode step reads every weight once (of experts those that its tokens choose, evenly by assumption) and each row's keys and values; a prefill multiplies every weight with every prompt token. Each part
+A decode step reads every weight once (of experts those that its tokens choose, evenly by assumption) and each row's keys and values;
+a prefill multiplies every weight with every prompt token. Each part
 has its efficiency (efficiency.py); communication is a part of its own. What bounds a phase is the largest of its bare memory, compute and
 communication times. These are predictions: LOG.md says how they compared with what was measured.
 """
@@ -93,8 +94,9 @@ class Predictor:
         return self.bytes_met(float("inf"))
 
     def bytes_met(self, tokens: float) -> float:
-        """Those that a step of so many tokens does read: of experts the ones that its tokens choose."""
+        """Those that so many tokens read: of experts the ones that they choose, where the grouped matmul reads no others."""
         rules, config = self.placement.rules, self.graph.config
+        tokens = tokens if self.chip.platform == "tpu" or self.kernels.weights in ("int8", "fp8") else float("inf")
         found = self._read_once.items()
         return sum(device_bytes(array, self.placement.mesh, rules) * count * share_met(array, config, tokens) for array, count in found)
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 from pallas_kernels import dispatch, tensorcore, tuning
 from pallas_kernels.attention import precision
 from pallas_kernels.grouped_matmul.api import OP, key
-from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to
+from pallas_kernels.tensorcore import LANES, Call, Copies
 
 ROWS = 32  # of a tile of 8 bits
 MOST_ROWS = 512
@@ -175,7 +175,7 @@ def _run(arrays: Arrays, layout: Layout, dtype: Any, plan: Plan) -> Float[Array,
     leaves, made = jax.tree.flatten(scratch)
 
     def body(copies: Copies, scalars: Any, hbm: Any, _: Any, outputs: Any, own: Any) -> None:
-        _core(Kernel(plan, copies, *scalars, jax.tree.unflatten(tree, hbm), outputs[0], jax.tree.unflatten(made, own)))
+        _core(Kernel(plan, copies, scalars[0], scalars[1], jax.tree.unflatten(tree, hbm), outputs[0], jax.tree.unflatten(made, own)))
 
     shape = (plan.blocks * sizes.rows, plan.tiles * sizes.outputs)
     one = arrays.weight.nbytes // arrays.weight.shape[0]

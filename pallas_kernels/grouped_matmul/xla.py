@@ -11,9 +11,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.attention import accumulation_dtype, blank, precision
 
-NUMBERS = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
-)
+NUMBERS = lax.RaggedDotDimensionNumbers(dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
 
 
 def grouped_matmul(

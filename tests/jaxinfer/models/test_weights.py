@@ -90,7 +90,9 @@ def test_reads_any_slice(case, data):
     assert np.array_equal(transform.read(sources, None, expected.shape, "7", index), expected[index])
 
 
-@pytest.mark.parametrize(("case", "axis"), [("columns split", 1), ("q, k and v joined", 0), ("gate and up stacked", 1), ("renamed", 1), ("experts stacked", 0)])
+@pytest.mark.parametrize(
+    ("case", "axis"), [("columns split", 1), ("q, k and v joined", 0), ("gate and up stacked", 1), ("renamed", 1), ("experts stacked", 0)]
+)
 def test_reads_no_more_than_the_shard_of_a_device(case, axis):
     transform, shapes, whole = CASES[case]
     sources = {name: memory(*shape) for name, shape in shapes.items()}

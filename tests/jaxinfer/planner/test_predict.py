@@ -81,14 +81,17 @@ def test_a_chip_without_kernels_of_ours_reads_keys_slowly():
 def test_of_experts_a_step_reads_those_that_its_tokens_choose():
     shape = find.find_shape("mixtral-8x7b")
     graph = Graph.of(mixtral, mixtral.Config.from_hf(shape), "bfloat16")
-    made = replace(predictor(), graph=graph)
+    made = replace(predictor(chip="TPU v6e"), graph=graph)
     expert, rest = 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096 + 8 * 4096) + 4096 + 4096 * 32000
     assert made.weight_bytes == 2 * (rest + 32 * 8 * expert)
     assert made.bytes_met(1) == pytest.approx(2 * (rest + 32 * 2 * expert))
     assert made.bytes_met(2) == pytest.approx(2 * (rest + 32 * 3.5 * expert))
     assert made.bytes_met(100) == pytest.approx(made.weight_bytes, rel=1e-6)
     assert made.layer_weights + made.head_weights == pytest.approx(12.75e9, rel=0.002)  # of 46.7e9
-    assert made.decode(1, 1000).seconds < 0.4 * made.decode(32, 1000).seconds
+    assert made.decode(1, 1000).matmul < 0.4 * made.decode(32, 1000).matmul
+    elsewhere = replace(predictor(), graph=graph)
+    assert elsewhere.bytes_met(1) == made.weight_bytes  # one dot with all weights
+    assert replace(elsewhere, kernels=Kernels("gpu", "xla", "int8")).bytes_met(1) == made.bytes_met(1)
 
 
 def test_windows_bound_what_attention_reads():
