@@ -53,30 +53,30 @@ def progress():
 
 
 @pytest.fixture(scope="session")
-def shared():
+def engines_made():
     """The shared engines made so far, each with the scheduler that it was made with."""
     return []
 
 
 @pytest.fixture(autouse=True)
-def left_idle(shared):
+def left_idle(engines_made):
     """No test sees what the one before left in an engine."""
     yield
-    for engine, usual in shared:
+    for engine, usual in engines_made:
         for part in (engine._active, engine._pending, engine._flights):
             part.clear()
         engine.scheduler = Scheduler(usual.limits, [PagePool(pool.size, 4, PrefixIndex(4)) for pool in usual.pools])
 
 
-def share(shared, engine):
-    shared.append((engine, engine.scheduler))
+def share(engines_made, engine):
+    engines_made.append((engine, engine.scheduler))
     return engine
 
 
 @pytest.fixture(scope="session")
-def plain(folder, progress, shared):
+def plain(folder, progress, engines_made):
     """One device, room for everybody."""
-    return share(shared, Engine(settings(folder), progress=lambda *report: progress.append(report)))
+    return share(engines_made, Engine(settings(folder), progress=lambda *report: progress.append(report)))
 
 
 def scheduler(limits, pages, policy="fcfs"):
@@ -103,14 +103,14 @@ def cramped(reschedule):
 
 
 @pytest.fixture(scope="session")
-def meshed(folder, shared):
+def meshed(folder, engines_made):
     """Two replicas of two shards."""
-    return share(shared, Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1)))
+    return share(engines_made, Engine(settings(folder, mesh=MeshShape(data=2, tensor=2), sequences=1)))
 
 
 @pytest.fixture(scope="session")
-def speculating(folder, shared):
+def speculating(folder, engines_made):
     """As the plain engine, with drafts whatever they cost: from the text, and from a draft model that is the model itself."""
     engine = Engine(settings(folder, speculation=SpeculationConfig("auto", str(folder), 2)))
     engine.speculator.always = True
-    return share(shared, engine)
+    return share(engines_made, engine)

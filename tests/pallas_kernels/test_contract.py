@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import dispatch
 
-DRAWS = 20
+DRAWS = 6
+MORE_DRAWS = 30  # in the longer pass
 INTERPRETED_DRAWS = 2
 FIXTURES = {"gpu": "interpreted", "tpu": "simulated"}
 
@@ -42,6 +43,12 @@ def test_against_float64(op, implementation, case, draws, against_float64, reque
         request.node.refused = True
         pytest.skip(refused)
     against_float64(op, implementation, case, range(draws))
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("op", "case"), [pytest.param(op, case, id=f"{op}-{case.name}") for op in dispatch.ops() for case in cases_of(op)])
+def test_more_draws(op, case, against_float64):
+    against_float64(op, "xla", case, range(DRAWS, MORE_DRAWS))
 
 
 @pytest.mark.parametrize("op", dispatch.ops())

@@ -128,12 +128,12 @@ class Options:
         return Options(value, self.file, f"{self.where}.{name}") if value else None
 
     def finish(self, known: str) -> None:
-        """Refuse options that are none of the known ones (names with blanks between them).
+        """Refuse options that are none of the known ones (names with blanks between them); null asks for nothing.
 
         Raises:
             CheckpointError: naming the first of them.
         """
-        unknown = sorted(set(self.values) - set(known.split()))
+        unknown = sorted({name for name, value in self.values.items() if value is not None} - set(known.split()))
         if unknown:
             value = self.values[unknown[0]]
             raise broken(

@@ -130,6 +130,22 @@ def test_products_are_those_of_the_meaning(case, tmp_path):
         assert np.abs(found[0] - found[1]).max() < 2e-5 * np.abs(found[1]).max()
 
 
+LIBRARY = ["fp8_blocks", "w4a16_zeros", *(pytest.param(name, marks=pytest.mark.ci) for name in ("fp8", "w4a16", "w8a16", "w8a8"))]
+
+
+@pytest.mark.parametrize("scheme", LIBRARY)
+def test_what_the_compressed_tensors_library_writes_is_what_it_reads(scheme):
+    """`w8a8` rounds activations here, which the expected logits do not."""
+    folder = GOLDEN / "quantised" / scheme
+    graph, expected = read.as_stored(folder, golden_graph("grouped")), np.load(folder / "expected.npz")
+    driver = Driver(graph, graph.leaves(read.load(folder, graph, make_mesh({}))))
+    ends = np.cumsum(expected["lengths"])
+    longest = slice(ends[1], ends[2])
+    found = driver.logits([expected["tokens"][longest].tolist()], [[int(expected["lengths"][2])]])[0]
+    wanted = expected["logits"][longest]
+    assert np.abs(found - wanted).max() < (0.05 if scheme == "w8a8" else 5e-6) * np.abs(wanted).max()
+
+
 def broken_by(case, change, tmp_path):
     folder, _ = folders(case, tmp_path)
     tensors = read_all(folder / "model.safetensors")

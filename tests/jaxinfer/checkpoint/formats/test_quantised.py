@@ -22,6 +22,7 @@ def test_options_are_read_strictly(tmp_path):
     with pytest.raises(CheckpointError, match="found e = "):
         read.finish("a b c group")
     read.finish("a b c e group")
+    options(tmp_path, {"a": 1, "new_in_a_later_version": None}).finish("a")
 
 
 def test_names_of_modules():
