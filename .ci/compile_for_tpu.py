@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch, tensorcore
 from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 from pallas_kernels.quantized_matmul.cases import Case as MatmulCase
 
@@ -98,8 +99,20 @@ def matmuls() -> list[MatmulCase]:
     return [*found, MatmulCase("logits", 16, 4096, 16032, "bfloat16"), MatmulCase("w8 float32", 3, 384, 1024)]
 
 
+def grouped() -> list[GroupedCase]:
+    """The experts of an 8x7B model in every format, for decoding and for prompts, and a shard of them."""
+    found = []
+    for number, weight in enumerate(("float", "int8", "float8_e4m3fn")):
+        for rows in (2, 128, 4096):
+            features, outputs = ((4096, 28672), (14336, 4096), (1792, 4096))[(number + rows) % 3]
+            found.append(GroupedCase(f"experts {weight} {rows}", rows, 8, features, outputs, "bfloat16", weight))
+    return [*found, GroupedCase("experts float32", 70, 64, 256, 160)]
+
+
 def described(case: Any) -> Any:
     """What the case's inputs look like."""
+    if isinstance(case, GroupedCase):
+        return jax.eval_shape(lambda: {"x": jnp.zeros((case.rows, case.features), case.dtype), **grouped_weights(case)})
     if not isinstance(case, MatmulCase):
         with tensorcore.interpreted():
             return case.make(0, "tpu")
@@ -109,6 +122,13 @@ def described(case: Any) -> Any:
     found = {"x": ((case.tokens, case.features), case.dtype), "weight": ((case.outputs, stored), dtype), "scales": (blocks, jnp.float32)}
     found |= {"zeros": (blocks, jnp.uint8)} if case.zeros == "given" else {}
     return {"zeros": None} | {name: jax.ShapeDtypeStruct(*each) for name, each in found.items()}
+
+
+def grouped_weights(case: GroupedCase) -> dict[str, Any]:
+    """Weights, sizes and scales of a case, all zero."""
+    shape = (case.groups, case.outputs, case.features)
+    scales = None if case.weight == "float" else jnp.zeros(shape[:2])
+    return {"weight": jnp.zeros(shape, str(case.tuning_key()["weight"])), "sizes": jnp.zeros(case.groups, jnp.int32), "scales": scales}
 
 
 def kernels_of(case: Any) -> int:
@@ -137,7 +157,7 @@ def compile_case(case: Any, mesh: Mesh) -> str:
 
 def wanted(generations: list[str], *, everything: bool) -> Iterator[tuple[str, Any]]:
     """Which case for which generation; without `everything` they are dealt out, and each generation gets the plain one of each op."""
-    for op in (attention(), flash(), matmuls()):
+    for op in (attention(), flash(), matmuls(), grouped()):
         for number, case in enumerate(op):
             for place, generation in enumerate(generations):
                 if everything or number == 0 or number % len(generations) == place:

@@ -70,6 +70,7 @@ class Rules:
         ("kv_heads", "tensor"),
         ("mlp", "tensor"),
         ("embed", None),
+        ("experts", None),
         ("tokens", "data"),
         ("rows", "data"),
         ("pages", "data"),

@@ -2,6 +2,7 @@
 
     dense_matmul        few tokens times a weight
     flash_attention     contiguous keys and values
+    grouped_matmul      rows of several groups, each with a weight of its own
     paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
     quantized_matmul    int8 weights
 
@@ -12,6 +13,7 @@ from pallas_kernels.attention import AttentionSpec as AttentionSpec
 from pallas_kernels.dense_matmul.api import dense_matmul as dense_matmul
 from pallas_kernels.flash_attention.api import SegmentIds as SegmentIds
 from pallas_kernels.flash_attention.api import flash_attention as flash_attention
+from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
 from pallas_kernels.paged_attention.api import PagedMetadata as PagedMetadata
 from pallas_kernels.paged_attention.api import PagedResult as PagedResult
 from pallas_kernels.paged_attention.api import kv_layout as kv_layout

@@ -23,6 +23,7 @@ from pallas_kernels import PagedMetadata
 
 GOLDEN = Path(__file__).parent / "golden"
 PAGE_SIZE, PAGES_PER_ROW = 4, 12
+PREFILL = ([3, 1, 10, 4], [2, 0, 3, 1])  # of golden prompts: two packed steps; the rest is decoded token by token
 PREFILL_TOKENS = 20  # packed prefill steps are padded to it, so that they share one program
 
 
@@ -49,6 +50,34 @@ def golden_graph(name: str, dtype: str = "float32", quantization: Quantization |
     config = read.read_config(GOLDEN / name)
     module = find(config["model_type"])
     return Graph.of(module, module.Config.from_hf(config), dtype, quantization)
+
+
+def golden_expected(name: str) -> tuple[list[list[int]], list[np.ndarray], np.ndarray]:
+    """Prompts, Hugging Face's logits of each prompt, its residual streams [layers + 1, tokens, embed]."""
+    with np.load(GOLDEN / name / "expected.npz") as file:
+        ends = np.cumsum(file["lengths"])[:-1]
+        return [list(map(int, part)) for part in np.split(file["tokens"], ends)], np.split(file["logits"], ends), file["streams"]
+
+
+def assert_parity(name: str, mesh: dict[str, int]) -> None:
+    """Ragged prompts in packed steps, then token by token: our logits on a mesh are Hugging Face's."""
+    prompts, logits, _ = golden_expected(name)
+    ours = Driver.golden(name, make_mesh(mesh)).logits(prompts, PREFILL)
+    for mine, theirs in zip(ours, logits, strict=True):
+        assert mine.dtype == np.float32
+        assert np.abs(mine - theirs).max() <= 1e-4
+        assert (mine.argmax(-1) == theirs.argmax(-1)).all()
+
+
+def assert_climbs(name: str) -> None:
+    """The residual stream after each layer is Hugging Face's."""
+    prompts, _, streams = golden_expected(name)
+    driver = Driver.golden(name)
+    step = pack([Chunk(0, tuple(prompt)) for prompt in prompts], 1, decode=False)
+    ours = np.asarray(jax.jit(driver.climb)(driver.leaves, driver.pool(4), step.tokens, step.positions, step.metadata))
+    for layer, (mine, theirs) in enumerate(zip(ours, streams, strict=True)):
+        picked = np.concatenate([mine[place] for place in step.places])
+        assert np.abs(picked - theirs).max() <= 2e-5 * np.abs(theirs).max(), f"layer {layer}"
 
 
 def pack(chunks: Sequence[Chunk], replicas: int, *, decode: bool) -> Step:

@@ -113,7 +113,7 @@ def time_decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any)
     device = _device_seconds(engine, args.steps)
     _clear(engine)
     context = sum(lengths[1:]) / args.repeat
-    floor = ceiling.decode_floor(_weights_read(engine) + load.batch * context * _kv_bytes(engine)) / engine.info.device_count
+    floor = ceiling.decode_floor(_weights_read(engine, load.batch) + load.batch * context * _kv_bytes(engine)) / engine.info.device_count
     seconds = median(runs[1:])
     gap = {"device_milliseconds": device * 1e3, "host_gap_share": max(0.0, 1 - device / seconds)}
     return {"context": round(context), "tokens_per_second": load.batch / seconds, **_timed(seconds, floor, runs[1:]), **gap}
@@ -165,10 +165,16 @@ def _clear(engine: Any) -> None:
         engine.step()
 
 
-def _weights_read(engine: Any) -> int:
-    """Bytes of weights that a decode step reads: all but an embedding table of its own (a few rows of it)."""
+def _weights_read(engine: Any, rows: int) -> float:
+    """Bytes of weights that a decode step reads: all but an embedding table of its own (a few rows of it) and experts that none chose."""
+    from jaxinfer.models.experts import share_met
+    from jaxinfer.models.graph import arrays_of
+
     graph = engine.program.config.graph
-    sizes = dict(zip(graph.names, (spec.nbytes for spec in graph.specs), strict=True))
+    sizes = {
+        name: sum(array.nbytes * share_met(array, graph.config, rows) for array in arrays_of(spec))
+        for name, spec in zip(graph.names, graph.specs, strict=True)
+    }
     return sum(sizes.values()) - (sizes["embedding.weight"] if "lm_head.weight" in sizes else 0)
 
 
@@ -182,9 +188,16 @@ def _kv_bytes(engine: Any) -> float:
 
 def _prefill_operations(engine: Any, load: Load) -> float:
     """Multiplies and adds of the matmuls with weights and of causal attention (half of the score matrix)."""
+    from jaxinfer.models.experts import share_used
+    from jaxinfer.models.graph import arrays_of
+
     graph = engine.program.config.graph
     weights = zip(graph.names, graph.specs, graph.contracting, strict=True)
-    dense = sum(prod(spec.shape) for name, spec, contracting in weights if contracting and name != "lm_head.weight")
+    dense = sum(
+        prod(spec.shape) * share_used(arrays_of(spec)[0], graph.config)
+        for name, spec, contracting in weights
+        if contracting and name != "lm_head.weight"
+    )
     attention = sum(2 * shape.heads * shape.head_dim * load.tokens**2 for shape in graph.config.attention_shapes)
     return load.batch * (2 * dense * load.tokens + attention)
 

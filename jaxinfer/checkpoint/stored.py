@@ -26,8 +26,8 @@ from jaxinfer.checkpoint.formats.find import FIELD
 from jaxinfer.checkpoint.formats.quantised import Encoding, Format, Need, Stored
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.formats.views import Spread
-from jaxinfer.models.graph import Graph, Spec
-from jaxinfer.models.weights import Joined, Part, Slices, Source, Transform, transform_of
+from jaxinfer.models.graph import Graph, Spec, check_experts
+from jaxinfer.models.weights import Joined, Part, Slices, Source, Stacked, Transform, transform_of
 from jaxinfer.quant import blocks as of_blocks
 from jaxinfer.quant import int4
 from jaxinfer.quant.qarray import FP8, INT8, PACKED, ZERO, QArray, QSpec
@@ -186,11 +186,13 @@ def _spec(spec: ArraySpec, contracting: int, encoding: Encoding, narrow: bool, f
         raise broken(file, f"a group size of {FIELD} that divides {math.prod(into)} inputs", encoding.group)
     groups = into if encoding.group is None else _box(into, encoding.group)
     try:
-        return described(
+        made = described(
             spec, contracting, (*(1,) * out, *groups), VALUES[encoding.scheme],
             scheme=encoding.scheme, scale_dtype=BFLOAT16 if narrow else np.float32, extras=("zeros",) if encoding.zeros else (),
             activations="int8" if encoding.scheme == "w8a8" else "float",
         )  # fmt: skip
+        check_experts(made)
+        return made
     except ValueError as error:
         raise CheckpointError(f"{file}: {FIELD} does not fit the model: {error}") from None
 
@@ -215,9 +217,21 @@ def _refined(stored: Stored, spec: QSpec, contracting: int, group: int | None) -
 
 def _of_blocks(transform: Transform, config: Any, spec: QSpec, contracting: int) -> Transform:
     """The transform with one number for each group of inputs: outputs stay as they are split, groups are merged into one dimension."""
+    if isinstance(transform, Stacked):
+        inner = replace(spec, values=_first(spec.values), scales=_first(spec.scales), zeros=None, smooth=None)
+        return Stacked(_parts_of_blocks(transform.each, config, inner, contracting))
+    return _parts_of_blocks(transform, config, spec, contracting)
+
+
+def _parts_of_blocks(transform: Part | Joined, config: Any, spec: QSpec, contracting: int) -> Part | Joined:
     if isinstance(transform, Joined):
         return Joined(transform.axis, tuple(_part_of_blocks(part, config, spec, contracting) for part in transform.parts))
     return _part_of_blocks(transform, config, spec, contracting)
+
+
+def _first(spec: ArraySpec) -> ArraySpec:
+    """One element of the first dimension."""
+    return ArraySpec(spec.shape[1:], spec.dtype, spec.axes[1:])
 
 
 def _part_of_blocks(part: Part, config: Any, spec: QSpec, contracting: int) -> Part:

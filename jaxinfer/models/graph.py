@@ -134,6 +134,20 @@ def arrays_of(spec: Spec) -> tuple[ArraySpec, ...]:
     return spec.arrays if isinstance(spec, QSpec) else (spec,)
 
 
+def check_experts(spec: QSpec) -> None:
+    """Test that there is arithmetic for a quantised weight, if it is one of experts: 8 bits and a scale for each output channel.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    values = spec.values
+    if "experts" not in values.axes:
+        return
+    rows = spec.scales.shape == (*values.shape[:-1], 1)
+    if values.dtype == PACKED or not rows or spec.zeros is not None or spec.smooth is not None or spec.activations != "float":
+        raise ConfigError(f"{spec.scheme} is not implemented for the experts of a mixture, int8 and fp8 with a scale for each row are")
+
+
 def random_weights(graph: Graph, seed: int, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> dict[str, Weight]:
     """Made-up weights of the right size for benchmarks and tests, made on the devices: matrices keep the magnitude of what they
     multiply, norms are 1, biases 0, quantised weights random bytes under a constant scale. They depend on the seed, not on the mesh.
@@ -199,6 +213,8 @@ def _spec(name: str, parameter: nnx.Param[Any], quantization: Quantization | Non
     if scheme == KEEP:
         return parameter.spec
     try:
-        return find_scheme(scheme).describe(parameter.spec, parameter.contracting)
+        spec = find_scheme(scheme).describe(parameter.spec, parameter.contracting)
+        check_experts(spec)
+        return spec
     except ConfigError as error:
         raise ConfigError(f"--quantize: {error} ({name}=keep)") from None

@@ -9,7 +9,7 @@ attention and one after the MLP. Layers know neither checkpoints nor quantisatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -143,28 +143,36 @@ def project(
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
+    """Root mean square normalisation (Zhang and Sennrich, arXiv 1910.07467), computed in float32.
 
-    def __init__(self, size: int, epsilon: float, dtype: np.dtype) -> None:
+    offset: what is added to the weight; with 1 (Gemma) a weight of zeros leaves x as it is, and the product is rounded once."""
+
+    def __init__(self, size: int, epsilon: float, dtype: np.dtype, *, offset: float = 0.0) -> None:
         self.weight = describe([Dim(size, "embed")], dtype)
         self.epsilon = epsilon
+        self.offset = offset
 
-    def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
-        """x / rms(x) * weight in x's dtype."""
+    def __call__(self, x: Float[Array, "tokens *heads features"]) -> Float[Array, "tokens *heads features"]:
+        """x / rms(x) * (weight + offset) in x's dtype, for each token (and head)."""
         wide = x.astype(jnp.float32)
         scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return scaled.astype(x.dtype) * self.weight.get_value()[None]
+        weight = jnp.expand_dims(self.weight.get_value(), tuple(range(x.ndim - 1)))
+        if self.offset:
+            return (scaled * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return scaled.astype(x.dtype) * weight
 
 
 class Embedding(nnx.Module):
-    """The table of token vectors [vocab, embed]; tied models use it as the head too."""
+    """The table of token vectors [vocab, embed]; tied models use it as the head too. scale: what vectors are multiplied by."""
 
-    def __init__(self, vocab: int, embed: int, dtype: np.dtype) -> None:
+    def __init__(self, vocab: int, embed: int, dtype: np.dtype, *, scale: float = 1.0) -> None:
         self.weight = describe([Dim(vocab, "vocab"), Dim(embed, "embed")], dtype)
+        self.scale = scale
 
     def __call__(self, tokens: Int32[Array, "tokens"], placement: Placement) -> Float[Array, "tokens embed"]:
         """Vectors of token ids; ids must be in range."""
         vectors = jnp.take(self.weight.get_value(), tokens, axis=0, mode="clip")
+        vectors = vectors if self.scale == 1.0 else vectors * jnp.asarray(self.scale, vectors.dtype)
         return constrain(vectors, ("tokens", "embed"), placement.mesh, placement.rules)
 
 
@@ -185,17 +193,25 @@ def logits(hidden: Float[Array, "rows embed"], weight: nnx.Param[Any], placement
     return constrain(out, ("rows", None), placement.mesh, placement.rules)
 
 
-class GatedMLP(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x)), gate and up as one matmul."""
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    return jax.nn.gelu(x, approximate=True)
 
-    def __init__(self, embed: int, mlp: int, dtype: np.dtype, *, bias: bool = False) -> None:
+
+class GatedMLP(nnx.Module):
+    """A gated MLP (Shazeer, arXiv 2002.05202): down(activation(gate(x)) * up(x)), gate and up as one matmul; SwiGLU by default."""
+
+    def __init__(
+        self, embed: int, mlp: int, dtype: np.dtype, *, bias: bool = False, activation: Callable[[Array], Array] = jax.nn.silu
+    ) -> None:
         self.gate_up = Projection([Dim(2), Dim(mlp, "mlp")], [Dim(embed, "embed")], dtype, bias=bias)
         self.down = Projection([Dim(embed, "embed")], [Dim(mlp, "mlp")], dtype, bias=bias)
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "tokens embed"], placement: Placement) -> Float[Array, "tokens embed"]:
         """The MLP's contribution to the residual stream."""
         gate_up = self.gate_up(x, placement)
-        return self.down(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], placement)
+        return self.down(self.activation(gate_up[:, 0]) * gate_up[:, 1], placement)
 
 
 class HeadShape(NamedTuple):
@@ -211,23 +227,47 @@ class HeadShape(NamedTuple):
         return self.heads // self.kv_heads
 
 
+class HeadNorm(NamedTuple):
+    """RMSNorm of each query and key head, before rope: see `RMSNorm`."""
+
+    epsilon: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """In what an attention layer differs from Llama's: what q.k is multiplied by (None: head_dim ** -0.5), the newest keys that a token
+    sees, its own included (None: all), norms of heads (None: none)."""
+
+    scale: float | None = None
+    window: int | None = None
+    norm: HeadNorm | None = None
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the paged cache (Ainslie et al., arXiv 2305.13245); q, k and v of a group are one weight's rows."""
 
-    def __init__(self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False) -> None:
+    def __init__(
+        self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False, form: AttentionForm = AttentionForm()
+    ) -> None:
         kv_heads, head_dim = Dim(shape.kv_heads, "kv_heads"), Dim(shape.head_dim)
         self.qkv = Projection([kv_heads, Dim(shape.group + 2), head_dim], [Dim(embed, "embed")], dtype, bias=bias)
         self.out = Projection([Dim(embed, "embed")], [kv_heads, Dim(shape.group), head_dim], dtype, bias=bias)
+        norms = [None if form.norm is None else RMSNorm(shape.head_dim, form.norm.epsilon, dtype, offset=form.norm.offset) for _ in "qk"]
+        self.q_norm, self.k_norm = norms
         self.shape = shape
         self.rope = rope
+        self.spec = AttentionSpec(scale=form.scale or shape.head_dim**-0.5, window=form.window)
 
     def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
         """The attention's contribution to the residual stream. Writes this step's keys and values into kv, which the caller donates."""
         shape, tokens = self.shape, x.shape[0]
         qkv = self.qkv(x, context.placement)
         q = qkv[:, :, : shape.group].reshape(tokens, shape.heads, shape.head_dim)
-        spec = AttentionSpec(scale=shape.head_dim**-0.5)
-        result = attend(q, qkv[:, :, -2], qkv[:, :, -1], kv, context, spec=spec, rope=self.rope)
+        k = qkv[:, :, -2]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        result = attend(q, k, qkv[:, :, -1], kv, context, spec=self.spec, rope=self.rope)
         grouped = result.out.reshape(tokens, shape.kv_heads, shape.group, shape.head_dim)
         return AttentionResult(self.out(grouped, context.placement), result.kv)
 

@@ -60,24 +60,8 @@ class Config:
             ConfigError: a field that is missing, out of range, or asks for something that is not implemented.
         """
         fields = Fields(config)
-        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        kv_heads = fields.integer("num_key_value_heads", default=heads)
-        if heads % kv_heads:
-            raise ConfigError(f"config.json: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
         fields.choice("hidden_act", ("silu",), default="silu")
-        read = cls(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size"),
-            layers=fields.integer("num_hidden_layers"),
-            heads=HeadShape(heads, kv_heads, _head_dim(fields, hidden, heads)),
-            max_positions=fields.integer("max_position_embeddings", default=2048),
-            rms_norm_epsilon=fields.number("rms_norm_eps", default=cls.rms_norm_epsilon),
-            rope=Rope.from_hf(fields),
-            tied_embeddings=fields.flag("tie_word_embeddings", default=False),
-            attention_bias=fields.flag("attention_bias", default=False),
-            mlp_bias=fields.flag("mlp_bias", default=False),
-        )
+        read = cls(**usual(fields), mlp_bias=fields.flag("mlp_bias", default=False))
         fields.finish()
         return read
 
@@ -85,6 +69,11 @@ class Config:
     def attention_shapes(self) -> tuple[HeadShape, ...]:
         """The heads of each layer: what its KV pool is made for."""
         return (self.heads,) * self.layers
+
+    @property
+    def attention_windows(self) -> tuple[int | None, ...]:
+        """How many of the newest keys a token sees in each layer, its own included; None: all."""
+        return (None,) * self.layers
 
 
 class Block(nnx.Module):
@@ -101,16 +90,20 @@ class Block(nnx.Module):
         placement = context.placement
         attended = self.attention(self.attention_norm(x), kv, context)
         x = constrain(x + attended.hidden, ("tokens", "embed"), placement.mesh, placement.rules)
-        x = constrain(x + self.mlp(self.mlp_norm(x), placement), ("tokens", "embed"), placement.mesh, placement.rules)
+        x = constrain(x + self.feed(self.mlp_norm(x), context), ("tokens", "embed"), placement.mesh, placement.rules)
         return AttentionResult(x, attended.kv)
+
+    def feed(self, x: Float[Array, "tokens embed"], context: StepContext) -> Float[Array, "tokens embed"]:
+        """The MLP's contribution to the residual stream."""
+        return self.mlp(x, context.placement)
 
 
 class Model(nnx.Module):
     """The whole model, its weights described (see layers.py) or, inside a trace, bound (see graph.py)."""
 
-    def __init__(self, config: Config, dtype: np.dtype) -> None:
+    def __init__(self, config: Config, dtype: np.dtype, *, block: type[Block] = Block) -> None:
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([Block(config, dtype) for _ in range(config.layers)])
+        self.layers = nnx.List([block(config, dtype) for _ in range(config.layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.lm_head = None if config.tied_embeddings else Head(config.vocab_size, config.hidden_size, dtype)
 
@@ -126,6 +119,40 @@ class Model(nnx.Module):
         return self.lm_head(hidden, placement)
 
 
+def usual(fields: Fields) -> dict[str, Any]:
+    """What most families write into config.json in the same way, by the names of `Config`.
+
+    Raises:
+        ConfigError: a field that is missing, out of range, or asks for something that is not implemented.
+    """
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "layers": fields.integer("num_hidden_layers"),
+        "heads": head_shape(fields, heads, fields.integer("num_key_value_heads", default=heads), _head_dim(fields, hidden, heads)),
+        "max_positions": fields.integer("max_position_embeddings", default=2048),
+        "rms_norm_epsilon": fields.number("rms_norm_eps", default=Config.rms_norm_epsilon),
+        "rope": Rope.from_hf(fields),
+        "tied_embeddings": fields.flag("tie_word_embeddings", default=False),
+        "attention_bias": fields.flag("attention_bias", default=False),
+    }
+
+
+def head_shape(fields: Fields, heads: int, kv_heads: int, head_dim: int) -> HeadShape:
+    """Query heads, key-value heads and features of each.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    if heads % kv_heads:
+        raise ConfigError(f"{fields.where}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    if head_dim % 2:
+        raise ConfigError(f"{fields.where}: head_dim {head_dim} must be even: rope turns pairs of features")
+    return HeadShape(heads, kv_heads, head_dim)
+
+
 def ignored(config: Config) -> tuple[str, ...]:
     """Patterns of tensors that a checkpoint may hold and that are not needed: they are computed, or tied to another one."""
     return ("*.rotary_emb.inv_freq", "lm_head.weight") if config.tied_embeddings else ("*.rotary_emb.inv_freq",)
@@ -134,10 +161,7 @@ def ignored(config: Config) -> tuple[str, ...]:
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
     if fields.values.get("head_dim") is None and hidden % heads:
         raise ConfigError(f"config.json has no head_dim, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    head_dim = fields.integer("head_dim", default=hidden // heads)
-    if head_dim % 2:
-        raise ConfigError(f"config.json: head_dim {head_dim} must be even: rope turns pairs of features")
-    return head_dim
+    return fields.integer("head_dim", default=hidden // heads)
 
 
 def _query_rows(config: Config) -> tuple[tuple[int, ...], ...]:

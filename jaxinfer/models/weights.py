@@ -1,7 +1,8 @@
 """How a checkpoint's tensors become ours: renamed, reshaped, joined; read slice by slice, never whole.
 
 A transform says which tensors of the file it needs, with their exact shapes, and builds any slice of our array from slices of those.
-`Part` is one tensor, its dimensions split or not; `Joined` puts several parts side by side. Names may hold one `*`, the layer's number.
+`Part` is one tensor, its dimensions split or not; `Joined` puts several parts side by side, `Stacked` one
+for each expert. Names may hold one `*`, the layer's number.
 Knows no file format: a tensor is anything with `shape` and `read(slices)`.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -135,7 +136,34 @@ class Joined:
         return found
 
 
-Transform = Part | Joined
+@dataclass(frozen=True)
+class Stacked:
+    """One transform for each index of our first dimension, whose number stands in the tensors' names where `{}` is."""
+
+    each: Part | Joined
+
+    def needs(self, config: Any, target: tuple[int, ...], layer: str) -> dict[str, tuple[int, ...]]:
+        """The tensors' names in the checkpoint and the shapes that they must have."""
+        needed: dict[str, tuple[int, ...]] = {}
+        for number in range(target[0]):
+            needed.update(_numbered(self.each, number).needs(config, target[1:], layer))
+        return needed
+
+    def read(
+        self, sources: Mapping[str, Source], config: Any, target: tuple[int, ...], layer: str, index: Slices
+    ) -> Shaped[np.ndarray, "..."]:
+        """The slice `index` of the stack; transforms outside it are not read."""
+        numbers, rest = range(index[0].start, index[0].stop), index[1:]
+        return np.stack([_numbered(self.each, number).read(sources, config, target[1:], layer, rest) for number in numbers])
+
+
+def _numbered(transform: Part | Joined, number: int) -> Part | Joined:
+    if isinstance(transform, Joined):
+        return replace(transform, parts=tuple(replace(part, name=part.name.replace("{}", str(number))) for part in transform.parts))
+    return replace(transform, name=transform.name.replace("{}", str(number)))
+
+
+Transform = Part | Joined | Stacked
 
 
 def transform_of(name: str, weights: Mapping[str, Transform]) -> tuple[Transform, str]:

@@ -1,6 +1,7 @@
 """Predicted time of a step: bytes and operations of one device over its peak rates, over the share of them that is reached.
 
-A decode step reads every weight once and each row's keys and values; a prefill multiplies every weight with every prompt token. Each part
+A decode step reads every weight once (of experts those that its tokens choose, evenly by assumption) and each row's keys and values;
+a prefill multiplies every weight with every prompt token. Each part
 has its efficiency (efficiency.py); communication is a part of its own. What bounds a phase is the largest of its bare memory, compute and
 communication times. These are predictions: LOG.md says how they compared with what was measured.
 """
@@ -11,9 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxinfer.devices import Chip
+from jaxinfer.models.experts import share_met, share_used
 from jaxinfer.models.graph import Graph, arrays_of
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import collectives, efficiency
@@ -69,9 +71,11 @@ class Predictor:
 
     def decode(self, rows: float, context: float) -> Phase:
         """A step of one token for each of `rows` rows (of one data replica) of about so many tokens."""
-        weights, kv = self.weight_bytes, rows * context * self.kv_token
+        weights, kv = self.bytes_met(rows), rows * self._keys(context, 1) * self.kv_token
         operations = 2.0 * (self.layer_weights + self.head_weights) * rows
-        attention_operations = sum(4.0 * self._heads(it) * it.head_dim * rows * context for it in self.graph.config.attention_shapes)
+        attention_operations = sum(
+            4.0 * self._heads(it) * it.head_dim * rows * min(context, window or context) for it, window in self._attended
+        )
         row = self._row("attention_decode", self.kernels.attention)
         of_rows = self.graph.config.layers * row.number("row_us") * rows * 1e-6
         attention = self._launches() + of_rows + kv / (self.chip.bandwidth * row.number("share"))
@@ -87,19 +91,30 @@ class Predictor:
 
     @cached_property
     def weight_bytes(self) -> float:
-        """Bytes of weights that a step reads on one device: all but an embedding table of its own."""
+        """Bytes of weights on one device that a step may read: all but an embedding table of its own."""
+        return self.bytes_met(float("inf"))
+
+    def bytes_met(self, tokens: float) -> float:
+        """Those that so many tokens read: of experts the ones that they choose, where the grouped matmul reads no others."""
+        rules, config = self.placement.rules, self.graph.config
+        tokens = tokens if self.chip.platform == "tpu" or self.kernels.weights in ("int8", "fp8") else float("inf")
+        found = self._read_once.items()
+        return sum(device_bytes(array, self.placement.mesh, rules) * count * share_met(array, config, tokens) for array, count in found)
+
+    @cached_property
+    def _read_once(self) -> Counter[ArraySpec]:
         arrays = Counter(self.graph.arrays)
         names = dict(zip(self.graph.names, self.graph.specs, strict=True))
         if "lm_head.weight" in names:
             arrays.subtract(arrays_of(names["embedding.weight"]))
-        return sum(device_bytes(array, self.placement.mesh, self.placement.rules) * count for array, count in arrays.items())
+        return arrays
 
     @cached_property
-    def layer_weights(self) -> int:
-        """Numbers of one device that every token is multiplied with, the head's left out."""
+    def layer_weights(self) -> float:
+        """Numbers of one device that a token is multiplied with, the head's left out; of experts those that it goes through."""
         found = zip(self.graph.names, self.graph.specs, self.graph.contracting, strict=True)
         arrays = Counter(arrays_of(spec)[0] for name, spec, contracting in found if contracting and name != "lm_head.weight")
-        return sum(self._shard(array) * count for array, count in arrays.items())
+        return sum(self._shard(array) * count * share_used(array, self.graph.config) for array, count in arrays.items())
 
     @cached_property
     def sharded(self) -> collectives.Sharded:
@@ -113,6 +128,16 @@ class Predictor:
         return self._shard(arrays_of(names.get("lm_head.weight", names["embedding.weight"]))[0])
 
     @property
+    def _attended(self) -> zip[tuple[Any, int | None]]:
+        """Each layer's heads, and how many of the newest keys they see."""
+        return zip(self.graph.config.attention_shapes, self.graph.config.attention_windows, strict=True)
+
+    def _keys(self, context: float, queries: float) -> float:
+        """Keys that so many queries at the end of a context see, a mean over the layers."""
+        seen = [min(context, context if window is None else window + queries - 1) for _, window in self._attended]
+        return sum(seen) / len(seen)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Where the efficiencies come from, one line for each."""
         rows = [self._row("matmul", self.kernels.matmul), self._row("small")]
@@ -121,10 +146,9 @@ class Predictor:
         return tuple(f"{row.values['what']}: {row.source}" for row in rows)
 
     def _chunk(self, start: int, tokens: int) -> Phase:
-        weights, read = self.weight_bytes, (start + tokens) * self.kv_token
+        weights, read = self.bytes_met(tokens), self._keys(start + tokens, tokens) * self.kv_token
         operations = 2.0 * (self.layer_weights * tokens + self.head_weights)
-        pairs = tokens * start + tokens * tokens / 2
-        attended = sum(4.0 * self._heads(it) * it.head_dim * pairs for it in self.graph.config.attention_shapes)
+        attended = sum(4.0 * self._heads(it) * it.head_dim * pairs(start, tokens, window) for it, window in self._attended)
         share = self._row("attention_prefill", self.kernels.attention).number("share")
         attention = max(attended / (self.chip.bf16_rate * share), read / self.chip.bandwidth) + self._launches()
         matmul, links = self._matmul(weights, operations, tokens), self._communication(tokens, 1)
@@ -173,3 +197,9 @@ class Predictor:
     def _shard(self, spec: ArraySpec) -> int:
         """Numbers of a weight on one device: a byte of packed ones holds two."""
         return (1 + (spec.dtype == PACKED)) * prod(named(spec, self.placement.mesh, self.placement.rules).shard_shape(spec.shape))
+
+
+def pairs(start: float, tokens: float, window: int | None) -> float:
+    """Pairs of a query and a key that it sees, of so many queries from position `start` on."""
+    beyond = [0.0 if window is None else max(end - window, 0.0) for end in (start, start + tokens)]
+    return tokens * start + tokens * tokens / 2 - (beyond[1] ** 2 - beyond[0] ** 2) / 2

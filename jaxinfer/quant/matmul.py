@@ -9,18 +9,19 @@ the contracted dimensions. Activations that are quantised on arrival are so by e
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxinfer.quant import blocks
 from jaxinfer.quant.observe import Observed
 from jaxinfer.quant.qarray import QArray
 from jaxinfer.sharding import Axes, Rules, partition
-from pallas_kernels import dense_matmul, quantized_matmul
+from pallas_kernels import dense_matmul, grouped_matmul, quantized_matmul
 
 Weight = Array | QArray
 
@@ -47,6 +48,18 @@ def matmul(
     return out.reshape(tokens, *out_shape)
 
 
+def grouped(
+    x: Float[Array, "rows in"], weight: Weight, sizes: Int32[Array, "groups"], *, out_dtype: np.dtype, implementation: str = "auto"
+) -> Float[Array, "rows *out"]:
+    """Rows sorted by group, each times its group's weight [groups, out.., in] on this device; see `pallas_kernels.grouped_matmul`."""
+    groups, *out = weight.shape[:-1]
+    values = weight.values if isinstance(weight, QArray) else weight
+    scales = weight.scales.reshape(groups, -1) if isinstance(weight, QArray) else None
+    matrices = values.reshape(groups, math.prod(out), -1)
+    found = grouped_matmul(x, matrices, sizes, scales=scales, out_dtype=out_dtype, implementation=implementation)
+    return found.reshape(x.shape[0], *out)
+
+
 def sharded_matmul(
     x: Float[Array, "tokens *into"],
     weight: Weight | Observed,
@@ -67,28 +80,35 @@ def sharded_matmul(
         return sharded_matmul(x, inner, axes, mesh=mesh, rules=rules, out_dtype=out_dtype, implementation=implementation)
     if mesh.size == 1:
         return matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
-    cuts = weight.units if isinstance(weight, QArray) else weight.shape
-    parts = tuple(partition(cuts, axes, mesh, rules))
+    parts = partitions(weight, axes, mesh, rules, contracting=x.ndim - 1)
     tokens = partition(x.shape[:1], ("tokens",), mesh, rules)
-    out, into = parts[: len(axes) - x.ndim + 1], parts[len(axes) - x.ndim + 1 :]
+    out, into = parts.dims[: len(axes) - x.ndim + 1], parts.dims[len(axes) - x.ndim + 1 :]
     summed = tuple(axis for axis in into if axis is not None and mesh.shape[axis] > 1)
 
     def local(x: Array, weight: Weight) -> Array:
         product = matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
         return jax.lax.psum(product, summed) if summed else product
 
-    specs = (PartitionSpec(*tokens, *into), _partitions(weight, parts, into))
+    specs = (PartitionSpec(*tokens, *into), parts.specs)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*tokens, *out), check_vma=False)(x, weight)
 
 
-def _partitions(weight: Weight, parts: tuple[str | None, ...], into: tuple[str | None, ...]) -> PartitionSpec | QArray:
-    """The weight's structure with the sharding of each of its arrays, given that of the weight and of its contracted dimensions."""
+class Partitions(NamedTuple):
+    """The mesh axis of each of a weight's dimensions, and the same as the weight's structure with the sharding of each of its arrays."""
+
+    dims: tuple[str | None, ...]
+    specs: PartitionSpec | QArray
+
+
+def partitions(weight: Weight, axes: Axes, mesh: Mesh, rules: Rules, *, contracting: int) -> Partitions:
+    """How a weight [out.., into..] with these logical axes and so many contracted dimensions is sharded."""
+    dims = tuple(partition(weight.units if isinstance(weight, QArray) else weight.shape, axes, mesh, rules))
     if not isinstance(weight, QArray):
-        return PartitionSpec(*parts)
-    per_block = PartitionSpec(*(part if count > 1 else None for part, count in zip(parts, weight.scales.shape, strict=True)))
+        return Partitions(dims, PartitionSpec(*dims))
+    per_block = PartitionSpec(*(part if count > 1 else None for part, count in zip(dims, weight.scales.shape, strict=True)))
     zeros = None if weight.zeros is None else per_block
-    smooth = None if weight.smooth is None else PartitionSpec(*into)
-    return QArray.tree_unflatten(weight.activations, (PartitionSpec(*parts), per_block, zeros, smooth))
+    smooth = None if weight.smooth is None else PartitionSpec(*dims[len(axes) - contracting :])
+    return Partitions(dims, QArray.tree_unflatten(weight.activations, (PartitionSpec(*dims), per_block, zeros, smooth)))
 
 
 def _matrix(weight: QArray, per_block: Shaped[Array, "..."], contracting: int) -> Shaped[Array, "outs ins"]:

@@ -65,7 +65,7 @@ def test_floors_are_arithmetic():
     engine = Engine()
     sizes = {name: spec.nbytes for name, spec in zip(engine.program.config.graph.names, engine.program.config.graph.specs, strict=True)}
     assert "lm_head.weight" in sizes
-    assert latency._weights_read(engine) == sum(sizes.values()) - sizes["embedding.weight"]
+    assert latency._weights_read(engine, 3) == sum(sizes.values()) - sizes["embedding.weight"]
     assert latency._kv_bytes(engine) == 2 * 2 * 2 * 16 * 4  # layers, k and v, heads, head_dim, bytes
     layer = 64 * 64 * 2 + 2 * 64 * 2 * 16 + 3 * 64 * 96
     assert latency._prefill_operations(engine, Load(3, 10)) == 3 * (2 * 2 * layer * 10 + 2 * 2 * 4 * 16 * 100)

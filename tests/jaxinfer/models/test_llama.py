@@ -2,38 +2,23 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
-from jaxinfer.models.find import find_shape, known_shapes
+from jaxinfer.models.find import find_shape
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import HeadShape
 from jaxinfer.sharding import make_mesh, struct
-from tests.driving import GOLDEN, Chunk, Driver, golden_graph, pack
+from tests.driving import PREFILL, Chunk, Driver, assert_climbs, assert_parity, golden_expected, golden_graph, pack
 
 NAMES = ("grouped", "biased", "llama3", "linear")
-PREFILL = ([3, 1, 10, 4], [2, 0, 3, 1])  # two packed steps; the rest is decoded token by token
-
-
-def expected(name):
-    """(prompts, logits of each prompt, residual streams [layers + 1, tokens, embed])."""
-    with np.load(GOLDEN / name / "expected.npz") as file:
-        ends = np.cumsum(file["lengths"])[:-1]
-        return [list(map(int, part)) for part in np.split(file["tokens"], ends)], np.split(file["logits"], ends), file["streams"]
 
 
 @pytest.mark.parametrize("name", ["grouped", "llama3"])
 def test_climbs_to_hugging_face_layer_by_layer(name):
-    prompts, _, streams = expected(name)
-    driver = Driver.golden(name)
-    step = pack([Chunk(0, tuple(prompt)) for prompt in prompts], 1, decode=False)
-    ours = np.asarray(jax.jit(driver.climb)(driver.leaves, driver.pool(4), step.tokens, step.positions, step.metadata))
-    for layer, (mine, theirs) in enumerate(zip(ours, streams, strict=True)):
-        picked = np.concatenate([mine[place] for place in step.places])
-        assert np.abs(picked - theirs).max() <= 2e-5 * np.abs(theirs).max(), f"layer {layer}"
+    assert_climbs(name)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +27,7 @@ def test_climbs_to_hugging_face_layer_by_layer(name):
     ids=str,
 )
 def test_logits_of_ragged_prompts_are_hugging_faces(name, mesh):
-    prompts, logits, _ = expected(name)
-    ours = Driver.golden(name, make_mesh(mesh)).logits(prompts, PREFILL)
-    for mine, theirs in zip(ours, logits, strict=True):
-        assert mine.dtype == np.float32
-        assert np.abs(mine - theirs).max() <= 1e-4
-        assert (mine.argmax(-1) == theirs.argmax(-1)).all()
+    assert_parity(name, mesh)
 
 
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
@@ -56,14 +36,14 @@ def test_a_quantised_cache_stays_near(codes):
 
     Heads of 8 features leave an int8 number off by 0.4 % of their magnitude, a float8 one by 2.5 %; three layers make about thrice that.
     """
-    prompts, logits, _ = expected("grouped")
+    prompts, logits, _ = golden_expected("grouped")
     ours = Driver.golden("grouped", make_mesh({"data": 2, "tensor": 2}), codes=codes).logits(prompts, PREFILL)
     off = np.concatenate(ours) - np.concatenate(logits)
     assert 1e-5 < np.sqrt(np.mean(off**2)) / np.std(np.concatenate(logits)) < (0.02 if codes == "int8" else 0.1)
 
 
 def test_bfloat16_stays_near():
-    prompts, logits, _ = expected("grouped")
+    prompts, logits, _ = golden_expected("grouped")
     ours = Driver.golden("grouped", dtype="bfloat16").logits(prompts, ([len(prompt) for prompt in prompts],))
     assert np.abs(np.concatenate(ours) - np.concatenate(logits)).mean() < 0.05
 
@@ -73,14 +53,6 @@ def test_reads_a_config():
     assert (config.layers, config.heads, config.vocab_size) == (32, HeadShape(32, 8, 128), 128256)
     assert config.rope.theta == 500000.0 and config.rope.llama3 is not None and not config.tied_embeddings
     assert golden_graph("llama3").config.heads == HeadShape(4, 1, 24)
-
-
-@pytest.mark.parametrize("name", sorted(known_shapes()))
-def test_known_shapes_have_the_parameters_their_names_say(name):
-    graph = Graph.of(llama, llama.Config.from_hf(find_shape(name)), "bfloat16")
-    billions = {"llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "llama-3.2-1b": 1.236, "llama-3.2-3b": 3.213, "smollm2-135m": 0.1345}
-    billions["tiny"] = 32928e-9
-    assert graph.nbytes / 2e9 == pytest.approx(billions[name], rel=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.models.weights import Joined, Part, transform_of
+from jaxinfer.models.weights import Joined, Part, Stacked, transform_of
 
 KV, GROUP, DIM, EMBED, MLP = 3, 2, 4, 5, 6
 HEADS = lambda _: ((KV, GROUP, DIM),)
@@ -53,6 +53,11 @@ CASES = {
         {"7.q": (KV * GROUP * DIM, EMBED), "7.k": (KV * DIM, EMBED), "7.v": (KV * DIM, EMBED)},
         lambda s: np.concatenate([s[f"7.{n}"].reshape(KV, -1, DIM, EMBED) for n in "qkv"], axis=1),
     ),
+    "experts stacked": (
+        Stacked(Joined(0, (Part("*.{}.gate", lambda _: ((1, MLP),)), Part("*.{}.up", lambda _: ((1, MLP),))))),
+        {f"7.{expert}.{part}": (MLP, EMBED) for expert in range(3) for part in ("gate", "up")},
+        lambda s: np.stack([np.stack([s[f"7.{expert}.gate"], s[f"7.{expert}.up"]]) for expert in range(3)]),
+    ),
     "their biases": (
         QKV,
         {"7.q": (KV * GROUP * DIM,), "7.k": (KV * DIM,), "7.v": (KV * DIM,)},
@@ -93,7 +98,9 @@ def test_reads_any_slice(case, data):
     assert np.array_equal(transform.read(sources, None, expected.shape, "7", index), expected[index])
 
 
-@pytest.mark.parametrize(("case", "axis"), [("columns split", 1), ("q, k and v joined", 0), ("gate and up stacked", 1), ("renamed", 1)])
+@pytest.mark.parametrize(
+    ("case", "axis"), [("columns split", 1), ("q, k and v joined", 0), ("gate and up stacked", 1), ("renamed", 1), ("experts stacked", 0)]
+)
 def test_reads_no_more_than_the_shard_of_a_device(case, axis):
     transform, shapes, whole = CASES[case]
     sources = {name: memory(*shape) for name, shape in shapes.items()}

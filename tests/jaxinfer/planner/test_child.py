@@ -32,7 +32,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
 @pytest.mark.parametrize(("changed", "words"), [
     ({"context": 65}, "--context 65 exceeds the 64 tokens"), ({"output": 64}, "--output 64 leaves no room"),
     ({"mesh": [1, 3]}, "--mesh data=1,tensor=3 does not use the 4 devices of cpu-4"),
-    ({"values": {**CONFIG, "model_type": "mixtral"}}, "'mixtral' is not implemented"), ({"config": {"quantize": "int9"}}, "int9"),
+    ({"values": {**CONFIG, "model_type": "mamba"}}, "'mamba' is not implemented"), ({"config": {"quantize": "int9"}}, "int9"),
     ({"bundle": "DIR"}, "--no-compile makes none"), ({"autotune": "FILE", "compile": True}, "add --bundle DIR"),
     ({"bundle": "DIR", "autotune": "FILE", "compile": True}, "--autotune is for slices of GPUs"),
 ])  # fmt: skip

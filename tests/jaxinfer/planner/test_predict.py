@@ -8,10 +8,10 @@ import pytest
 
 import jaxinfer
 from jaxinfer.devices import find_chip
-from jaxinfer.models import find, llama
+from jaxinfer.models import find, llama, mixtral
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement
-from jaxinfer.planner.predict import Kernels, Predictor
+from jaxinfer.planner.predict import Kernels, Predictor, pairs
 from jaxinfer.sharding import make_mesh
 
 ROWS = Path(jaxinfer.__file__).with_name("bench") / "results" / "h200-kernels.jsonl"
@@ -82,3 +82,33 @@ def test_integer_activations_multiply_at_the_integer_rate(h200):
 def test_a_chip_without_kernels_of_ours_reads_keys_slowly():
     slow, fast = (predictor(chip="TPU v6e", attention=name).decode(64, 4096) for name in ("xla", "tpu"))
     assert slow.attention > 3 * fast.attention
+
+
+def test_of_experts_a_step_reads_those_that_its_tokens_choose():
+    shape = find.find_shape("mixtral-8x7b")
+    graph = Graph.of(mixtral, mixtral.Config.from_hf(shape), "bfloat16")
+    made = replace(predictor(chip="TPU v6e"), graph=graph)
+    expert, rest = 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096 + 8 * 4096) + 4096 + 4096 * 32000
+    assert made.weight_bytes == 2 * (rest + 32 * 8 * expert)
+    assert made.bytes_met(1) == pytest.approx(2 * (rest + 32 * 2 * expert))
+    assert made.bytes_met(2) == pytest.approx(2 * (rest + 32 * 3.5 * expert))
+    assert made.bytes_met(100) == pytest.approx(made.weight_bytes, rel=1e-6)
+    assert made.layer_weights + made.head_weights == pytest.approx(12.75e9, rel=0.002)  # of 46.7e9
+    assert made.decode(1, 1000).matmul < 0.4 * made.decode(32, 1000).matmul
+    elsewhere = replace(predictor(), graph=graph)
+    assert elsewhere.bytes_met(1) == made.weight_bytes  # one dot with all weights
+    assert replace(elsewhere, kernels=Kernels("gpu", "xla", "int8")).bytes_met(1) == made.bytes_met(1)
+
+
+def test_windows_bound_what_attention_reads():
+    window = 512
+
+    class Windowed(llama.Config):
+        attention_windows = (window, None) * 16
+
+    made = replace(predictor(), graph=Graph.of(llama, Windowed(**vars(SHAPE)), "bfloat16"))
+    assert made._keys(4096, 1) == (4096 + window) / 2 and made._keys(100, 1) == 100
+    exact = sum(min(position, window) for position in range(301, 1301))
+    assert pairs(300, 1000, window) == pytest.approx(exact, rel=2e-3)
+    assert pairs(300, 100, window) == pairs(300, 100, None) == 35000
+    assert made.decode(64, 8000).attention < 0.6 * predictor().decode(64, 8000).attention

@@ -44,8 +44,8 @@ def test_a_model_from_its_config_alone():
         described(CONFIG, replace(SMALL, model=ModelConfig(max_model_len=65)), "cpu")
     with pytest.raises(ConfigError, match="of a quantised checkpoint, whose files say how; plan for the folder"):
         described({**CONFIG, "quantization_config": {"quant_method": "awq"}}, SMALL, "cpu")
-    with pytest.raises(ConfigError, match="model_type 'qwen3' is not implemented"):
-        described({**CONFIG, "model_type": "qwen3"}, SMALL, "cpu")
+    with pytest.raises(ConfigError, match="model_type 'mamba' is not implemented"):
+        described({**CONFIG, "model_type": "mamba"}, SMALL, "cpu")
 
 
 def test_with_room_nothing_is_compiled_to_size_the_pool(monkeypatch):
