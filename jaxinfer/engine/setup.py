@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -230,7 +230,7 @@ def _describe(config: EngineConfig) -> _Model:
     return _Model(folder, name, found.graph, found.graph.dtype, found.max_tokens, str(values.get("model_type")))
 
 
-def _found(name: str, revision: str | None, load_format: str) -> tuple[Path | None, dict[str, Any]]:
+def _found(name: str, revision: str | None, load_format: str) -> tuple[Path | None, Mapping[str, Any]]:
     """A model's folder and its config.json; random weights of a well-known shape need no folder."""
     if load_format == "random" and name in find.known_shapes():
         return None, find.find_shape(name)

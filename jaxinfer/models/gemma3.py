@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import gemma3_text
@@ -24,7 +24,7 @@ class Config(gemma3_text.Config):
     """The text model's shape."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Config:
+    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
         """Read the `text_config` of a config.json.
 
         Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from flax import nnx
@@ -57,7 +57,7 @@ class Config(llama.Config):
     attention_scale: float = 256**-0.5
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Config:
+    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
         """Read a config.json, or a part of one that `where` names.
 
         Raises:

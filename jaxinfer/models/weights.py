@@ -156,6 +156,13 @@ class Stacked:
         numbers, rest = range(index[0].start, index[0].stop), index[1:]
         return np.stack([_numbered(self.each, number).read(sources, config, target[1:], layer, rest) for number in numbers])
 
+    def tensors(self, config: Any, array: Shaped[np.ndarray, "..."], layer: str) -> dict[str, np.ndarray]:
+        """The inverse: the tensors of the checkpoint that our array is made of."""
+        found: dict[str, np.ndarray] = {}
+        for number, part in enumerate(array):
+            found |= _numbered(self.each, number).tensors(config, part, layer)
+        return found
+
 
 def _numbered(transform: Part | Joined, number: int) -> Part | Joined:
     if isinstance(transform, Joined):
