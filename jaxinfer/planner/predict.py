@@ -1,9 +1,9 @@
 """Predicted time of a step: bytes and operations of one device over its peak rates, over the share of them that is reached.
 
 A decode step reads every weight once (of experts those that its tokens choose, evenly by assumption) and each row's keys and values;
-a prefill multiplies every weight with every prompt token. Each part
-has its efficiency (efficiency.py); communication is a part of its own. What bounds a phase is the largest of its bare memory, compute and
-communication times. These are predictions: LOG.md says how they compared with what was measured.
+a prefill multiplies every weight with every prompt token. Each part has its efficiency (efficiency.py); communication is a part of its own.
+What bounds a phase is the largest of its bare memory, compute and communication times. These are predictions: LOG.md says how they
+compared with what was measured.
 """
 
 from __future__ import annotations

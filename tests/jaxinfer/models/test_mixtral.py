@@ -17,13 +17,14 @@ from jaxinfer.sharding import make_mesh, struct
 from tests.driving import GOLDEN, PREFILL, Chunk, Driver, assert_climbs, assert_parity, golden_expected, golden_graph, pack
 
 
-@pytest.mark.ci
 def test_climbs_to_hugging_face_layer_by_layer():
     assert_climbs("mixtral")
 
 
-def test_logits_of_ragged_prompts_are_hugging_faces():
-    assert_parity("mixtral", {"data": 2, "tensor": 2})
+@pytest.mark.ci
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=str)
+def test_logits_of_ragged_prompts_are_hugging_faces(mesh):
+    assert_parity("mixtral", mesh)
 
 
 @pytest.mark.ci

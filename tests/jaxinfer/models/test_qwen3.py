@@ -9,13 +9,14 @@ from jaxinfer.models.layers import HeadShape
 from tests.driving import assert_climbs, assert_parity
 
 
-@pytest.mark.ci
 def test_climbs_to_hugging_face_layer_by_layer():
     assert_climbs("qwen3")
 
 
-def test_logits_of_ragged_prompts_are_hugging_faces():
-    assert_parity("qwen3", {"data": 2, "tensor": 2})
+@pytest.mark.ci
+@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=str)
+def test_logits_of_ragged_prompts_are_hugging_faces(mesh):
+    assert_parity("qwen3", mesh)
 
 
 def test_reads_a_config():

@@ -87,7 +87,7 @@ def test_a_chip_without_kernels_of_ours_reads_keys_slowly():
 def test_of_experts_a_step_reads_those_that_its_tokens_choose():
     shape = find.find_shape("mixtral-8x7b")
     graph = Graph.of(mixtral, mixtral.Config.from_hf(shape), "bfloat16")
-    made = replace(predictor(chip="TPU v6e"), graph=graph)
+    made = replace(predictor(chip="TPU v6e", attention="tpu"), graph=graph)
     expert, rest = 3 * 4096 * 14336, 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 2 * 4096 + 8 * 4096) + 4096 + 4096 * 32000
     assert made.weight_bytes == 2 * (rest + 32 * 8 * expert)
     assert made.bytes_met(1) == pytest.approx(2 * (rest + 32 * 2 * expert))

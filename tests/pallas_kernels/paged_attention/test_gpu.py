@@ -61,7 +61,7 @@ def close(case, seeds, write=gpu.BY_XLA):
         widened = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x, inputs)
         found, wanted = np.asarray(run(inputs).out, np.float32), np.asarray(oracle(widened).out)
         tolerance = 0.004 if case.dtype == "float16" else 0.03 if case.kv_dtype is None else 0.06
-        np.testing.assert_allclose(found, wanted, atol=tolerance, err_msg=f"seed {seed}")
+        np.testing.assert_allclose(found, wanted, rtol=0.01, atol=tolerance, err_msg=f"seed {seed}")  # bfloat16 rounds by the size
         padding = np.asarray(inputs["positions"]) < 0
         assert not found[padding].any()
 
