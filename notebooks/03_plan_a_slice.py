@@ -72,7 +72,8 @@ for axes, parts, values in (
         heights = [values[name][part] / GIB if axes is left else values[name][part] * 1e3 for name in plans]
         axes.bar(list(plans), heights, bottom=list(below.values()), label=part.replace("kv_pool", "KV pool"))
         below = {name: below[name] + height for name, height in zip(plans, heights, strict=True)}
-    axes.legend(fontsize=8, loc="upper left")
+    axes.set_ylim(0, 1.45 * max(below.values()))
+    axes.legend(fontsize=8, loc="upper left", ncols=2)
 for place, plan in enumerate(plans.values()):
     left.hlines(plan.target["device_memory"] / GIB, place - 0.4, place + 0.4, color="black", linewidth=1)
 left.set(title="Memory of a device (line: what arrays may use)", ylabel="GiB")
