@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import gemma3_text
@@ -24,7 +24,7 @@ class Config(gemma3_text.Config):
     """The text model's shape."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
+    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Config:
         """Read the `text_config` of a config.json.
 
         Raises:
@@ -36,7 +36,8 @@ class Config(gemma3_text.Config):
         if config.get("vision_config"):
             _logger.info("the text model of a Gemma 3 that reads images: the part for images is not loaded, and requests are text")
         outer = {name: config[name] for name in ("quantization_config", "tie_word_embeddings") if config.get(name) is not None}
-        return super().from_hf({"model_type": "gemma3"} | outer | dict(inner), f"{where}: text_config")
+        text = gemma3_text.Config.from_hf({"model_type": "gemma3"} | outer | dict(inner), f"{where}: text_config")
+        return cls(**vars(text))
 
 
 Model = gemma3_text.Model

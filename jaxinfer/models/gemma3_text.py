@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -57,7 +57,7 @@ class Config(llama.Config):
     attention_scale: float = 256**-0.5
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Self:
+    def from_hf(cls, config: Mapping[str, Any], where: str = "config.json") -> Config:
         """Read a config.json, or a part of one that `where` names.
 
         Raises:
