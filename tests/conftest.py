@@ -33,17 +33,14 @@ import hypothesis
 import jax
 import pytest
 
-hypothesis.settings.register_profile("steady", derandomize=True)  # a red suite says something about the change; longer checks draw afresh
+hypothesis.settings.register_profile("steady", derandomize=True)  # a red suite says something about the change
 hypothesis.settings.load_profile("steady")
 
 ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in (
-    "engine/test_engine", "engine/test_setup", "planner/test_bundling", "step/test_bundle", "step/test_executable", "step/test_program",
-    "train/test_acceptance",
+    "bench/test_speculation", "engine/test_costs", "engine/test_engine", "engine/test_setup", "engine/test_speculation",
+    "planner/test_bundling", "selftest/test_r5", "step/test_bundle", "step/test_executable", "step/test_program", "train/test_acceptance",
 ))  # fmt: skip
 SCHOOL = tuple(f"tests/jaxinfer/train/test_{name}.py" for name in ("distill", "draft", "learner", "student"))
-DRAFTING = tuple(
-    f"tests/jaxinfer/{name}.py" for name in ("bench/test_speculation", "engine/test_costs", "engine/test_speculation", "selftest/test_r5")
-)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -58,7 +55,7 @@ def pytest_xdist_make_scheduler(config, log):
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            shared = {"engines": ENGINES, "drafting": DRAFTING, "school": SCHOOL}
+            shared = {"engines": ENGINES, "school": SCHOOL}
             return next((name for name, files in shared.items() if file in files), file)
 
     return Scheduling(config, log)

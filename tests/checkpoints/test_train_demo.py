@@ -28,6 +28,7 @@ def assert_learnt_and_exported(out: Path, shape: Shape) -> None:
     assert (out / "draft" / "tokenizer.json").read_bytes() == (out / "demo" / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("default")
 def test_a_tiny_run_learns_and_exports(tmp_path: Path):
     recipe = Recipe(2, 96, 4, 96, learning_rate=8e-3, draft_learning_rate=8e-3, chat_tokens=20_000)

@@ -10,16 +10,17 @@ from jaxinfer.audit.forced import Text
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Quantization
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.program import Program, ProgramConfig
+from jaxinfer.step.program import POOL, Program, ProgramConfig
 from tests.driving import PAGE_SIZE, Driver
 
 BUCKET = Bucket(32, 4, 0)
 
 
 def program(driver):
-    """Weights and settings, nothing compiled."""
+    """Weights and settings, nothing compiled but the pool."""
     config = ProgramConfig(driver.graph, driver.placement, PoolShape(2, PAGE_SIZE), (BUCKET,), max_sequences=1, max_tokens=64, threads=1)
     made = Program(config)
+    made.compile(lambda *_: None, [POOL])
     made.load(driver.leaves)
     return made
 

@@ -95,7 +95,7 @@ def test_variants_are_measured_beside_the_engine_as_given(made, capsys):
 
 def test_a_bad_variant_is_refused_before_anything_is_built(made, capsys):
     code, rows, err = run(capsys, "--beside", "overlap=off", "--beside", "overlop=off")
-    assert (code, rows, made) == (2, [], []) and "--beside overlop=off: 'overlop' is no setting; there are: compilation-cache," in err
+    assert (code, rows, made) == (2, [], []) and "--beside overlop=off: 'overlop' is no setting; there are: bundle," in err
 
 
 def test_a_shape_is_random_weights_and_just_enough_context(made, capsys):
@@ -113,6 +113,7 @@ def test_a_shape_has_no_weights_for_the_peer(made, capsys):
     assert (code, rows, made) == (2, [], []) and "--peer needs a checkpoint" in err
 
 
+@pytest.mark.ci
 def test_a_tiny_shape_really_runs(capsys, monkeypatch):
     monkeypatch.undo()
     small = ("--max-sequences", "2", "--max-step-tokens", "32", "--page-size", "16", "--compilation-cache", "on", "--max-model-len", "128")

@@ -31,7 +31,7 @@ def test_memory_is_shared_unless_the_pool_has_a_size():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("overlop=off", "'overlop' is no setting; there are: compilation-cache, .*overlap.*revision"),
+        ("overlop=off", "'overlop' is no setting; there are: bundle, .*compilation-cache, .*overlap.*revision"),
         ("tensor=2", "'tensor' is no setting"),
         ("", "'' is no setting"),
         ("overlap", "write overlap=VALUE"),

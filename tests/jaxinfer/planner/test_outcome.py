@@ -12,4 +12,4 @@ def test_a_plan_survives_json():
 
 
 def test_what_may_be_left_open():
-    assert Wanted() == (None, None, None, "throughput", None, None, True, False)
+    assert Wanted() == (None, None, None, "throughput", None, None, True, False, None, None)

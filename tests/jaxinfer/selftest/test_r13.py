@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 
@@ -47,7 +48,7 @@ def base(model, tmp_path_factory):
     [
         (lambda patch: patch.setattr(manifest, "verify", lambda *_, **__: None), "silent"),
         (lambda patch: patch.setattr(manifest, "_check", lambda *_, **__: 1 // 0), "broke"),
-        (lambda patch: patch.setattr(manifest, "REMEDY", "two\nlines"), "unclear"),
+        (lambda patch: patch.setattr(manifest, "verify", partial(manifest.verify, remedy="two\nlines")), "unclear"),
     ],
 )  # fmt: skip
 def test_faults_are_seen(plant, end, base, tmp_path, monkeypatch):

@@ -76,12 +76,13 @@ def test_unknown_fields_are_logged_once_and_by_name_alone(caplog):
     unknown = fields.UnknownFields()
     unknown.note(["novel", "user", "tools", "line\nbreak" + "x" * 100])
     unknown.note(["novel"])
-    assert [record.getMessage() for record in caplog.records] == [
+    said = lambda: [record.getMessage() for record in caplog.records if record.name == fields.__name__]
+    assert said() == [
         "unknown request field 'novel' is ignored",
         f"unknown request field 'line\\nbreak{'x' * 54}' is ignored",
     ]
     unknown.note([f"n{i}" for i in range(1000)])
-    assert len(caplog.records) == fields.MAX_UNKNOWN_NAMES
+    assert len(said()) == fields.MAX_UNKNOWN_NAMES
 
 
 def test_hints_resolve():

@@ -16,7 +16,7 @@ from jaxinfer.sharding import make_mesh, named
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import COPY, Program, ProgramConfig, ProposeKey
+from jaxinfer.step.program import COPY, POOL, Program, ProgramConfig, ProposeKey
 from tests.eagle_twin import EagleTwin
 
 PREFILL, VERIFY = Bucket(8, 2, 0), Bucket(0, 0, 2, 4)
@@ -79,7 +79,7 @@ def texts(mesh=None, **head):
         target, Placement(mesh), PoolShape(pages=17, page_size=4, replicas=mesh.shape["data"]), (PREFILL, VERIFY), max_sequences=2,
         max_tokens=32, threads=2, draft=graph,
     ))  # fmt: skip
-    program.compile(lambda *_: None, [PREFILL, VERIFY, ProposeKey(VERIFY, greedy=True), COPY])
+    program.compile(lambda *_: None, [PREFILL, VERIFY, ProposeKey(VERIFY, greedy=True), COPY, POOL])
     program.load(leaves)
     return Texts(program, EagleTwin(target, graph, leaves))
 

@@ -52,7 +52,10 @@ def rows_of(position, drafts):
     return DraftRows(*map(jnp.asarray, columns))
 
 
-KINDS = [(GREEDY, Demand.GREEDY), (DRAWN, Demand.DRAWN), (RULED, Demand.FULL), (GREEDY, Demand.FULL)]
+KINDS = [
+    (GREEDY, Demand.GREEDY), (RULED, Demand.FULL),
+    *(pytest.param(*longer, marks=pytest.mark.ci) for longer in ((DRAWN, Demand.DRAWN), (GREEDY, Demand.FULL))),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("params", "demand"), KINDS)

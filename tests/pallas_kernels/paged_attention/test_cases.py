@@ -73,6 +73,7 @@ def test_cost_counts_what_is_seen():
     assert cost.bytes - quantized.bytes == (4 * 64 - 64 - 4) * 2 * 2 * (20 + 20 + 32)
 
 
+@pytest.mark.ci
 def test_large_pools_are_drawn_on_the_device(monkeypatch):
     monkeypatch.setattr(cases, "LARGE", 1)
     case = Case("x", decode_rows=3, dtype="bfloat16", lengths="full")
