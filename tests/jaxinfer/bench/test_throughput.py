@@ -22,7 +22,7 @@ class Engine(FakeEngine):
     made: ClassVar[list["Engine"]] = []
 
     def __init__(self, config, *, progress=None):
-        super().__init__(info=FakeInfo(max_model_len=64), step_seconds=0.002 if config.execution.overlap == "off" else 0.0)
+        super().__init__(info=FakeInfo(max_model_len=64), step_seconds=0.01 if config.execution.overlap == "off" else 0.0)
         self.config = config
         self.scheduler = SimpleNamespace(looked_up=0, reused=0)
         self.made.append(self)
@@ -88,7 +88,7 @@ def test_variants_are_measured_beside_the_engine_as_given(made, capsys):
         assert [row["variant"] for row in group] == [*names, *names[1:]]
         assert [row["base"] for row in group[3:]] == ["as given"] * 2 and all(len(row["turns"]) == 2 for row in group[3:])
         assert group[3]["base_speedup"] == pytest.approx(group[1]["seconds"] / group[0]["seconds"])
-    assert rows[3]["base_speedup"] > 6 > rows[4]["base_speedup"]  # one sleeps in every step, one is as fast as the base
+    assert rows[3]["base_speedup"] > 3 * rows[4]["base_speedup"]  # one sleeps in every step, one is as fast as the base
     found = [(engine.config.execution.overlap, engine.config.cache.page_size) for engine in made]
     assert found == [("on", None), ("off", None), ("on", 64)] and all(engine.closed for engine in made)
 
