@@ -145,13 +145,14 @@ class ProgramConfig:
 
     @property
     def largest(self) -> tuple[Any, ...]:
-        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, sampler, scorer, and the
-        widest proposer of a draft model."""
+        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, the samplers of most
+        draws (one for drafts, one without), a scorer, and the widest proposer of a draft model."""
         most = max(self.buckets, key=lambda bucket: bucket.tokens)
         widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.tokens))
         scorer = max(self.scorers, key=lambda key: key.bucket.tokens, default=None)
         proposer = max((key for key in self.proposers if not key.greedy), key=lambda key: key.bucket.tokens, default=None)
-        return (*dict.fromkeys((most, widest)), self.samplers[-1], *(key for key in (proposer, scorer) if key is not None))
+        samplers = {key.width > 1: key for key in sorted(self.samplers, key=lambda key: (key.demand, key.draws))}
+        return (*dict.fromkeys((most, widest)), *samplers.values(), *(key for key in (proposer, scorer) if key is not None))
 
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""

@@ -84,7 +84,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(target, small, lines, 
     )
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-    assert all(resumed[name] == straight[name] for name in ("loss", "before", "after")) and resumed["before"] != resumed["after"]
+    assert all(resumed[name] == straight[name] for name in ("loss", "before", "after"))
+    assert whole or resumed["before"] != resumed["after"]  # a figure of so few drafts may stay as it was
     manifest.verify(tmp_path / "out", weights=True)
     manifest.verify(tmp_path / "out", weights=False)
     kept = json.loads((tmp_path / "out" / distill.FIGURES).read_text())
