@@ -168,7 +168,9 @@ class _Side:
 
     def __init__(self, program: Program, bucket: Bucket, pages: int, longest: int) -> None:
         pool = replace(program.config.pool, pages=pages)
-        self.config: ProgramConfig = replace(program.config, pool=pool, buckets=(bucket,), max_sequences=1, max_tokens=longest)
+        self.config: ProgramConfig = replace(
+            program.config, pool=pool, buckets=(bucket,), max_sequences=1, max_tokens=longest, draft=None
+        )
         self.leaves = program.leaves
         mesh, rules = self.config.placement.mesh, self.config.placement.rules
         self._run = Program(self.config).call(bucket).lower().compile()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.console import StageBar
 from jaxinfer.models import find
 from jaxinfer.request import QueueFull, Request, SamplingParams
@@ -38,7 +38,13 @@ def settings_of(args: argparse.Namespace, longest: int) -> dict[str, Any]:
 
 @contextmanager
 def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
-    """An engine for each config, shut down at the end."""
+    """An engine for each config, shut down at the end.
+
+    Raises:
+        ConfigError: several engines from one bundle, which would all have its settings.
+    """
+    if len(configs) > 1 and any(config.execution.bundle is not None for config in configs):
+        raise ConfigError("--bundle brings its own settings, so engines with others cannot be measured beside; leave it out")
     from jaxinfer import devices
     from jaxinfer.engine.engine import Engine
 

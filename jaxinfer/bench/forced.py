@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     if not all(0 <= rate <= 1 for rate in rates):
         raise ConfigError(f"--forced {rates}: shares from 0 to 1")
     values = {"max_sequences": max(batches), **engines.settings_of(args, args.prompt + args.tokens + 8)}
-    configs = [from_arguments(EngineConfig, values | {"speculate": way}) for way in ("off", "eagle")]
+    head = {"draft_model": values.pop("draft_model", None)}
+    configs = [from_arguments(EngineConfig, values | own) for own in ({"speculate": "off"}, {"speculate": "eagle", **head})]
     with engines.opened(configs) as (plain, drafting), Report("speculation", args) as report:
         drafting.speculator.always = True
         for batch in batches:

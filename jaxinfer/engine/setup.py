@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -107,15 +108,26 @@ def build(config: EngineConfig, progress: Progress) -> Built:
     Raises:
         ConfigError: settings that cannot work together or on this machine. CheckpointError, TokenizerError: a model that cannot be read.
     """
+    bundle = None if config.execution.bundle is None else open_bundle(Path(config.execution.bundle))
     try:
-        return _build(config, progress, None if config.execution.bundle is None else open_bundle(Path(config.execution.bundle)))
+        return _build(config, progress, bundle)
     except NotImplementedError as error:  # kernels asked for by name that refuse
         raise ConfigError(f"--implementation {config.execution.implementation}: {error}") from error
     except BundleMismatch as error:
         if config.execution.bundle_mismatch == "refuse":
             raise
         logger.warning("%s", error)
-    return build(replace(config, execution=replace(config.execution, bundle=None)), progress)
+    return build(_without_bundle(config, bundle), progress)
+
+
+def _without_bundle(config: EngineConfig, bundle: Bundle | None) -> EngineConfig:
+    """The settings to compile with in place of a bundle that does not match: its own, but for the pool, unless others were given."""
+    adopted = config
+    if bundle is not None:
+        with suppress(BundleMismatch):
+            adopted = bundle.adopt(config)
+    cache = replace(adopted.cache, kv_tokens=config.cache.kv_tokens)
+    return replace(adopted, cache=cache, execution=replace(adopted.execution, bundle=None))
 
 
 def _build(config: EngineConfig, progress: Progress, bundle: Bundle | None) -> Built:

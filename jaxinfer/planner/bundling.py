@@ -124,4 +124,7 @@ def _settings(config: EngineConfig, platform: str, program: Program) -> dict[str
         "kv_tokens": (pool.pages - 1) * pool.page_size, "max_sequences": made.max_sequences,
         "max_step_tokens": widths(config, platform).tokens,
     }  # fmt: skip
+    draft = given["draft_model"]
+    if draft is not None and Path(draft).expanduser().is_dir():
+        meant["draft_model"] = str(Path(draft).expanduser().resolve())
     return {name: meant.get(name, given[name]) for name in SETTINGS}

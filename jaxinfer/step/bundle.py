@@ -10,6 +10,7 @@ alone whom you would let run programs. The planner writes bundles (planner/bundl
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -32,11 +33,13 @@ from jaxinfer.step.executable import Call, Made, load
 from jaxinfer.step.program import ProgramConfig
 from jaxinfer.step.sizes import ProgramSize
 
+logger = logging.getLogger(__name__)
 HEADER, VERSION = "bundle.json", 1
 REMEDY = "copy the bundle again, or make it anew"
 SOURCES = ("batch.py", "sampling.py", "sharding.py", "cache", "models", "quant", "step")  # of jaxinfer: what programs are made from
 RUNTIMES = {"gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt"), "tpu": ("libtpu",)}  # packages that bring the compiler
 FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
+PLACES = ("draft_model",)  # settings that say where something lies: what lies there is compared, not its name
 CODE = tuple("avx sse ssse fma f16c bmi abm popcnt aes vaes pclmul vpclmul gfni sha amx movbe adx".split())  # beginnings of x86's names
 
 
@@ -69,22 +72,28 @@ class Bundle:
     def adopt(self, config: EngineConfig) -> EngineConfig:
         """The settings with those that decide the programs as the bundle has them, where they stand at their defaults.
 
+        A flag that repeats a default cannot be told from none: the bundle's setting is taken there too, and the log says so.
+
         Raises:
             BundleMismatch: others were given.
         """
         recorded = {**self.header["settings"], "mesh": MeshShape(*self.header["settings"]["mesh"])}
-        sections, differing = {}, []
+        taken, differing = dict[str, dict[str, Any]](), []
         for section in fields(config):
             values, changed = getattr(config, section.name), {}
             for item in (item for item in fields(values) if item.name in recorded):
                 given, own = getattr(values, item.name), recorded[item.name]
                 if given == item.default:
                     changed[item.name] = own
-                elif given != own:
-                    differing.append(f"--{item.name.replace('_', '-')} is {_short(own)} in the bundle, {_short(given)} was asked for")
-            sections[section.name] = replace(values, **changed)
+                elif given != own and item.name not in PLACES:
+                    differing.append(f"{_flag(item.name)} is {_short(own)} in the bundle, {_short(given)} was asked for")
+            taken[section.name] = changed
         self._refuse(differing)
-        return replace(config, **sections)
+        adopted = replace(config, **{name: replace(getattr(config, name), **changed) for name, changed in taken.items()})
+        if adopted != config:
+            said = (f"{_flag(name)} {_short(own)}" for changed in taken.values() for name, own in changed.items() if own is not None)
+            logger.info("settings of --bundle %s: %s", self.folder, " ".join(said))
+        return adopted
 
     def check_machine(self) -> None:
         """Compare versions and devices with those here.
@@ -253,6 +262,10 @@ def _differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
         f"{name} is {_short(recorded.get(name))} in the bundle, {_short(value)} here"
         for name, value in here.items() if recorded.get(name) != value
     ]  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _short(value: Any) -> str:

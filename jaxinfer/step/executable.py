@@ -23,8 +23,10 @@ from jaxinfer.step.score import Scored
 from jaxinfer.step.sizes import ProgramSize
 from jaxinfer.step.slots import Slots
 from jaxinfer.step.verify import Verified
+from pallas_kernels import QuantizedKV
 
-NODES = {cls.__name__: cls for cls in (Computed, DraftRows, RowInputs, Sampled, Scored, Slots, Verified)}  # what results are made of
+# what results are made of, beside plain tuples
+NODES: dict[str, Any] = {cls.__name__: cls for cls in (Computed, DraftRows, QuantizedKV, RowInputs, Sampled, Scored, Slots, Verified)}
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,13 @@ def to_json(tree: Any) -> Any:
     """
     if isinstance(tree, jax.ShapeDtypeStruct):
         return {"shape": list(tree.shape), "dtype": tree.dtype.name, "spec": _spec(tree.sharding)}
-    if isinstance(tree, tuple):
+    if type(tree) is tuple:
         return [to_json(part) for part in tree]
     name = type(tree).__name__
     if NODES.get(name) is not type(tree):
         raise NotImplementedError(f"results made of {name} cannot be described in a bundle; add it to NODES in {__name__}")
-    return {"node": name, "fields": {field.name: to_json(getattr(tree, field.name)) for field in fields(tree)}}
+    names = getattr(tree, "_fields", None) or [field.name for field in fields(tree)]
+    return {"node": name, "fields": {field: to_json(getattr(tree, field)) for field in names}}
 
 
 def from_json(value: Any, mesh: Mesh) -> Any:
@@ -164,7 +167,8 @@ def from_json(value: Any, mesh: Mesh) -> Any:
     if isinstance(value, list):
         return tuple(from_json(part, mesh) for part in value)
     if "node" in value:
-        return unchecked(NODES[value["node"]], {name: from_json(part, mesh) for name, part in value["fields"].items()})
+        cls, parts = NODES[value["node"]], {name: from_json(part, mesh) for name, part in value["fields"].items()}
+        return cls(**parts) if issubclass(cls, tuple) else unchecked(cls, parts)
     spec = PartitionSpec(*(tuple(axis) if isinstance(axis, list) else axis for axis in value["spec"]))
     return jax.ShapeDtypeStruct(tuple(value["shape"]), jnp.dtype(value["dtype"]), sharding=NamedSharding(mesh, spec))
 

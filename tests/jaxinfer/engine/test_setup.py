@@ -27,7 +27,7 @@ from jaxinfer.models.graph import Quantization
 from jaxinfer.planner import child
 from jaxinfer.planner.sizing import Machine
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.step.bundle import BundleMismatch
+from jaxinfer.step.bundle import Bundle, BundleMismatch
 from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import TokenizerError
 from tests.jaxinfer.conftest import settings, write_folder
@@ -182,6 +182,10 @@ def test_a_bundle_for_something_else_is_refused_or_compiled_by_choice(early, fol
     with pytest.raises(ConfigError, match="it compiles now"):
         early(replace(other, execution=replace(other.execution, bundle_mismatch="compile")))
     assert [config.execution.bundle for config in built] == [None] and "--page-size is 4 in the bundle" in caplog.text
+    monkeypatch.setattr(Bundle, "check_machine", lambda self: self._refuse(["jax is older"]))
+    with pytest.raises(ConfigError, match="it compiles now"):
+        early(replace(from_bundle(folder, bundled), execution=replace(other.execution, bundle_mismatch="compile")))
+    assert (built[-1].cache.page_size, built[-1].cache.kv_tokens, built[-1].execution.bundle) == (4, None, None)
 
 
 def test_another_model_or_too_little_memory_for_a_bundle(early, plain, folder, bundled, tmp_path, monkeypatch):

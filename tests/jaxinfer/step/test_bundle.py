@@ -53,6 +53,17 @@ def test_other_settings_are_refused_by_flag(opened):
     config = EngineConfig(ModelConfig(dtype="bfloat16"), CacheConfig(page_size=64), speculation=SpeculationConfig("lookup"))
     with pytest.raises(BundleMismatch, match=r"--dtype is float32 in the bundle, bfloat16 was asked for; --page-size is 4 .*--speculate"):
         opened.adopt(config)
+    with pytest.raises(BundleMismatch, match="--speculate is off in the bundle, lookup was asked for"):
+        opened.adopt(EngineConfig(speculation=SpeculationConfig("lookup")))
+
+
+def test_where_a_draft_model_lies_is_no_difference(opened):
+    recorded = {**opened.header["settings"], "speculate": "draft", "draft_model": "there"}
+    drafting = replace(opened, header={**opened.header, "settings": recorded})
+    assert drafting.adopt(EngineConfig()).speculation == SpeculationConfig("draft", "there")
+    assert drafting.adopt(EngineConfig(speculation=SpeculationConfig("draft", "here"))).speculation.draft_model == "here"
+    with pytest.raises(BundleMismatch, match="--speculate is draft in the bundle, lookup"):
+        drafting.adopt(EngineConfig(speculation=SpeculationConfig("lookup")))
 
 
 def test_other_machines_are_refused(changed):

@@ -1,16 +1,23 @@
 """A program taken apart and put together again is the program that it was: results, donation, checks, placement."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfer.checkpoint import read
 from jaxinfer.config import ConfigError
+from jaxinfer.models.layers import Placement
+from jaxinfer.planner import sizing
 from jaxinfer.sharding import make_mesh
 from jaxinfer.step import executable
 from jaxinfer.step.executable import Call, Compiler, dump, from_json, load, to_json
 from jaxinfer.step.forward import Computed
-from jaxinfer.step.program import WIPE, SamplerKey
+from jaxinfer.step.program import POOL, WIPE, SamplerKey
+from pallas_kernels import QuantizedKV
+from tests.jaxinfer.conftest import settings
 
 
 def described(shape, mesh, *spec, dtype=np.float32):
@@ -59,6 +66,26 @@ def test_programs_of_an_engine_on_a_mesh(meshed):
         loaded = load(data, description, program.call(key).arguments, program.config.placement.mesh)
         assert jax.tree.leaves(loaded.output_shardings) == jax.tree.leaves(program.compiled(key).output_shardings)
         assert loaded.out_tree == program.compiled(key).out_tree and loaded.in_tree == program.compiled(key).in_tree
+
+
+def test_programs_over_a_quantised_pool(folder):
+    wanted = settings(folder)
+    config = replace(wanted, cache=replace(wanted.cache, kv_dtype="int8"))
+    described = sizing.described(read.read_config(folder), config, "cpu")
+    made = sizing.Sizing(config, described, Placement(make_mesh({})), sizing.Machine("cpu", 1 << 30)).planned()[1]
+    for key in (POOL, WIPE):
+        compiled = made.call(key).lower().compile()
+        loaded = load(*dump(compiled), made.call(key).arguments, made.config.placement.mesh)
+        assert isinstance(loaded.out_tree.unflatten(range(loaded.out_tree.num_leaves))[0], QuantizedKV)
+        assert loaded.out_tree == compiled.out_tree and loaded.in_tree == compiled.in_tree
+
+
+def test_every_program_of_an_engine_that_drafts(speculating):
+    program = speculating.program
+    for key in program.config.keys:
+        compiled = program.compiled(key)
+        loaded = load(*dump(compiled), program.call(key).arguments, program.config.placement.mesh)
+        assert loaded.out_tree == compiled.out_tree and loaded.in_tree == compiled.in_tree, key
 
 
 def test_arguments_in_words(small):
