@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import dispatch
 
 DRAWS = 6
-MORE_DRAWS = 30  # in the longer pass
+MORE_DRAWS = 16  # in the longer pass
 INTERPRETED_DRAWS = 2
 FIXTURES = {"gpu": "interpreted", "tpu": "simulated"}
 
