@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "random")
 KV_DTYPES = ("auto", "int8", "fp8")
-IMPLEMENTATIONS = ("auto", "xla", "gpu", "reference")
+IMPLEMENTATIONS = ("auto", "xla", "gpu", "tpu", "reference")
 SWITCH = ("on", "off")
 BUNDLE_MISMATCH = ("refuse", "compile")
 SPECULATE = ("off", "lookup", "draft", "eagle", "auto")

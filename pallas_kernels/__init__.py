@@ -4,7 +4,7 @@
     flash_attention     contiguous keys and values
     grouped_matmul      rows of several groups, each with a weight of its own
     paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
-    quantized_matmul    int8 weights
+    quantized_matmul    weights in int8, float8 or 4 bits
 
 `dispatch` chooses the implementation, `tuning` its block sizes.
 """

@@ -31,7 +31,7 @@ from jaxinfer.serve.guards import BodyGuard, KeyGuard, Wall
 from jaxinfer.tokenizer import TokenizerError
 
 WATCH_SECONDS = 1.0
-DESCRIPTION = "An OpenAI-compatible server. Every known request field either works or is refused with a 400 that names it."
+DESCRIPTION = "An OpenAI-compatible server. Every known request field works, is refused with a 400 that names it, or changes nothing here."
 _ERROR_SCHEMA = {
     "type": "object",
     "required": ["error"],
