@@ -191,7 +191,7 @@ class FakeEngine:
     def _forget(self, running: _Running, reason: FinishReason) -> None:
         self._running.pop(running.request.key, None)
         self.metrics.finished[reason.value] += running.counted
-        self.metrics.running = len(self._running)
+        self.metrics.running = sum(each.counted for each in self._running.values())
 
     @property
     def running(self) -> int:

@@ -117,7 +117,7 @@ class Engine:
         return bool(self._active or self._pending or self._flights)
 
     def add(self, request: Request, *, counted: bool = True) -> None:
-        """Put one sequence (`n` = 1; see `request.choices`) in line. Not `counted`: it is no traffic, and neither finds nor leaves cached pages.
+        """Put one sequence (`n` = 1; see `request.choices`) in line. Not `counted`: no traffic, finds and leaves no cached pages.
 
         Raises:
             RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.

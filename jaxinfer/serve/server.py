@@ -58,7 +58,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         if made.tokenizer is None:
             raise ConfigError(f"{engine.model.model!r} has no tokenizer, so it cannot be served; it is for benchmarks")
         if server.shadow_check and made.speculator is None:
-            raise ConfigError("--shadow-check has nothing to check: the bundle was planned without drafts; plan one with them, or leave it out")
+            raise ConfigError("--shadow-check has nothing to check: the bundle was planned without drafts; plan one with them")
         made.tokenizer.token_bytes(0)  # builds the tokenizer's tables here, not on the event loop
         return made
 
