@@ -75,6 +75,7 @@ class _Running:
     request: Request
     text: OutputText
     limit: int
+    counted: bool
     made: int = 0
 
 
@@ -111,7 +112,7 @@ class FakeEngine:
         """Whether a step has anything to do."""
         return bool(self._running or self._pending)
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, *, counted: bool = True) -> None:
         """Take one sequence."""
         text = self.tokenizer.decode(request.prompt)
         if "REFUSE" in text:
@@ -122,9 +123,9 @@ class FakeEngine:
             raise QueueFull(f"{len(self._running)} requests are waiting already")
         limit = request.params.max_tokens or self.info.max_model_len - len(request.prompt)
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens)
-        self._running[request.key] = _Running(request, OutputText(detokenizer, request.params.stop), limit)
+        self._running[request.key] = _Running(request, OutputText(detokenizer, request.params.stop), limit, counted)
         self.seen.append(request)
-        self.metrics.prompt_tokens += len(request.prompt)
+        self.metrics.prompt_tokens += len(request.prompt) * counted
 
     def abort(self, request_id: str) -> None:
         """End every sequence of that id."""
@@ -147,7 +148,7 @@ class FakeEngine:
         outputs += [self._advance(running) for running in list(self._running.values())]
         count = len(self._running)
         self.metrics.record(StepRecord("decode", self.step_seconds, 0.0, count, 16))
-        self.metrics.running = count
+        self.metrics.running = sum(running.counted for running in self._running.values())
         return outputs
 
     def shutdown(self) -> None:
@@ -163,7 +164,7 @@ class FakeEngine:
         token = self.tokenizer.eos_ids[0] if ended else prompt[(running.made + running.request.index) % len(prompt)]
         stopped = ended or token in params.stop.token_ids
         running.made += 1
-        self.metrics.generation_tokens += 1
+        self.metrics.generation_tokens += running.counted
         piece = running.text.flush() if stopped else running.text.push(token, may_stop=running.made > params.min_tokens)
         text, stopped_by = piece.text, piece.stopped_by
         reason = FinishReason.STOP if stopped or stopped_by else FinishReason.LENGTH if running.made >= running.limit else None
@@ -189,8 +190,8 @@ class FakeEngine:
 
     def _forget(self, running: _Running, reason: FinishReason) -> None:
         self._running.pop(running.request.key, None)
-        self.metrics.finished[reason.value] += 1
-        self.metrics.running = len(self._running)
+        self.metrics.finished[reason.value] += running.counted
+        self.metrics.running = sum(each.counted for each in self._running.values())
 
     @property
     def running(self) -> int:

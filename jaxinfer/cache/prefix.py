@@ -49,8 +49,8 @@ class Chain:
 
     context: what is hashed before the first token. indexes: where it is looked up. found: what was there last. borrowed: its first pages
     that others wrote. written: nodes that hold pages which this sequence wrote, in any tenure. closed: nothing more is entered, because of
-    a collision (until `restart`) or because the content is not to be trusted (`poisoned`). reused: tokens
-    that were found computed when the tenure began.
+    a collision (until `restart`) or because the sequence is kept apart for good (`poisoned`): its content is not to be trusted, or it is
+    to leave no trace. reused: tokens that were found computed when the tenure began.
     """
 
     context: tuple[str, ...]

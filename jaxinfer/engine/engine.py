@@ -58,6 +58,7 @@ class _Active:
     demand: Demand
     matcher: Matcher | None = None
     scores: PromptScores | None = None
+    counted: bool = True
 
 
 @dataclass
@@ -115,8 +116,8 @@ class Engine:
         """Whether `step` has anything to do."""
         return bool(self._active or self._pending or self._flights)
 
-    def add(self, request: Request) -> None:
-        """Put one sequence (`n` = 1; see `request.choices`) in line.
+    def add(self, request: Request, *, counted: bool = True) -> None:
+        """Put one sequence (`n` = 1; see `request.choices`) in line. Not `counted`: no traffic, finds and leaves no cached pages.
 
         Raises:
             RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.
@@ -131,8 +132,9 @@ class Engine:
         scores = None if params.prompt_logprobs is None else PromptScores(request)
         draws, demand = self._draws(params), Demand.of(params)
         sequence = self.scheduler.add(request, limit)  # last: nothing after it can refuse
-        self._active[request.key] = _Active(sequence, text, limit, draws, demand, matcher, scores)
-        self.metrics.prompt_tokens += len(request.prompt)
+        sequence.chain.poisoned = sequence.chain.closed = not counted
+        self._active[request.key] = _Active(sequence, text, limit, draws, demand, matcher, scores, counted)
+        self.metrics.prompt_tokens += len(request.prompt) * counted
         self._gauge()
 
     def abort(self, request_id: str) -> None:
@@ -277,7 +279,7 @@ class Engine:
         if not drawn.possible:
             return self._end(active, FinishReason.ERROR, error="the rules of this request leave no token to be drawn")
         self.scheduler.append(active.sequence, drawn.token)
-        self.metrics.generation_tokens += 1
+        self.metrics.generation_tokens += active.counted
         try:
             if active.matcher is not None:
                 active.matcher.accept(drawn.token)
@@ -331,7 +333,7 @@ class Engine:
         if self.speculator is not None:
             self.speculator.forget(active.sequence.request.key)
         del self._active[active.sequence.request.key]
-        self.metrics.finished[reason.value] += 1
+        self.metrics.finished[reason.value] += active.counted
 
     def _take_pending(self) -> list[Output]:
         taken, self._pending = self._pending, []
@@ -376,7 +378,9 @@ class Engine:
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 
     def _gauge(self) -> None:
-        self.metrics.running, self.metrics.waiting = self.scheduler.running, self.scheduler.waiting
+        hidden = [active.sequence.running for active in self._active.values() if not active.counted]
+        self.metrics.running = self.scheduler.running - sum(hidden)
+        self.metrics.waiting = self.scheduler.waiting - hidden.count(False)
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 
 

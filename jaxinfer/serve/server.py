@@ -47,7 +47,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """
     if server.api_key == "":
         raise ConfigError("--api-key is empty; give a key, or leave the flag out to serve without one")
-    if server.shadow_check and engine.speculation.speculate == "off":
+    if server.shadow_check and engine.speculation.speculate == "off" and engine.execution.bundle is None:  # a bundle may bring drafts
         raise ConfigError("--shadow-check has nothing to check with --speculate off; choose a way to draft, or leave it out")
     listening = bind(server.host, server.port)
 
@@ -57,6 +57,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         made = Engine(engine, progress=progress)
         if made.tokenizer is None:
             raise ConfigError(f"{engine.model.model!r} has no tokenizer, so it cannot be served; it is for benchmarks")
+        if server.shadow_check and made.speculator is None:
+            raise ConfigError("--shadow-check has nothing to check: the bundle was planned without drafts; plan one with them")
         made.tokenizer.token_bytes(0)  # builds the tokenizer's tables here, not on the event loop
         return made
 

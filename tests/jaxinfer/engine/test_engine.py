@@ -609,6 +609,28 @@ def test_counters(plain):
     assert records[0].host_gap == 0.0
 
 
+def test_what_is_not_counted_leaves_no_trace(plain):
+    """Neither in the counters nor in the prefix cache, which it does not read either; preempted or not, ended or aborted."""
+    prompt, pool = tuple(range(20)), plain.scheduler.pools[0]
+    expected = one(plain, prompt)
+    known, reused = len(pool.index), plain.scheduler.reused
+    metrics = plain.metrics
+    before = metrics.prompt_tokens, metrics.generation_tokens, metrics.finished.copy()
+    for name, start in (("again", 0), ("other", 30), ("aborted", 60)):
+        plain.add(Request(name, tuple(range(start, start + 20)), GREEDY), counted=False)
+        assert (metrics.running, metrics.waiting) == (0, 0)
+        outputs = plain.step() + plain.step()
+        assert (metrics.running, metrics.waiting, plain.scheduler.running) == (0, 0, 1)
+        plain.scheduler._preempt(plain.scheduler.find(name)[0])
+        outputs += plain.step() + plain.step()
+        if name == "aborted":
+            plain.abort(name)
+        outputs += plain.run()
+        assert name != "again" or tokens(outputs) == tokens(expected)
+    assert (metrics.prompt_tokens, metrics.generation_tokens, metrics.finished) == before
+    assert (len(pool.index), plain.scheduler.reused) == (known, reused)
+
+
 def test_an_idle_engine_does_nothing(plain):
     assert plain.step() == []
     assert list(plain.run()) == []

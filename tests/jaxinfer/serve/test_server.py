@@ -7,14 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from jaxinfer.config import ConfigError, EngineConfig, ServerConfig
+from jaxinfer.config import ConfigError, EngineConfig, ExecutionConfig, ServerConfig
+from jaxinfer.engine import engine
+from jaxinfer.serve import server
 from jaxinfer.serve.server import bind, serve
-from tests.fakes import until
+from tests.fakes import FakeEngine, until
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
@@ -129,6 +132,18 @@ def test_a_model_that_cannot_be_loaded_ends_the_process():
 def test_drafts_that_are_not_made_are_not_checked():
     with pytest.raises(ConfigError, match="--speculate off"):
         serve(EngineConfig(), ServerConfig(port=0, shadow_check=0.01))
+
+
+@pytest.mark.parametrize("drafts", [None, object()])
+def test_a_bundle_may_bring_the_drafts(drafts, monkeypatch):
+    """That is known once it is loaded."""
+    made = FakeEngine(speculator=drafts)
+    monkeypatch.setattr(engine, "Engine", lambda config, progress: made)
+    monkeypatch.setattr(server, "bind", lambda host, port: None)
+    monkeypatch.setattr(server, "run", lambda factory, *rest, **named: int(factory(lambda stage, done, total: None) is made))
+    config = EngineConfig(execution=ExecutionConfig(bundle="somewhere"))
+    with nullcontext() if drafts else pytest.raises(ConfigError, match="planned without drafts"):
+        assert serve(config, ServerConfig(port=0, shadow_check=0.01)) == 1
 
 
 def test_ports_and_hosts():

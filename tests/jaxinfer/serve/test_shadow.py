@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer.grammar import Grammar
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.serve.shadow import LONGEST, WAITING, WATCHED, Shadow
+from jaxinfer.serve.shadow import ATTEMPTS, LONGEST, WAITING, WATCHED, Shadow
 from tests.fakes import FakeEngine, until
 from tests.jaxinfer.serve.test_loop import drive, read
 
@@ -22,8 +22,9 @@ class Drafting(FakeEngine):
         super().__post_init__()
         self.speculator = self.drafts = object()
 
-    def add(self, request):
-        super().add(replace(request, prompt=request.prompt[::-1]) if self.wrong and self.speculator is None else request)
+    def add(self, request, *, counted=True):
+        assert counted == (self.speculator is not None)
+        super().add(replace(request, prompt=request.prompt[::-1]) if self.wrong and not counted else request, counted=counted)
 
 
 def request(text="hello", name="r", **params):
@@ -53,7 +54,6 @@ def test_a_mismatch_is_counted_and_told_once_without_the_text(wrong, caplog):
     with caplog.at_level(logging.WARNING):
         for number in (1, 2):
             assert shadow.begin(engine) and engine.speculator is None
-            assert engine.seen[-1].cache_salt not in ("", engine.seen[0].cache_salt)
             assert finish(engine, shadow) == []
             assert engine.speculator is engine.drafts
             assert engine.metrics.shadow["checks"] == number
@@ -93,6 +93,18 @@ def test_a_replay_gives_way_and_begins_anew():
     assert shadow.begin(engine) and not shadow.begin(engine)
     finish(engine, shadow)
     assert engine.metrics.shadow == {"checks": 1}
+
+
+def test_a_replay_that_always_has_to_give_way_is_dropped():
+    engine, shadow = Drafting(), Shadow(1.0)
+    run(engine, shadow, request("several tokens"))
+    finished = engine.metrics.finished.copy()
+    for _ in range(ATTEMPTS):
+        assert shadow.begin(engine)
+        shadow.give_way(engine)
+        assert finish(engine, shadow) == []
+    assert not shadow.begin(engine) and engine.speculator is engine.drafts
+    assert not engine.metrics.shadow and engine.metrics.finished == finished
 
 
 def test_in_the_loop_a_request_that_arrives_goes_first():
