@@ -21,7 +21,7 @@ from jaxinfer.planner import advice, bundling, collectives, outcome, topology
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
 from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
-from jaxinfer.planner.sizing import Sizing
+from jaxinfer.planner.sizing import Sizing, longest
 from jaxinfer.planner.slices import parse
 from jaxinfer.planner.telling import Compiled, Told, bundle_command, name_of, tell
 from jaxinfer.step.buckets import Bucket
@@ -67,7 +67,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         if request.get("bundle") is None or not plan.fits:
             return plan
         own, sizing = compiled[weighed[0].choice.mesh], weighed[0].choice.sizing()
-        return _bundled(plan, request, sizing, bundling.complete(sizing, own.program, own.needed, source, progress))
+        return _bundled(plan, request, sizing, bundling.complete(sized, own.program, own.needed, source, progress))
 
 
 def _check_bundle(request: Mapping[str, Any]) -> None:
@@ -89,10 +89,10 @@ def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, pro
 
 def _wish(request: Mapping[str, Any]) -> Wish:
     config = from_arguments(EngineConfig, request["config"])
-    longest = int(request["values"].get("max_position_embeddings") or 8192)
-    context = request["context"] or min(8192, longest)
-    if context > longest:
-        raise ConfigError(f"--context {context} exceeds the {longest} tokens the model was made for; lower it")
+    most = longest(request["values"])
+    context = request["context"] or min(8192, most)
+    if context > most:
+        raise ConfigError(f"--context {context} exceeds the {most} tokens the model was made for; lower it")
     output = request["output"] or max(1, min(256, context // 4))
     if output >= context:
         raise ConfigError(f"--output {output} leaves no room for a prompt in --context {context}; lower it")

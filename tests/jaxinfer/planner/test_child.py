@@ -47,6 +47,14 @@ def test_defaults_of_context_and_output():
     assert planned(context=16, output=None).settings["output"] == 4
 
 
+def test_the_longest_context_is_the_architectures_own():
+    inner = {name: value for name, value in CONFIG.items() if name != "max_position_embeddings"}
+    gemma = {"model_type": "gemma3", "text_config": inner}
+    assert planned("cpu-1", context=32768, values=gemma).settings["context"] == 32768
+    with pytest.raises(ConfigError, match="--context 131073 exceeds the 131072 tokens"):
+        planned("cpu-1", context=131073, values=gemma)
+
+
 def test_the_result_is_written_and_refusals_too(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request("cpu-1"))))
     child.main(tmp_path / "plan.json")
