@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
 from jaxinfer.planner import advice, bundling, collectives, outcome, topology
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
@@ -33,7 +34,7 @@ def main(result: Path) -> None:
     request = json.loads(sys.stdin.read())
     try:
         plan = planned(request, _report)
-    except (ConfigError, NotImplementedError, LookupError) as error:
+    except (ConfigError, CheckpointError, OSError, NotImplementedError, LookupError) as error:
         target = {"slice": request["slice"]}
         plan = outcome.Plan(model=request["model"], target=target, settings={}, fits=False, failure=str(error), refused=True)
     result.write_text(json.dumps(plan.fields()), encoding="utf-8")

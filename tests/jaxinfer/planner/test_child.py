@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError
 from jaxinfer.planner import child, topology
 from jaxinfer.planner.outcome import MARK
@@ -63,6 +64,18 @@ def test_the_result_is_written_and_refusals_too(tmp_path, monkeypatch):
     child.main(tmp_path / "refused.json")
     refused = json.loads((tmp_path / "refused.json").read_text())
     assert refused["refused"] and "--context 1000" in refused["failure"] and refused["fits"] is False
+
+
+@pytest.mark.parametrize("error", [CheckpointError("a tensor is missing"), OSError("the disk is full")])
+def test_files_that_cannot_be_read_or_written_are_refusals(tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(request("cpu-1"))))
+    monkeypatch.setattr(child, "planned", fail)
+    child.main(tmp_path / "plan.json")
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert made["refused"] and made["failure"] == str(error)
 
 
 def test_what_weights_alone_are_too_large_for_is_not_compiled(monkeypatch):
