@@ -18,7 +18,7 @@ from jaxinfer import devices
 from jaxinfer.checkpoint import atomic, hub
 from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments, parse_count, parse_mesh
-from jaxinfer.models import find
+from jaxinfer.models import eagle, find
 from jaxinfer.planner.outcome import GOALS, MARK, Plan, Wanted
 from jaxinfer.planner.sizing import draft_of
 from jaxinfer.planner.slices import parse
@@ -80,7 +80,7 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
 
 
 def read_shape(model: str) -> Mapping[str, Any]:
-    """The config.json of a model: a well-known shape by name, the file itself, a folder that has one, or a repository's.
+    """The config.json of a model or an EAGLE-3 head: a well-known shape by name, the file itself, a folder that has one, or a repository's.
 
     Raises:
         ConfigError: a shape whose architecture is not implemented, or a misspelt one. CheckpointError: no such model.
@@ -94,7 +94,8 @@ def read_shape(model: str) -> Mapping[str, Any]:
         values = read_json(hub.resolve(model, patterns=("config.json",)) / "config.json")
     else:
         values = find.find_shape(model)
-    find.find(values.get("model_type"))
+    if not eagle.is_head(values):
+        find.find(values.get("model_type"))
     return values
 
 
