@@ -56,7 +56,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
     with choices[0].target():
         kernels = kernels_for(choices[0].sizing())
         weighed = sorted((estimate(choice, kernels) for choice in choices), key=lambda each: each.score, reverse=True)
-    _check_bundle(request)
+    _check_bundle(request, wish)
     source = bundling.compiler(request.get("autotune"), piece.platform)
     compiled: dict[MeshShape, Compiled] = {}
     while request["compile"] and weighed[0].choice.mesh not in compiled and not weighed[0].hopeless:
@@ -71,11 +71,16 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         return _bundled(plan, request, sizing, bundling.complete(sized, own.program, own.needed, source, progress))
 
 
-def _check_bundle(request: Mapping[str, Any]) -> None:
+def _check_bundle(request: Mapping[str, Any], wish: Wish) -> None:
     if request.get("bundle") is not None and not request["compile"]:
         raise ConfigError("--bundle keeps compiled programs, and --no-compile makes none; leave one out")
     if request.get("bundle") is None and request.get("autotune") is not None:
         raise ConfigError("--autotune goes into a bundle; add --bundle DIR")
+    if request.get("bundle") is not None and wish.needs_head:
+        raise ConfigError(
+            "--bundle is for a start, and a start of --speculate eagle needs a real head, which may have another shape than the one made"
+            " up here; name it with --draft-model, or make the weights up too with --load-format random"
+        )
 
 
 def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, program: Program) -> outcome.Plan:

@@ -20,6 +20,7 @@ from jaxinfer.step.sizes import ProgramSize, beside
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
 KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
 DRAFT_NOTE = "times are of steps without drafts; how often drafts stand is not predicted (python -m jaxinfer bench speculation measures it)"
+HEAD_NOTE = "the EAGLE-3 head is made up, of the shape that one would train for the model: name a real one in place of HEAD"
 HOPELESS_NOTE = "weights and one sequence are more than the memory, so nothing was compiled"
 FLAGS = (
     "quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation", "speculate", "draft_model",
@@ -87,7 +88,7 @@ def _notes(best: Estimate, own: Compiled | None) -> list[str]:
     hopeless = own is None and best.hopeless
     return [
         *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
-        *([DRAFT_NOTE] if drafts else []),
+        *([DRAFT_NOTE] if drafts else []), *([HEAD_NOTE] if best.choice.wish.needs_head else []),
     ]  # fmt: skip
 
 
@@ -183,4 +184,5 @@ def _command(request: Mapping[str, Any], best: Estimate) -> str:
     if wish.concurrency is not None:
         flags.append(f"--max-sequences {-(-wish.concurrency // mesh.data)}")
     flags += [f"--{name.replace('_', '-')} {given[name]}" for name in FLAGS if given.get(name) is not None]
+    flags += ["--draft-model HEAD"] if wish.needs_head else []
     return " ".join(["python -m jaxinfer.serve", *flags])

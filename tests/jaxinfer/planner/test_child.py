@@ -15,6 +15,9 @@ from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned, request
 
 
+MADE_UP = {"draft": {"values": None, "folder": None}, "config": {"speculate": "eagle"}}
+
+
 def test_the_best_mesh_for_the_goal_comes_first():
     plan = planned("cpu-2")
     assert plan.fits and plan.settings["mesh"] == plan.meshes[0]["mesh"]
@@ -35,6 +38,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help(monkeypatch):
     ({"mesh": [1, 3]}, "--mesh data=1,tensor=3 does not use the 4 devices of cpu-4"),
     ({"values": {**CONFIG, "model_type": "mamba"}}, "'mamba' is not implemented"), ({"config": {"quantize": "int9"}}, "int9"),
     ({"bundle": "DIR"}, "--no-compile makes none"), ({"autotune": "FILE", "compile": True}, "add --bundle DIR"),
+    ({"bundle": "DIR", "compile": True, **MADE_UP}, "needs a real head"),
     ({"bundle": "DIR", "autotune": "FILE", "compile": True}, "--autotune is for slices of GPUs"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused(changed, words):

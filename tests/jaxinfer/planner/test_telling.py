@@ -5,7 +5,7 @@ from math import prod
 import pytest
 
 from jaxinfer.config import MeshShape, engine_settings
-from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, bundle_command, name_of
+from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, HEAD_NOTE, KV_NOTE, bundle_command, name_of
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned
 
@@ -50,6 +50,14 @@ def test_a_guess_is_called_one():
     plan = planned()
     assert plan.notes[0] == GUESS_NOTE and plan.memory["programs_from"] == "guess" and plan.programs["compiled"] == []
     assert [row["mesh"] for row in plan.meshes].count(plan.settings["mesh"]) == 1 and len(plan.meshes) == 3
+
+
+def test_a_head_that_is_made_up_is_left_to_be_named():
+    config, draft = {"speculate": "eagle"}, {"values": None, "folder": None}
+    plan = planned("cpu-1", config=config, draft=draft)
+    assert plan.command.endswith(" --draft-model HEAD") and HEAD_NOTE in plan.notes
+    random = planned("cpu-1", config={**config, "load_format": "random"}, draft=draft)
+    assert "HEAD" not in random.command and HEAD_NOTE not in random.notes
 
 
 def test_quantised_keys_and_values_take_less_and_are_marked(meshed_plan):
