@@ -8,7 +8,6 @@ parent (planning.py) reports that. Progress goes to stdout, one JSON list a line
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
 from jaxinfer.planner.sizing import Sizing, longest
 from jaxinfer.planner.slices import parse
-from jaxinfer.planner.telling import Compiled, Told, bundle_command, name_of, tell
+from jaxinfer.planner.telling import Compiled, Told, bundle_command, flags_of, name_of, tell
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.program import Program
 
@@ -88,9 +87,9 @@ def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, pro
     about = {"model": request["model"], "slice": request["slice"], "command": bundle_command(request, plan)}
     order = bundling.Order(Path(request["bundle"]), Path(request["autotune"]) if request.get("autotune") else None, about)
     made = bundling.write(order, sizing, program)
-    model = shlex.quote(str(request["config"].get("model", request["model"])))
-    command = f"python -m jaxinfer.serve --model {model} --bundle {shlex.quote(made['folder'])}"
-    return replace(plan, programs={**plan.programs, "bundle": made}, command=command)
+    said = {"model": request["config"].get("model", request["model"]), "bundle": made["folder"]}
+    flags = [*flags_of(said), *flags_of(request["config"], ("model", *bundling.SETTINGS))]  # the bundle holds its own settings
+    return replace(plan, programs={**plan.programs, "bundle": made}, command=" ".join(["python -m jaxinfer.serve", *flags]))
 
 
 def _wish(request: Mapping[str, Any]) -> Wish:

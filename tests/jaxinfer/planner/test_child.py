@@ -14,7 +14,6 @@ from jaxinfer.planner.telling import GUESS_NOTE, HOPELESS_NOTE
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned, request
 
-
 MADE_UP = {"draft": {"values": None, "folder": None}, "config": {"speculate": "eagle"}}
 
 
