@@ -84,7 +84,7 @@ def _settings(args: argparse.Namespace, scheme: str | None) -> dict[str, Any]:
 
     given = {name: value for name, value in vars(args).items() if name in engine_settings()}
     given |= {} if args.shape is None else {"model": args.shape, "load_format": "random"}
-    longest = sizing.longest(planning.read_shape(given.get("model", "demo")))
+    longest = sizing.longest(planning.read_shape(given.get("model", "demo"), given.get("revision")))
     needed = max(load.tokens + load.batch for load in args.decode or LOADS) + args.steps * (args.repeat + 2)
     return {"max_model_len": min(longest, needed), **given, **({} if scheme is None else {"quantize": scheme})}
 

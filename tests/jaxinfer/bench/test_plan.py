@@ -73,7 +73,7 @@ def test_the_plan_is_for_this_machine_and_the_engines_settings(asked, capsys):
 
 def test_contexts_are_no_longer_than_the_architecture_allows(asked, capsys, monkeypatch):
     inner = {name: value for name, value in CONFIG.items() if name != "max_position_embeddings"}
-    monkeypatch.setattr(planning, "read_shape", lambda model: {"model_type": "gemma3", "text_config": inner})
+    monkeypatch.setattr(planning, "read_shape", lambda model, revision: {"model_type": "gemma3", "text_config": inner})
     run(capsys, "--schemes", "none", "--decode", "1x9000")
     assert asked[0][2].context == 9000 + 1 + 4 * 3
 
