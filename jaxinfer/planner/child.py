@@ -131,11 +131,18 @@ def _again(weighed: list[Estimate], kernels: Kernels, compiled: Mapping[MeshShap
 
 
 def _correction(each: Estimate, own: Compiled) -> float:
-    """Bytes of the collectives in the text over those that the sharding implies, of the widest decode bucket."""
-    bucket = max((key for key in own.collectives if not key.prefill_tokens), key=lambda key: key.rows, default=None)
+    """Bytes of the collectives in the text over those that the sharding implies, of the widest decode bucket.
+
+    A plain one if it was compiled: one with drafts has logits of every token, and what drafts follows every step, without logits.
+    """
+    decodes = (key for key in own.collectives if not key.prefill_tokens)
+    bucket = max(decodes, key=lambda key: (-key.decode_tokens, key.rows), default=None)
     if bucket is None or each.choice.mesh.tensor == 1:
         return 1.0
-    implied = collectives.implied(each.predictor.graph, each.predictor.sharded, bucket.tokens, bucket.rows)
+    graph, placement, draft = each.predictor.graph, each.predictor.placement, own.program.config.draft
+    implied = collectives.implied(graph, each.predictor.sharded, bucket.tokens, bucket.decode_size)
+    if draft is not None:
+        implied += collectives.implied(draft, collectives.sharded(draft, placement), bucket.tokens, rows=0)
     return max(1.0, collectives.total_bytes(own.collectives[bucket]) / collectives.total_bytes(implied))
 
 

@@ -7,10 +7,15 @@ import sys
 import pytest
 
 from jaxinfer.checkpoint.errors import CheckpointError
-from jaxinfer.config import ConfigError
+from jaxinfer.config import ConfigError, MeshShape
 from jaxinfer.planner import child, topology
+from jaxinfer.planner.collectives import Collective
+from jaxinfer.planner.estimate import Choice, estimate
 from jaxinfer.planner.outcome import MARK
-from jaxinfer.planner.telling import GUESS_NOTE, HOPELESS_NOTE
+from jaxinfer.planner.predict import Kernels
+from jaxinfer.planner.slices import parse
+from jaxinfer.planner.telling import GUESS_NOTE, HOPELESS_NOTE, Compiled
+from jaxinfer.step.buckets import Bucket
 from tests.jaxinfer.conftest import CONFIG
 from tests.jaxinfer.planner.conftest import planned, request
 
@@ -86,6 +91,22 @@ def test_what_weights_alone_are_too_large_for_is_not_compiled(monkeypatch):
     monkeypatch.setattr(topology.devices, "memory_bytes", lambda device: 90_000)
     plan = planned("cpu-1", compile=True)
     assert not plan.fits and plan.memory["lacking"] > 0 and plan.notes[:2] == [HOPELESS_NOTE, GUESS_NOTE]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+@pytest.mark.parametrize("buckets", [[Bucket(0, 0, 4, 5)], [Bucket(0, 0, 4), Bucket(0, 0, 4, 5)]])
+def test_drafts_are_no_correction_of_plain_steps(buckets, drafted):
+    """Each text holds two sums for each layer of the model and of what drafts, one for each embedding, and the logits of all its tokens."""
+    speculate = {"speculate": "draft", "draft_model": "small"} if drafted else {"speculate": "lookup"}
+    asked = request("cpu-2", config=speculate, draft={"values": CONFIG, "folder": None} if drafted else None)
+    choice = Choice(parse("cpu-2"), MeshShape(1, 2), child._wish(asked), tuple(topology.describe(parse("cpu-2"))))
+    sizing, made = choice.sizing(), estimate(choice, Kernels("xla", "xla", "float32"))
+    sums, size, vocab = (2 * 2 + 1) * (1 + drafted), CONFIG["hidden_size"] * 4, CONFIG["vocab_size"] * 4
+    texts = {it: (Collective("all-reduce", it.tokens * size, sums), Collective("all-gather", it.tokens * vocab, 1)) for it in buckets}
+    program = sizing.program(sizing.empty_pool)
+    assert child._correction(made, Compiled(program, texts, 0.0)) == 1.0
+    twice = {it: found * 2 for it, found in texts.items()}
+    assert child._correction(made, Compiled(program, twice, 0.0)) == 2.0
 
 
 def test_progress_is_marked(capsys):
