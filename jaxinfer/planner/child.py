@@ -67,7 +67,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         if request.get("bundle") is None or not plan.fits:
             return plan
         own, sizing = compiled[weighed[0].choice.mesh], weighed[0].choice.sizing()
-        return _bundled(plan, request, sizing, bundling.complete(sized, own.program, own.needed, source, progress))
+        return _bundled(plan, request, sizing, bundling.complete(sizing, own.program, own.needed, source, progress))
 
 
 def _check_bundle(request: Mapping[str, Any], wish: Wish) -> None:
