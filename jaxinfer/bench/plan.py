@@ -80,11 +80,11 @@ def _rows(args: argparse.Namespace, scheme: str | None) -> Iterator[dict[str, An
 def _settings(args: argparse.Namespace, scheme: str | None) -> dict[str, Any]:
     """The engine's settings: contexts no longer than the rows need."""
     from jaxinfer.config import engine_settings
-    from jaxinfer.planner import planning
+    from jaxinfer.planner import planning, sizing
 
     given = {name: value for name, value in vars(args).items() if name in engine_settings()}
     given |= {} if args.shape is None else {"model": args.shape, "load_format": "random"}
-    longest = planning.read_shape(given.get("model", "demo")).get("max_position_embeddings", 2048)
+    longest = sizing.longest(planning.read_shape(given.get("model", "demo"), given.get("revision")))
     needed = max(load.tokens + load.batch for load in args.decode or LOADS) + args.steps * (args.repeat + 2)
     return {"max_model_len": min(longest, needed), **given, **({} if scheme is None else {"quantize": scheme})}
 

@@ -8,7 +8,6 @@ parent (planning.py) reports that. Progress goes to stdout, one JSON list a line
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,14 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.checkpoint.errors import CheckpointError
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, from_arguments
 from jaxinfer.planner import advice, bundling, collectives, outcome, topology
 from jaxinfer.planner.estimate import Choice, Estimate, Wish, estimate, kernels_for
 from jaxinfer.planner.outcome import MARK
 from jaxinfer.planner.predict import Kernels
-from jaxinfer.planner.sizing import Sizing
+from jaxinfer.planner.sizing import Sizing, longest
 from jaxinfer.planner.slices import parse
-from jaxinfer.planner.telling import Compiled, Told, bundle_command, name_of, tell
+from jaxinfer.planner.telling import Compiled, Told, bundle_command, flags_of, name_of, tell
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.program import Program
 
@@ -33,7 +33,7 @@ def main(result: Path) -> None:
     request = json.loads(sys.stdin.read())
     try:
         plan = planned(request, _report)
-    except (ConfigError, NotImplementedError, LookupError) as error:
+    except (ConfigError, CheckpointError, OSError, NotImplementedError, LookupError) as error:
         target = {"slice": request["slice"]}
         plan = outcome.Plan(model=request["model"], target=target, settings={}, fits=False, failure=str(error), refused=True)
     result.write_text(json.dumps(plan.fields()), encoding="utf-8")
@@ -55,7 +55,7 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
     with choices[0].target():
         kernels = kernels_for(choices[0].sizing())
         weighed = sorted((estimate(choice, kernels) for choice in choices), key=lambda each: each.score, reverse=True)
-    _check_bundle(request)
+    _check_bundle(request, wish)
     source = bundling.compiler(request.get("autotune"), piece.platform)
     compiled: dict[MeshShape, Compiled] = {}
     while request["compile"] and weighed[0].choice.mesh not in compiled and not weighed[0].hopeless:
@@ -70,11 +70,16 @@ def planned(request: Mapping[str, Any], progress: Callable[[str, int, int], None
         return _bundled(plan, request, sizing, bundling.complete(sizing, own.program, own.needed, source, progress))
 
 
-def _check_bundle(request: Mapping[str, Any]) -> None:
+def _check_bundle(request: Mapping[str, Any], wish: Wish) -> None:
     if request.get("bundle") is not None and not request["compile"]:
         raise ConfigError("--bundle keeps compiled programs, and --no-compile makes none; leave one out")
     if request.get("bundle") is None and request.get("autotune") is not None:
         raise ConfigError("--autotune goes into a bundle; add --bundle DIR")
+    if request.get("bundle") is not None and wish.needs_head:
+        raise ConfigError(
+            "--bundle is for a start, and a start of --speculate eagle needs a real head, which may have another shape than the one made"
+            " up here; name it with --draft-model, or make the weights up too with --load-format random"
+        )
 
 
 def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, program: Program) -> outcome.Plan:
@@ -82,17 +87,17 @@ def _bundled(plan: outcome.Plan, request: Mapping[str, Any], sizing: Sizing, pro
     about = {"model": request["model"], "slice": request["slice"], "command": bundle_command(request, plan)}
     order = bundling.Order(Path(request["bundle"]), Path(request["autotune"]) if request.get("autotune") else None, about)
     made = bundling.write(order, sizing, program)
-    model = shlex.quote(str(request["config"].get("model", request["model"])))
-    command = f"python -m jaxinfer.serve --model {model} --bundle {shlex.quote(made['folder'])}"
-    return replace(plan, programs={**plan.programs, "bundle": made}, command=command)
+    said = {"model": request["config"].get("model", request["model"]), "bundle": made["folder"]}
+    flags = [*flags_of(said), *flags_of(request["config"], ("model", *bundling.SETTINGS))]  # the bundle holds its own settings
+    return replace(plan, programs={**plan.programs, "bundle": made}, command=" ".join(["python -m jaxinfer.serve", *flags]))
 
 
 def _wish(request: Mapping[str, Any]) -> Wish:
     config = from_arguments(EngineConfig, request["config"])
-    longest = int(request["values"].get("max_position_embeddings") or 8192)
-    context = request["context"] or min(8192, longest)
-    if context > longest:
-        raise ConfigError(f"--context {context} exceeds the {longest} tokens the model was made for; lower it")
+    most = longest(request["values"])
+    context = request["context"] or min(8192, most)
+    if context > most:
+        raise ConfigError(f"--context {context} exceeds the {most} tokens the model was made for; lower it")
     output = request["output"] or max(1, min(256, context // 4))
     if output >= context:
         raise ConfigError(f"--output {output} leaves no room for a prompt in --context {context}; lower it")
@@ -126,11 +131,18 @@ def _again(weighed: list[Estimate], kernels: Kernels, compiled: Mapping[MeshShap
 
 
 def _correction(each: Estimate, own: Compiled) -> float:
-    """Bytes of the collectives in the text over those that the sharding implies, of the widest decode bucket."""
-    bucket = max((key for key in own.collectives if not key.prefill_tokens), key=lambda key: key.rows, default=None)
+    """Bytes of the collectives in the text over those that the sharding implies, of the widest decode bucket.
+
+    A plain one if it was compiled: one with drafts has logits of every token, and what drafts follows every step, without logits.
+    """
+    decodes = (key for key in own.collectives if not key.prefill_tokens)
+    bucket = max(decodes, key=lambda key: (-key.decode_tokens, key.rows), default=None)
     if bucket is None or each.choice.mesh.tensor == 1:
         return 1.0
-    implied = collectives.implied(each.predictor.graph, each.predictor.sharded, bucket.tokens, bucket.rows)
+    graph, placement, draft = each.predictor.graph, each.predictor.placement, own.program.config.draft
+    implied = collectives.implied(graph, each.predictor.sharded, bucket.tokens, bucket.decode_size)
+    if draft is not None:
+        implied += collectives.implied(draft, collectives.sharded(draft, placement), bucket.tokens, rows=0)
     return max(1.0, collectives.total_bytes(own.collectives[bucket]) / collectives.total_bytes(implied))
 
 

@@ -42,6 +42,11 @@ class Wish:
     folder: Path | None = None
     draft: tuple[dict[str, Any] | None, Path | None] | None = None
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether the head is made up and a start would need a real one."""
+        return self.draft is not None and self.draft[0] is None and self.config.model.load_format != "random"
+
     def on(self, mesh: MeshShape) -> EngineConfig:
         """The engine's settings on a mesh."""
         per_replica = None if self.concurrency is None else -(-self.concurrency // mesh.data)

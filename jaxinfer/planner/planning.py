@@ -18,7 +18,7 @@ from jaxinfer import devices
 from jaxinfer.checkpoint import atomic, hub
 from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape, engine_settings, from_arguments, parse_count, parse_mesh
-from jaxinfer.models import find
+from jaxinfer.models import eagle, find
 from jaxinfer.planner.outcome import GOALS, MARK, Plan, Wanted
 from jaxinfer.planner.sizing import draft_of
 from jaxinfer.planner.slices import parse
@@ -63,7 +63,7 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     draft = draft_of(from_arguments(EngineConfig, {**settings, "model": model}), weights=False)
     if wanted.bundle is not None:
         atomic.check_target(Path(wanted.bundle), overwrite=False, flag="--bundle")
-    values = read_shape(model)
+    values = read_shape(model, settings.get("revision"))
     request = {**wanted._asdict(), "model": model, "slice": piece.name, "values": values, "config": {**settings, "model": model}}
     request["folder"] = _weights_of(model)
     if draft is not None:
@@ -79,8 +79,9 @@ def run(model: str, slice: str, wanted: Wanted, settings: Mapping[str, Any], pro
     return Plan(model, {"slice": piece.name}, {}, fits=False, failure=f"the process that compiles for {piece.name} died ({died}):\n{tail}")
 
 
-def read_shape(model: str) -> Mapping[str, Any]:
-    """The config.json of a model: a well-known shape by name, the file itself, a folder that has one, or a repository's.
+def read_shape(model: str, revision: str | None = None) -> Mapping[str, Any]:
+    """The config.json of a model or an EAGLE-3 head: a well-known shape by name, the file itself, a folder that has one, or a
+    repository's at a revision.
 
     Raises:
         ConfigError: a shape whose architecture is not implemented, or a misspelt one. CheckpointError: no such model.
@@ -91,10 +92,11 @@ def read_shape(model: str) -> Mapping[str, Any]:
     elif path.suffix == ".json" and path.is_file():
         values = read_json(path)
     elif "/" in model or path.is_dir() or model in hub.EMBEDDED:
-        values = read_json(hub.resolve(model, patterns=("config.json",)) / "config.json")
+        values = read_json(hub.resolve(model, revision, patterns=("config.json",)) / "config.json")
     else:
         values = find.find_shape(model)
-    find.find(values.get("model_type"))
+    if not eagle.is_head(values):
+        find.find(values.get("model_type"))
     return values
 
 

@@ -93,6 +93,15 @@ def bucket_list(config: EngineConfig, platform: str) -> tuple[Bucket, ...]:
     return tuple(sorted((*buckets(sequences, tokens), *wide)))
 
 
+def longest(values: Mapping[str, Any]) -> int:
+    """Tokens of the longest sequence that a model was made for, as its own architecture reads its config.json.
+
+    Raises:
+        ConfigError: an architecture that is not there, or a config.json that it cannot read.
+    """
+    return find.find(values.get("model_type")).Config.from_hf(read.of_model(values)).max_positions
+
+
 def described(values: Mapping[str, Any], config: EngineConfig, platform: str, folder: Path | None = None) -> Described:
     """A model from its config.json; from the headers of its files in `folder` too where the checkpoint is quantised.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,9 @@ from jaxinfer.step.sizes import ProgramSize, beside
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
 KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
 DRAFT_NOTE = "times are of steps without drafts; how often drafts stand is not predicted (python -m jaxinfer bench speculation measures it)"
+HEAD_NOTE = "the EAGLE-3 head is made up, of the shape that one would train for the model: name a real one in place of HEAD"
 HOPELESS_NOTE = "weights and one sequence are more than the memory, so nothing was compiled"
-FLAGS = (
-    "quantize", "kv_dtype", "page_size", "memory_fraction", "max_step_tokens", "dtype", "implementation", "speculate", "draft_model",
-    "draft_tokens",
-)  # fmt: skip
+PLANNED = ("model", "mesh", "max_model_len", "max_sequences")  # settings that a plan says itself
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _notes(best: Estimate, own: Compiled | None) -> list[str]:
     hopeless = own is None and best.hopeless
     return [
         *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
-        *([DRAFT_NOTE] if drafts else []),
+        *([DRAFT_NOTE] if drafts else []), *([HEAD_NOTE] if best.choice.wish.needs_head else []),
     ]  # fmt: skip
 
 
@@ -172,15 +170,22 @@ def bundle_command(request: Mapping[str, Any], plan: Plan) -> str:
     settings, given = plan.settings, {"model": request["model"], **request["config"]}
     flags = [f"--slice {request['slice']}", f"--mesh {settings['mesh']}", f"--context {settings['context']}"]
     flags += [] if settings["concurrency"] is None else [f"--concurrency {settings['concurrency']}"]
-    flags += [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    return " ".join(["python -m jaxinfer plan", *flags, "--bundle DIR"])
+    return " ".join(["python -m jaxinfer plan", *flags, *flags_of(given), "--bundle DIR"])
+
+
+def flags_of(given: Mapping[str, Any], without: Collection[str] = ()) -> list[str]:
+    """Settings as flags that a shell can read, all but some."""
+    said = {name: value for name, value in given.items() if value is not None and name not in without}
+    return [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in said.items()]
 
 
 def _command(request: Mapping[str, Any], best: Estimate) -> str:
     """How to start the server that was planned."""
     wish, mesh, given = best.choice.wish, best.choice.mesh, request["config"]
-    flags = [f"--model {given.get('model', request['model'])}", f"--mesh {name_of(mesh)}", f"--max-model-len {wish.context}"]
-    if wish.concurrency is not None:
-        flags.append(f"--max-sequences {-(-wish.concurrency // mesh.data)}")
-    flags += [f"--{name.replace('_', '-')} {given[name]}" for name in FLAGS if given.get(name) is not None]
+    said = {
+        "model": given.get("model", request["model"]), "mesh": name_of(mesh), "max_model_len": wish.context,
+        "max_sequences": wish.on(mesh).scheduler.max_sequences,
+    }  # fmt: skip
+    flags = [*flags_of(said), *flags_of(given, PLANNED)]
+    flags += ["--draft-model HEAD"] if wish.needs_head else []
     return " ".join(["python -m jaxinfer.serve", *flags])

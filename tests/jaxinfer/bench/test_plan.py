@@ -14,6 +14,7 @@ from jaxinfer.sharding import make_mesh
 from jaxinfer.step.buckets import Bucket
 from tests.fakes import FakeInfo
 from tests.jaxinfer.bench import test_latency
+from tests.jaxinfer.conftest import CONFIG
 
 GIVEN = ("--model", "draft", "--decode", "2x20", "--decode", "9x20", "--steps", "4", "--repeat", "1")
 
@@ -68,6 +69,13 @@ def test_the_plan_is_for_this_machine_and_the_engines_settings(asked, capsys):
     assert (wanted.context, wanted.mesh, wanted.compile, wanted.all) == (20 + 9 + 4 * 3, (1, 2), True, False)
     made = Engine.made[-1]
     assert (made.model.max_model_len, made.model.quantize, made.cache.page_size) == (41, "int8", 64)
+
+
+def test_contexts_are_no_longer_than_the_architecture_allows(asked, capsys, monkeypatch):
+    inner = {name: value for name, value in CONFIG.items() if name != "max_position_embeddings"}
+    monkeypatch.setattr(planning, "read_shape", lambda model, revision: {"model_type": "gemma3", "text_config": inner})
+    run(capsys, "--schemes", "none", "--decode", "1x9000")
+    assert asked[0][2].context == 9000 + 1 + 4 * 3
 
 
 def test_what_is_in_use_is_held_against_what_lies_there(asked):

@@ -78,7 +78,8 @@ def test_programs_are_compiled_anew_for_another_pool_only(sizing, plain, monkeyp
 def test_a_planned_bundle_starts_an_engine(tmp_path):
     folder = write_folder(tmp_path)
     plan = planned("cpu-2", mesh=[1, 2], compile=True, bundle=str(tmp_path / "made"), config={"model": str(folder)})
-    assert plan.fits and plan.command == f"python -m jaxinfer.serve --model {folder} --bundle {tmp_path / 'made'}"
+    wanted = f"python -m jaxinfer.serve --model {folder} --bundle {tmp_path / 'made'} --compilation-cache off"
+    assert plan.fits and plan.command == wanted
     config = settings(folder)
     bare = replace(config, cache=type(config.cache)(), scheduler=type(config.scheduler)())
     engine = Engine(replace(bare, execution=replace(config.execution, bundle=str(tmp_path / "made"))))

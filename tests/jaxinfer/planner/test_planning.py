@@ -51,6 +51,23 @@ def test_models_are_found_by_shape_file_or_folder(config_json):
     assert planning.read_shape("demo")["model_type"] == "llama"
 
 
+def test_a_repository_is_read_at_its_revision(config_json, child, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planning.hub, "resolve", lambda *given, patterns: asked.append((*given, patterns)) or config_json.parent)
+    child("raise SystemExit(1)")
+    planning.run("owner/name", "cpu", Wanted(), {"revision": "v1"})
+    assert asked == [("owner/name", "v1", ("config.json",))]
+
+
+def test_a_head_need_not_be_of_an_architecture_of_its_own(config_json):
+    head = {"model_type": "eagle3", "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 64}
+    config_json.write_text(json.dumps(head))
+    assert planning.read_shape(str(config_json.parent)) == head
+    config_json.write_text(json.dumps({"model_type": "eagle3"}))
+    with pytest.raises(ConfigError, match="'eagle3' is not implemented"):
+        planning.read_shape(str(config_json.parent))
+
+
 def test_shapes_that_cannot_run_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(find, "model_types", lambda: ("llama",))
     words = r"model_type 'mixtral', which is not implemented .*there are: .*llama.*shapes that can run: llama-3.1-8b"

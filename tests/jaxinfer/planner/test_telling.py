@@ -1,13 +1,14 @@
 """A plan's numbers add up, and its words can be followed."""
 
+import shlex
 from math import prod
 
 import pytest
 
-from jaxinfer.config import MeshShape, engine_settings
-from jaxinfer.planner.telling import FLAGS, GUESS_NOTE, KV_NOTE, bundle_command, name_of
+from jaxinfer.config import MeshShape
+from jaxinfer.planner.telling import GUESS_NOTE, HEAD_NOTE, KV_NOTE, bundle_command, name_of
 from tests.jaxinfer.conftest import CONFIG
-from tests.jaxinfer.planner.conftest import planned
+from tests.jaxinfer.planner.conftest import ENGINE, planned
 
 
 def test_memory_adds_up(meshed_plan):
@@ -37,7 +38,18 @@ def test_target_settings_and_speed(meshed_plan):
 def test_the_command_starts_what_was_planned(meshed_plan):
     wanted = "python -m jaxinfer.serve --model small --mesh data=2,tensor=2 --max-model-len 64 --max-sequences 2 --page-size 4"
     assert meshed_plan.command.startswith(wanted)
-    assert set(FLAGS) <= set(engine_settings())
+
+
+def test_the_command_has_every_setting_that_was_given():
+    given = {
+        "model": "my models/small", "revision": "v1", "max_sequences": 3, "kv_tokens": 512, "prefix_caching": "off", "policy": "priority",
+        "load_format": "random", "deterministic": "on", "quantize": None,
+    }  # fmt: skip
+    words = shlex.split(planned("cpu-1", config=given).command)
+    assert words[:3] == ["python", "-m", "jaxinfer.serve"]
+    said = dict(zip(words[3::2], words[4::2], strict=True))
+    wanted = {f"--{name.replace('_', '-')}": str(value) for name, value in {**ENGINE, **given}.items() if value is not None}
+    assert said == {**wanted, "--mesh": "data=1,tensor=1", "--max-model-len": "64"}
 
 
 def test_the_command_that_makes_a_bundle_again(meshed_plan):
@@ -50,6 +62,14 @@ def test_a_guess_is_called_one():
     plan = planned()
     assert plan.notes[0] == GUESS_NOTE and plan.memory["programs_from"] == "guess" and plan.programs["compiled"] == []
     assert [row["mesh"] for row in plan.meshes].count(plan.settings["mesh"]) == 1 and len(plan.meshes) == 3
+
+
+def test_a_head_that_is_made_up_is_left_to_be_named():
+    config, draft = {"speculate": "eagle"}, {"values": None, "folder": None}
+    plan = planned("cpu-1", config=config, draft=draft)
+    assert plan.command.endswith(" --draft-model HEAD") and HEAD_NOTE in plan.notes
+    random = planned("cpu-1", config={**config, "load_format": "random"}, draft=draft)
+    assert "HEAD" not in random.command and HEAD_NOTE not in random.notes
 
 
 def test_quantised_keys_and_values_take_less_and_are_marked(meshed_plan):
