@@ -52,6 +52,25 @@ def generation(device: str) -> Generation | None:
     return found[0] if found and "tpu" in device.lower() else None
 
 
+def tile_of(outputs: int, stored: int, room: int) -> int:
+    """How many of a weight's outputs are copied at a time, each a row of `stored` bytes: all of few; else as many whole vectors of lanes as
+    fit into `room` bytes, a divisor of the outputs if there is one (the last tile is shorter otherwise)."""
+    if outputs <= LANES:
+        return outputs
+    most = max(min(room // stored, 1024) // LANES * LANES, LANES)
+    return next((size for size in range(most, 0, -LANES) if outputs % size == 0), most)
+
+
+def copy_tile(tile: Any, size: int, outputs: int, copy: Callable[[int], None]) -> None:
+    """Call copy(rows) for tile number `tile` of a weight: the last tile may be shorter; what its other rows give is cut off in the end."""
+    if not outputs % size:
+        copy(size)
+        return
+    last = tile == outputs // size
+    pl.when(last)(lambda: copy(outputs % size))
+    pl.when(jnp.logical_not(last))(lambda: copy(size))
+
+
 def refusal(target: Target, key: Key) -> str | None:
     """Why no kernel of this kind can run on a target, or for the dtype of a key that knows it; None when they can."""
     if generation(target.device) is None:

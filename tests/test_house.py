@@ -1,12 +1,15 @@
 """The house rules, checked on the source itself: sizes, a mirrored test for each file, plain rooms without jax, forbidden things."""
 
 import ast
+import builtins
+import dis
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
@@ -121,6 +124,28 @@ def test_nothing_forbidden_is_imported_or_called() -> None:
         if (bad := names & (FORBIDDEN_IMPORTS | FORBIDDEN_NODES)) and file not in OTHER_INTERPRETERS:
             found.append(f"{file}: {sorted(bad)}")
     assert not found
+
+
+def code_of(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from code_of(part)
+
+
+def undefined(source: str) -> set[str]:
+    """Global names that code reads and no line of its module makes."""
+    whole = compile(source, "module", "exec", dont_inherit=True)
+    steps = [step for code in code_of(whole) for step in dis.get_instructions(code)]
+    made = {step.argval for step in steps if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    read = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return read - made - set(dir(builtins)) - {"__file__", "__name__", "__doc__", "__annotations__", "__module__", "__qualname__"}
+
+
+def test_every_name_is_defined() -> None:
+    """What the linters would say, if shapes in annotations did not look like names to them."""
+    assert undefined("from x import y\ndef f():\n    return y + z\n") == {"z"}
+    assert not {name(file): found for file in sources() if (found := undefined(file.read_text(encoding="utf-8")))}
 
 
 def test_the_environment_is_read_in_one_place() -> None:

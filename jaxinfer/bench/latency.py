@@ -121,13 +121,16 @@ def time_decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any)
 
 def _device_seconds(engine: Any, steps: int) -> float:
     """Time of the engine's current step on the devices alone: launched `steps` times without looking at what comes out."""
+    import jax
+
     from jaxinfer.step.forward import Demand
 
     program, packed = engine.program, engine.last_packed
-    program.sample(program.forward(packed), Demand.GREEDY).token.block_until_ready()
+    draw = program.verify if packed.shapes.bucket.decode_tokens > 1 else program.sample
+    jax.block_until_ready(draw(program.forward(packed), Demand.GREEDY))
     start = time.perf_counter()
-    launched = [program.sample(program.forward(packed), Demand.GREEDY) for _ in range(steps)]
-    launched[-1].token.block_until_ready()
+    launched = [draw(program.forward(packed), Demand.GREEDY) for _ in range(steps)]
+    jax.block_until_ready(launched[-1])
     return (time.perf_counter() - start) / steps
 
 
@@ -179,11 +182,12 @@ def _weights_read(engine: Any, rows: int) -> float:
 
 
 def _kv_bytes(engine: Any) -> float:
-    """Bytes of keys and values of one token, over all layers."""
+    """Bytes of keys and values of one token, over all layers of the model itself."""
     import jax
 
     config = engine.program.config
-    return sum(spec.nbytes for spec in jax.tree.leaves(config.kv_specs)) / (config.pool.all_pages * config.pool.page_size)
+    own = config.kv_specs[: len(config.graph.config.attention_shapes)]
+    return sum(spec.nbytes for spec in jax.tree.leaves(own)) / (config.pool.all_pages * config.pool.page_size)
 
 
 def _prefill_operations(engine: Any, load: Load) -> float:

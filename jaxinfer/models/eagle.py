@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxinfer.config import ConfigError
+from jaxinfer.models import llama
 from jaxinfer.models.hf import Fields
 from jaxinfer.models.layers import (
     Attention,
@@ -36,7 +37,7 @@ from jaxinfer.models.layers import (
     describe,
 )
 from jaxinfer.models.rope import Rope
-from jaxinfer.models.weights import Joined, Part, Transform
+from jaxinfer.models.weights import Part, Transform
 from jaxinfer.sharding import constrain
 from pallas_kernels import Pool
 
@@ -93,7 +94,7 @@ class Config:
         read = cls(
             vocab_size=vocab, draft_vocab_size=fields.integer("draft_vocab_size", default=vocab), hidden_size=hidden, target_size=size,
             intermediate_size=fields.integer("intermediate_size"),
-            heads=_heads(fields, hidden),
+            heads=llama.head_shape(fields, hidden),
             tapped=_tapped(fields, len(target.attention_shapes)),
             rms_norm_epsilon=fields.number("rms_norm_eps", default=cls.rms_norm_epsilon), rope=Rope.from_hf(fields),
             own_embedding=own_embedding,
@@ -205,14 +206,6 @@ def ignored(config: Config) -> tuple[str, ...]:
     return ("t2d",) if config.draft_vocab_size < config.vocab_size else ("t2d", "d2t")
 
 
-def _heads(fields: Fields, hidden: int) -> HeadShape:
-    heads = fields.integer("num_attention_heads")
-    shape = HeadShape(heads, fields.integer("num_key_value_heads", default=heads), fields.integer("head_dim", default=hidden // heads))
-    if heads % shape.kv_heads or shape.head_dim % 2:
-        raise ConfigError(f"config.json of the head: {shape} must have an even head_dim and heads that are a multiple of kv_heads")
-    return shape
-
-
 def _tapped(fields: Fields, layers: int) -> tuple[int, ...]:
     """Public heads number the tapped layers in two ways: where the first id is 1, ids mean what comes out of a layer, else what goes in."""
     table = fields.table("eagle_config") or {}
@@ -229,23 +222,6 @@ def _tapped(fields: Fields, layers: int) -> tuple[int, ...]:
     return found
 
 
-def _query_rows(config: Config) -> tuple[tuple[int, ...], ...]:
-    return ((config.heads.kv_heads, config.heads.group, config.heads.head_dim),)
-
-
-def _kv_rows(config: Config) -> tuple[tuple[int, ...], ...]:
-    return ((config.heads.kv_heads, 1, config.heads.head_dim),)
-
-
-def _out_columns(config: Config) -> tuple[tuple[int, ...], ...]:
-    return ((config.hidden_size,), *_query_rows(config))
-
-
-def _mlp_rows(config: Config) -> tuple[tuple[int, ...], ...]:
-    return ((1, config.intermediate_size),)
-
-
-_ATTENTION, _MLP = "midlayer.self_attn.", "midlayer.mlp."
 WEIGHTS: dict[str, Transform] = {
     "embedding.weight": Part("embed_tokens.weight"),
     "fuse.weight": Part("fc.weight"),
@@ -255,11 +231,5 @@ WEIGHTS: dict[str, Transform] = {
     "norm.weight": Part("norm.weight"),
     "lm_head.weight": Part("lm_head.weight"),
     "d2t": Part("d2t"),
-    "attention.qkv.weight": Joined(1, (
-        Part(f"{_ATTENTION}q_proj.weight", _query_rows), Part(f"{_ATTENTION}k_proj.weight", _kv_rows),
-        Part(f"{_ATTENTION}v_proj.weight", _kv_rows),
-    )),
-    "attention.out.weight": Part(f"{_ATTENTION}o_proj.weight", _out_columns),
-    "mlp.gate_up.weight": Joined(0, (Part(f"{_MLP}gate_proj.weight", _mlp_rows), Part(f"{_MLP}up_proj.weight", _mlp_rows))),
-    "mlp.down.weight": Part(f"{_MLP}down_proj.weight"),
-}  # fmt: skip
+    **llama.projections("", "midlayer."),
+}

@@ -244,11 +244,14 @@ class AttentionForm:
     norm: HeadNorm | None = None
 
 
+PLAIN = AttentionForm()
+
+
 class Attention(nnx.Module):
     """Grouped-query attention over the paged cache (Ainslie et al., arXiv 2305.13245); q, k and v of a group are one weight's rows."""
 
     def __init__(
-        self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False, form: AttentionForm = AttentionForm()
+        self, embed: int, shape: HeadShape, rope: Rope, dtype: np.dtype, *, bias: bool = False, form: AttentionForm = PLAIN
     ) -> None:
         kv_heads, head_dim = Dim(shape.kv_heads, "kv_heads"), Dim(shape.head_dim)
         self.qkv = Projection([kv_heads, Dim(shape.group + 2), head_dim], [Dim(embed, "embed")], dtype, bias=bias)

@@ -17,7 +17,9 @@ from jaxtyping import Array, Float, Int32
 from jaxinfer.config import ConfigError
 from jaxinfer.models.hf import Fields
 from jaxinfer.models.layers import (
+    PLAIN,
     Attention,
+    AttentionForm,
     AttentionResult,
     Embedding,
     GatedMLP,
@@ -79,9 +81,9 @@ class Config:
 class Block(nnx.Module):
     """One layer: attention and MLP, each normalised before and added to the residual stream after."""
 
-    def __init__(self, config: Config, dtype: np.dtype) -> None:
+    def __init__(self, config: Config, dtype: np.dtype, form: AttentionForm = PLAIN) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
-        self.attention = Attention(config.hidden_size, config.heads, config.rope, dtype, bias=config.attention_bias)
+        self.attention = Attention(config.hidden_size, config.heads, config.rope, dtype, bias=config.attention_bias, form=form)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
 
@@ -101,9 +103,11 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     """The whole model, its weights described (see layers.py) or, inside a trace, bound (see graph.py)."""
 
-    def __init__(self, config: Config, dtype: np.dtype, *, block: type[Block] = Block) -> None:
+    BLOCK: type[Block] = Block  # of a family that differs inside its layers
+
+    def __init__(self, config: Config, dtype: np.dtype) -> None:
         self.embedding = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nnx.List([block(config, dtype) for _ in range(config.layers)])
+        self.layers = nnx.List([self.BLOCK(config, dtype) for _ in range(config.layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.lm_head = None if config.tied_embeddings else Head(config.vocab_size, config.hidden_size, dtype)
 
@@ -125,13 +129,13 @@ def usual(fields: Fields) -> dict[str, Any]:
     Raises:
         ConfigError: a field that is missing, out of range, or asks for something that is not implemented.
     """
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden = fields.integer("hidden_size")
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": fields.integer("intermediate_size"),
         "layers": fields.integer("num_hidden_layers"),
-        "heads": head_shape(fields, heads, fields.integer("num_key_value_heads", default=heads), _head_dim(fields, hidden, heads)),
+        "heads": head_shape(fields, hidden),
         "max_positions": fields.integer("max_position_embeddings", default=2048),
         "rms_norm_epsilon": fields.number("rms_norm_eps", default=Config.rms_norm_epsilon),
         "rope": Rope.from_hf(fields),
@@ -140,14 +144,19 @@ def usual(fields: Fields) -> dict[str, Any]:
     }
 
 
-def head_shape(fields: Fields, heads: int, kv_heads: int, head_dim: int) -> HeadShape:
-    """Query heads, key-value heads and features of each.
+def head_shape(fields: Fields, hidden: int) -> HeadShape:
+    """Query heads, key-value heads and features of each, in a model of so many features.
 
     Raises:
         ConfigError: they do not fit together.
     """
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise ConfigError(f"{fields.where}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    if fields.values.get("head_dim") is None and hidden % heads:
+        raise ConfigError(f"{fields.where} has no head_dim, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = fields.integer("head_dim", default=hidden // heads)
     if head_dim % 2:
         raise ConfigError(f"{fields.where}: head_dim {head_dim} must be even: rope turns pairs of features")
     return HeadShape(heads, kv_heads, head_dim)
@@ -158,38 +167,32 @@ def ignored(config: Config) -> tuple[str, ...]:
     return ("*.rotary_emb.inv_freq", "lm_head.weight") if config.tied_embeddings else ("*.rotary_emb.inv_freq",)
 
 
-def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
-    if fields.values.get("head_dim") is None and hidden % heads:
-        raise ConfigError(f"config.json has no head_dim, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    return fields.integer("head_dim", default=hidden // heads)
-
-
-def _query_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+def _query_rows(config: Any) -> tuple[tuple[int, ...], ...]:
     return ((config.heads.kv_heads, config.heads.group, config.heads.head_dim),)
 
 
-def _kv_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+def _kv_rows(config: Any) -> tuple[tuple[int, ...], ...]:
     return ((config.heads.kv_heads, 1, config.heads.head_dim),)
 
 
-def _out_columns(config: Config) -> tuple[tuple[int, ...], ...]:
+def _out_columns(config: Any) -> tuple[tuple[int, ...], ...]:
     return ((config.hidden_size,), *_query_rows(config))
 
 
-def _mlp_rows(config: Config) -> tuple[tuple[int, ...], ...]:
+def _mlp_rows(config: Any) -> tuple[tuple[int, ...], ...]:
     return ((1, config.intermediate_size),)
 
 
-def _block(kind: str) -> dict[str, Transform]:
-    """The weights ("weight") or the biases ("bias") of a layer's projections."""
-    attention, mlp = "model.layers.*.self_attn.", "model.layers.*.mlp."
+def projections(ours: str, theirs: str, kind: str = "weight") -> dict[str, Transform]:
+    """The weights ("weight") or the biases ("bias") of a layer's projections; ours, theirs: what its names begin with."""
+    attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
     query = Part(f"{attention}q_proj.{kind}", _query_rows)
     key, value = Part(f"{attention}k_proj.{kind}", _kv_rows), Part(f"{attention}v_proj.{kind}", _kv_rows)
     return {
-        f"layers.*.attention.qkv.{kind}": Joined(1, (query, key, value)),
-        f"layers.*.attention.out.{kind}": Part(f"{attention}o_proj.{kind}", _out_columns if kind == "weight" else None),
-        f"layers.*.mlp.gate_up.{kind}": Joined(0, (Part(f"{mlp}gate_proj.{kind}", _mlp_rows), Part(f"{mlp}up_proj.{kind}", _mlp_rows))),
-        f"layers.*.mlp.down.{kind}": Part(f"{mlp}down_proj.{kind}"),
+        f"{ours}attention.qkv.{kind}": Joined(1, (query, key, value)),
+        f"{ours}attention.out.{kind}": Part(f"{attention}o_proj.{kind}", _out_columns if kind == "weight" else None),
+        f"{ours}mlp.gate_up.{kind}": Joined(0, (Part(f"{mlp}gate_proj.{kind}", _mlp_rows), Part(f"{mlp}up_proj.{kind}", _mlp_rows))),
+        f"{ours}mlp.down.{kind}": Part(f"{mlp}down_proj.{kind}"),
     }
 
 
@@ -199,8 +202,8 @@ WEIGHTS: dict[str, Transform] = {
     "layers.*.mlp_norm.weight": Part("model.layers.*.post_attention_layernorm.weight"),
     "norm.weight": Part("model.norm.weight"),
     "lm_head.weight": Part("lm_head.weight"),
-    **_block("weight"),
-    **_block("bias"),
+    **projections("layers.*.", "model.layers.*."),
+    **projections("layers.*.", "model.layers.*.", "bias"),
 }
 
 # Norms, and the matrices that multiply what comes out of them: all that do, so that what a norm is multiplied by they may be divided by.

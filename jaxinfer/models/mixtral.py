@@ -66,8 +66,7 @@ class Block(llama.Block):
 class Model(llama.Model):
     """The whole model: see `llama.Model`."""
 
-    def __init__(self, config: Config, dtype: np.dtype) -> None:
-        super().__init__(config, dtype, block=Block)
+    BLOCK = Block
 
 
 def _expert_rows(config: Config) -> tuple[tuple[int, ...], ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.hf import Fields
-from jaxinfer.models.layers import Attention, AttentionForm, GatedMLP, HeadNorm, HeadShape, RMSNorm
+from jaxinfer.models.layers import AttentionForm, HeadNorm, HeadShape
 from jaxinfer.models.weights import Part, Transform
 
 
@@ -44,19 +44,13 @@ class Block(llama.Block):
     """One layer of Llama with norms of heads."""
 
     def __init__(self, config: Config, dtype: np.dtype) -> None:
-        size, epsilon = config.hidden_size, config.rms_norm_epsilon
-        self.attention_norm = RMSNorm(size, epsilon, dtype)
-        form = AttentionForm(norm=HeadNorm(epsilon))
-        self.attention = Attention(size, config.heads, config.rope, dtype, bias=config.attention_bias, form=form)
-        self.mlp_norm = RMSNorm(size, epsilon, dtype)
-        self.mlp = GatedMLP(size, config.intermediate_size, dtype)
+        super().__init__(config, dtype, AttentionForm(norm=HeadNorm(config.rms_norm_epsilon)))
 
 
 class Model(llama.Model):
     """The whole model: see `llama.Model`."""
 
-    def __init__(self, config: Config, dtype: np.dtype) -> None:
-        super().__init__(config, dtype, block=Block)
+    BLOCK = Block
 
 
 ignored = llama.ignored

@@ -370,7 +370,8 @@ class Program:
     def _make(self, key: Any, make: Callable[[], Made]) -> None:
         begun = time.perf_counter()
         self._compiled[key], self._sizes[key] = make()
-        self.compile_seconds[str(key)] = time.perf_counter() - begun
+        if isinstance(self.source, Compiler):
+            self.compile_seconds[str(key)] = time.perf_counter() - begun
 
     @property
     def _pool_structs(self) -> tuple[Any, ...]:

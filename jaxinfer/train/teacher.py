@@ -8,13 +8,12 @@ know what is learned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxinfer.checkpoint import read
@@ -62,23 +61,7 @@ class Teacher:
 def look(model: Any, graph: Graph, tokens: Int[Array, " tokens"], context: StepContext, tapped: Sequence[int] = ()) -> Seen:
     """Run a bound model over packed texts, whose context has `Sequences`, and note the residual stream before the layers `tapped` (the
     number of layers: after the last). Differentiable if the model's matmuls are (implementation "xla", weights that are not quantised)."""
-    streams: list[Array] = []
-    if tapped:
-        model.layers = nnx.List([_Tap(block, streams) for block in model.layers])
     none = tuple(jnp.zeros((), graph.dtype) for _ in graph.config.attention_shapes)
-    hidden = model(tokens, none, context).hidden
-    features = [streams[number] for number in tapped] or [jnp.zeros((len(tokens), 0), hidden.dtype)]
-    return Seen(hidden, jnp.concatenate(features, axis=-1))
-
-
-class _Tap:
-    """A layer that keeps what goes into it and what the last one gives; lives inside a trace."""
-
-    def __init__(self, block: Any, streams: list[Array]) -> None:
-        self._block, self._streams = block, streams
-
-    def __call__(self, x: Array, *rest: Any) -> Any:
-        """What the layer gives."""
-        result = self._block(x, *rest)
-        self._streams[-1:] = [x, result.hidden]
-        return result
+    found = model(tokens, none, replace(context, tapped=tuple(tapped)))
+    features = jnp.zeros((len(tokens), 0), found.hidden.dtype) if found.features is None else found.features
+    return Seen(found.hidden, features)

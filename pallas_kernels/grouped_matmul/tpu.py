@@ -93,11 +93,7 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     mean, rows = -(-int(key["rows"]) // int(key["groups"])), ROWS
     while rows < min(mean, MOST_ROWS) and 2 * rows * wide <= X_BYTES:
         rows *= 2
-    tile = outputs
-    if outputs > LANES:
-        most = max(min(WEIGHT_BYTES // stored, 1024) // LANES * LANES, LANES)
-        whole = [size for size in range(most, 0, -LANES) if outputs % size == 0]
-        tile = whole[0] if whole else most  # else the last tile is shorter
+    tile = tensorcore.tile_of(outputs, stored, WEIGHT_BYTES)
     return Sizes(rows, tile, next(size for size in (512, 384, 256, LANES) if features % size == 0))._asdict()
 
 
@@ -227,17 +223,12 @@ def _copy_inputs(kernel: Kernel, block: Any, *, start: bool) -> None:
 
 def _copy_weight(kernel: Kernel, group: Any, tile: Any, slot: Any, *, start: bool) -> None:
     act, scratch, outputs = kernel.copies.start if start else kernel.copies.wait, kernel.scratch, kernel.plan.sizes.outputs
-    first, rest = pl.multiple_of(tile * outputs, outputs), kernel.arrays.weight.shape[1] % outputs
+    first = pl.multiple_of(tile * outputs, outputs)
 
     def rows(count: int) -> None:
         act(kernel.arrays.weight.at[group, pl.ds(first, count), :], scratch.weight.at[slot, :count], scratch.weight_done.at[slot])
 
-    if rest:  # the last tile is shorter; what its other rows give is cut off in the end
-        last = tile == kernel.plan.tiles - 1
-        pl.when(last)(lambda: rows(rest))
-        pl.when(jnp.logical_not(last))(lambda: rows(outputs))
-    else:
-        rows(outputs)
+    tensorcore.copy_tile(tile, outputs, kernel.arrays.weight.shape[1], rows)
     if kernel.arrays.scales is not None:
         act(kernel.arrays.scales.at[group, :, pl.ds(first, outputs)], scratch.scales.at[slot], scratch.weight_done.at[slot])
 

@@ -87,11 +87,7 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     stored = _stored(key)
     wide = int(key["in"]) * (1 if key["activations"] == "int8" else jnp.dtype(str(key["dtype"])).itemsize)
     tokens = min(ceil_to(int(key["tokens"]), ROWS), max((X_BYTES // wide) // ROWS * ROWS, ROWS), 1024)
-    outputs = int(key["out"])
-    if outputs > LANES:
-        most = max(min(WEIGHT_BYTES // stored, 1024) // LANES * LANES, LANES)
-        whole = [size for size in range(most, 0, -LANES) if int(key["out"]) % size == 0]
-        outputs = whole[0] if whole else most  # else the last tile is shorter
+    outputs = tensorcore.tile_of(int(key["out"]), stored, WEIGHT_BYTES)
     step = next(size for size in (512, 384, 256, LANES) if stored % size == 0)
     return Sizes(tokens, outputs, step)._asdict()
 
@@ -247,18 +243,12 @@ def _copy_inputs(kernel: Kernel, block: Any, *, start: bool) -> None:
 def _copy_weight(kernel: Kernel, tile: Any, slot: Any, *, start: bool) -> None:
     act, scratch, outputs = kernel.copies.start if start else kernel.copies.wait, kernel.scratch, kernel.plan.sizes.outputs
     place = pl.ds(pl.multiple_of(tile * outputs, outputs), outputs)
-    rest = kernel.arrays.weight.shape[0] % outputs
 
     def rows(count: int) -> None:
         some = pl.ds(pl.multiple_of(tile * outputs, outputs), count)
         act(kernel.arrays.weight.at[some, :], scratch.weight.at[slot, :count], scratch.weight_done.at[slot])
 
-    if rest:  # the last tile is shorter; what its other rows give is cut off in the end
-        last = tile == kernel.plan.tiles - 1
-        pl.when(last)(lambda: rows(rest))
-        pl.when(jnp.logical_not(last))(lambda: rows(outputs))
-    else:
-        rows(outputs)
+    tensorcore.copy_tile(tile, outputs, kernel.arrays.weight.shape[0], rows)
     act(kernel.arrays.scales.at[:, place], scratch.scales.at[slot], scratch.weight_done.at[slot])
 
 

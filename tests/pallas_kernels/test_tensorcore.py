@@ -72,3 +72,10 @@ def test_a_race_is_found(race_states):
         assert "RACE DETECTED" in str(error)
         return
     assert any(state.races_found for state in race_states)
+
+
+def test_a_tile_of_a_weight_divides_its_outputs_if_one_can():
+    assert tensorcore.tile_of(96, 4096, 2 << 20) == 96
+    assert tensorcore.tile_of(14336, 4096, 2 << 20) == 512
+    assert tensorcore.tile_of(16032, 4096, 2 << 20) == 512  # none divides them: the last tile is shorter
+    assert tensorcore.tile_of(4096, 1 << 20, 2 << 20) == 128

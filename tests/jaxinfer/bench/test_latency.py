@@ -29,14 +29,19 @@ class Engine(FakeEngine):
         pool = PoolShape(pages=33, page_size=32)
         specs = graph.kv_specs(33, 32)
         sizes = SimpleNamespace(graph=graph, pool=pool, kv_specs=specs, max_sequences=4)
-        result = SimpleNamespace(token=SimpleNamespace(block_until_ready=lambda: None))
-        self.program = SimpleNamespace(config=sizes, forward=lambda packed: packed, sample=lambda computed, demand: result)
-        self.last_packed = "a batch"
+        self.drew = []
+        draw = lambda name: lambda computed, demand: self.drew.append(name)
+        self.program = SimpleNamespace(config=sizes, forward=lambda packed: packed, sample=draw("sampled"), verify=draw("verified"))
+        self.last_packed = packed_of(1)
         self.made.append(config)
 
     @property
     def scheduler(self):
         return SimpleNamespace(waiting=0, running=self.running)
+
+
+def packed_of(decode_tokens):
+    return SimpleNamespace(shapes=SimpleNamespace(bucket=SimpleNamespace(decode_tokens=decode_tokens)))
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,21 @@ def test_rows(capsys):
     assert decode["context"] == 20 + 1 + 4 + 6 - 1 and len(decode["runs"]) == 2 and decode["milliseconds"] > 0
     assert decode["device_milliseconds"] > 0 and 0 <= decode["host_gap_share"] < 1
     assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
+
+
+@pytest.mark.parametrize(("width", "name"), [(1, "sampled"), (3, "verified")])
+def test_a_step_with_drafts_is_launched_as_it_ran(width, name):
+    engine = Engine()
+    engine.last_packed = packed_of(width)
+    assert latency._device_seconds(engine, 2) > 0 and engine.drew == [name] * 3
+
+
+def test_what_lies_beside_the_model_is_in_no_floor():
+    engine = Engine()
+    config = engine.program.config
+    alone = latency._kv_bytes(engine)
+    config.kv_specs = (*config.kv_specs, *config.kv_specs)
+    assert latency._kv_bytes(engine) == alone
 
 
 def test_floors_are_arithmetic():

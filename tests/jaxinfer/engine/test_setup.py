@@ -152,7 +152,7 @@ def test_a_bundle_starts_an_engine_without_compiling_anything(plain, folder, bun
     jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == [] and found[0] == found[1] and len(found[0]) == 3
     assert reports[0] == ("load", 0, 23) and reports[-1] == ("load", 23, 23)
-    assert engine.info == plain.info
+    assert engine.info == plain.info and engine.metrics.compile_seconds == {} != plain.metrics.compile_seconds
     assert engine.config.cache.page_size == 4 and engine.config.execution.bundle == str(bundled)
 
 
