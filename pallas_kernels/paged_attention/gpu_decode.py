@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper, hopper_codes
-from pallas_kernels.hopper import TILE
+from pallas_kernels import hopper, hopper_codes, hopper_columns
+from pallas_kernels.hopper_columns import Room, State
 from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, Feed, Item, Plan, Refs, Scratch, scratch_of
 
 
@@ -107,7 +107,7 @@ def _copy_queries(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: I
     first = (item.row * tiles + lax.rem(item.head, tiles)) * plan.padded
     plgpu.copy_gmem_to_smem(
         refs.q.at[lax.div(item.head, tiles), pl.ds(pl.multiple_of(first, plan.padded), plan.padded)],
-        scratch.q.at[stream].at[pl.ds(0, plan.padded)],
+        scratch.q.at[stream],
         scratch.q_full.at[stream],
     )
 
@@ -196,63 +196,63 @@ def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any) -> None:
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
     """Attend to an item's blocks and write its result; `used` counts the blocks that the stream has had."""
     q, sums, feed = scratch.q.at[stream], scratch.sums.at[stream], Feed(plan, scratch, stream, used)
-    spilled = None if scratch.spill is None else scratch.spill.at[stream]
+    room = scratch.room.of(stream)
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
-    def absorb(number: Any, state: hopper.State, *, last: bool) -> hopper.State:
+    def absorb(number: Any, state: State, *, last: bool) -> State:
         both, first = feed.block(number), (item.first + number) * KEYS
         feed.wait(number, 0)
-        products = feed.scaled(hopper.products(q, both.at[pl.ds(0, KEYS)]), number, 0)
+        products = feed.scaled(hopper_columns.products(both.at[pl.ds(0, KEYS)], q), number, 0)
         if last:
             plgpu.barrier_arrive(scratch.q_free.at[stream])
         else:
             feed.free(number, 0)
-        state = _weigh(feed, item, number, first, products, state, spilled)
+        state = _weigh(feed, item, number, first, products, state, room)
         if not last:
             feed.free(number, 1)
         return state
 
-    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper.start(q.shape[1]))
+    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper_columns.start(q.shape[1], KEYS, plan.padded))
     state = absorb(item.blocks - 1, state, last=True)
-    out = feed.block(item.blocks - 1).at[pl.ds(0, TILE)]  # the last block's keys have been used: the output leaves from their memory
-    total = state.total
+    out = feed.block(item.blocks - 1).at[pl.ds(0, plan.padded)]  # the last block's keys have been used: the output leaves from their memory
+    total = hopper_columns.total(state, room)
+    sums[...] = state.top + jnp.log2(total)
     if plan.tokens > 1:  # a token may see nothing of a chunk
         total = jnp.where(total > 0, total, jnp.ones_like(total))
-    out[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
-    sums[...] = state.top + jnp.log2(state.total)
+    hopper_columns.mean(state, total, out)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out.at[pl.ds(0, plan.padded)], refs.out.at[item.slot])
-    plgpu.copy_smem_to_gmem(sums.at[pl.ds(0, plan.padded)], refs.sums.at[item.slot])
+    plgpu.copy_smem_to_gmem(out, refs.out.at[item.slot])
+    plgpu.copy_smem_to_gmem(sums, refs.sums.at[item.slot])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     feed.free(item.blocks - 1, 0)
     feed.free(item.blocks - 1, 1)
     return used + item.blocks
 
 
-def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: hopper.State, spilled: Any) -> hopper.State:
+def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: State, room: Room) -> State:
     """A block's products enter the softmax, and its values what is weighted."""
     plan = feed.plan
     floor = None if plan.spec.window is None else item.sees - plan.spec.window
     values = feed.block(number).at[pl.ds(KEYS, KEYS)]
     scores, factor = hopper.shape_scores(products, plan.spec)
     seen = _seen(plan, item, first, floor)
-    share, decay, state = hopper.weights(state, jnp.where(seen, scores, -jnp.inf), factor)
+    share, decay, state = hopper_columns.weights(state, jnp.where(seen, scores, -jnp.inf), factor, room)
     feed.wait(number, 1)
     if plan.codes is not None:  # scales of no row may be NaN
         share = jnp.where(seen, feed.scaled(share, number, 1), jnp.zeros_like(share))
     if plan.codes != jnp.int8:  # 0 times an integer is 0
         hopper.clear(values, first, floor, item.stop)
-    weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
-    return state._replace(weighted=hopper.weigh(weighted, share.astype(values.dtype), values, spilled))
+    return hopper_columns.weigh(state, share, decay, values, room)
 
 
 def _seen(plan: Plan, item: Item, first: Any, floor: Any) -> Any:
-    """Which keys of the block from key `first` on each line sees; floor: below what the row's first token sees."""
-    key = hopper.index((TILE, KEYS), 1, first)
+    """Which lines see each key of the block from key `first` on; floor: below what the row's first token sees."""
+    shape = (KEYS, plan.padded)
+    key = hopper.index(shape, 0, first)
     if plan.tokens * plan.tiles == 1:
         seen = key < item.stop
         return seen if floor is None else seen & (key >= floor)
-    line = hopper.index((TILE, KEYS), 0, 0)
+    line = hopper.index(shape, 1, 0)
     power = plan.group & (plan.group - 1) == 0
     token = line >> (plan.group.bit_length() - 1) if power else lax.div(line, jnp.full_like(line, plan.group))
     token = token + lax.rem(item.head, jnp.int32(plan.tiles)) * plan.tokens
