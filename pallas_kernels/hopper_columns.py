@@ -37,7 +37,8 @@ class Room(NamedTuple):
     @classmethod
     def scratch(cls, warpgroups: int, shape: tuple[int, int], dtype: Any, *, head_dim: int) -> "Room":
         """What holds it, once for each of them; shape: queries, keys. wgmma wants both of its sides swizzled alike."""
-        return cls(hopper.swizzled((warpgroups, *shape), dtype, like=head_dim if head_dim % TILE else None), plgpu.SMEM((warpgroups, EXCHANGE), jnp.float32))
+        weights = hopper.swizzled((warpgroups, *shape), dtype, like=head_dim if head_dim % TILE else None)
+        return cls(weights, plgpu.SMEM((warpgroups, EXCHANGE), jnp.float32))
 
     @classmethod
     def nbytes(cls, queries: int, keys: int) -> int:
@@ -79,7 +80,7 @@ def spread(columns: Any, shape: tuple[int, ...]) -> Any:
 
 
 def weights(state: State, scores: Any, factor: float, room: Room) -> tuple[Any, Any, State]:
-    """One block of scores [keys, queries] (-inf where not seen) enters the softmax: its weights, the decay of what there was, the new state.
+    """One block of scores [keys, queries] (-inf where not seen) enters the softmax: its weights, the decay of what there was, the state.
 
     The state's `weighted` is left to `weigh`.
     """

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper, hopper_columns
@@ -24,7 +25,7 @@ def test_attention_of_a_few_queries(interpreted):
 
         def absorb(number, state):
             for source, into in ((k, keys), (v, values)):
-                plgpu.copy_gmem_to_smem(source.at[pl_ds(number)], into, barrier)
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(number * KEYS, KEYS)], into, barrier)
                 plgpu.barrier_wait(barrier)
             scores = hopper_columns.products(keys, own)
             known = hopper.index((KEYS, QUERIES), 0, number * KEYS) < seen
@@ -46,11 +47,6 @@ def test_attention_of_a_few_queries(interpreted):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     weights = np.exp2(q @ k[:seen].T * 0.3)
     np.testing.assert_allclose(found, weights @ v[:seen] / weights.sum(1, keepdims=True), atol=0.02)
-
-
-def pl_ds(number):
-    """Keys of a block."""
-    return jax.experimental.pallas.ds(number * KEYS, KEYS)
 
 
 def test_a_head_of_96_features_is_two_that_overlap():
