@@ -41,10 +41,15 @@ class Plan(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread of a stream's consumer and of its producer."""
+        """Of a thread of a stream's consumer, and of those that feed it."""
         if self.codes is None:
             return (208, 40) if self.streams == 2 else (232, 40)
-        return (160, 96)
+        return (96, 80) if self.streams == 2 else (232, 96)
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a block of threads: each stream's consumer, its producer and, for codes, who converts values."""
+        return self.streams * (2 if self.codes is None else 3)
 
     @property
     def together(self) -> bool:
