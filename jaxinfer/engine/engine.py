@@ -347,12 +347,12 @@ class Engine:
             raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
         if request.key in self._active:
             raise RequestError("a request with this id is running already", "id")
-        for name, ids in (
-            ("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids),
-            ("allowed_token_ids", params.allowed_token_ids),
+        for name, largest in (
+            ("prompt", int(np.max(request.ids))), ("logit_bias", max(params.logit_bias, default=0)),
+            ("stop_token_ids", max(params.stop.token_ids, default=0)), ("allowed_token_ids", max(params.allowed_token_ids or (0,))),
         ):  # fmt: skip
-            if ids and max(ids) >= vocab:
-                raise RequestError(f"{name} holds token id {max(ids)}, but the vocabulary ends at {vocab - 1}", name)
+            if largest >= vocab:
+                raise RequestError(f"{name} holds token id {largest}, but the vocabulary ends at {vocab - 1}", name)
         length = len(request.prompt)
         if length >= longest:
             raise RequestError(f"the prompt has {length} tokens, but the context holds {longest}, output included; shorten it", "prompt")

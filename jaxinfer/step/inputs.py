@@ -7,8 +7,10 @@ running program. Unused rows are empty, unused tokens have position -1, unused p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -86,25 +88,14 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     """
     batch = batch if shapes.bucket.decode_rows else batch.folded()
     buffer = np.zeros(shapes.buffer, np.int32)
-    parts = [_views(buffer[r], shapes) for r in range(shapes.replicas)]
-    for part in parts:
-        part["positions"].fill(PADDING_POSITION)
-        part["page_tables"].fill(GUARD_PAGE)
-        part["slots"].fill(shapes.spare_slot)
-    placed: list[tuple[int, Row]] = []
-    decodes, prefills, tokens = [0] * shapes.replicas, [0] * shapes.replicas, [0] * shapes.replicas
-    for row in batch.decodes:
-        index = decodes[row.replica]
-        decodes[row.replica] += 1
-        _place(parts[row.replica], row, index, index * shapes.bucket.decode_tokens, page_size=shapes.page_size)
-        placed.append((row.replica * shapes.bucket.rows + index, row))
-    for row in batch.prefills:
-        index = shapes.bucket.decode_rows + prefills[row.replica]
-        prefills[row.replica] += 1
-        _place(parts[row.replica], row, index, shapes.bucket.decode_size + tokens[row.replica], page_size=shapes.page_size)
-        tokens[row.replica] += len(row.tokens)
-        placed.append((row.replica * shapes.bucket.rows + index, row))
-    return Packed(shapes, buffer, tuple(placed))
+    parts = _views(buffer, shapes)
+    parts["positions"].fill(PADDING_POSITION)
+    parts["page_tables"].fill(GUARD_PAGE)
+    parts["slots"].fill(shapes.spare_slot)
+    placed = list(_places(batch, shapes))
+    if placed:
+        _write(parts, placed, shapes.page_size)
+    return Packed(shapes, buffer, tuple((place.replica * shapes.bucket.rows + place.index, place.row) for place in placed))
 
 
 def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
@@ -115,20 +106,56 @@ def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
     })  # fmt: skip
 
 
-def _views(part: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
+class _Place(NamedTuple):
+    """Where a row of the batch goes: which of its replica's rows it is, and where its tokens begin."""
+
+    row: Row
+    replica: int
+    index: int
+    first: int
+
+
+def _places(batch: Batch, shapes: Shapes) -> Iterator[_Place]:
+    bucket = shapes.bucket
+    decodes, prefills, tokens = [0] * shapes.replicas, [bucket.decode_rows] * shapes.replicas, [bucket.decode_size] * shapes.replicas
+    for row in batch.decodes:
+        index = decodes[row.replica]
+        decodes[row.replica] += 1
+        yield _Place(row, row.replica, index, index * bucket.decode_tokens)
+    for row in batch.prefills:
+        yield _Place(row, row.replica, prefills[row.replica], tokens[row.replica])
+        prefills[row.replica] += 1
+        tokens[row.replica] += len(row.tokens)
+
+
+def _views(buffer: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Each field of the buffer in its own shape behind the replicas; writing there writes to the buffer."""
     offsets = shapes.offsets()
-    return {name: part[slice(*offsets[name])].reshape(shape) for name, shape in shapes.fields().items()}
+    return {name: buffer[:, slice(*offsets[name])].reshape(-1, *shape) for name, shape in shapes.fields().items()}
 
 
-def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int, *, page_size: int) -> None:
-    count = len(row.tokens)
-    if len(row.pages) * page_size < row.kv_length or GUARD_PAGE in row.pages:
-        raise ValueError(f"row {index} has {row.kv_length} tokens in pages {row.pages}: too few, or the guard page")
-    part["tokens"][first_token : first_token + count] = row.tokens
-    part["positions"][first_token : first_token + count] = range(row.start, row.start + count)
-    part["page_tables"][index, : len(row.pages)] = row.pages
-    part["query_starts"][index] = first_token
-    part["query_lengths"][index] = count
-    part["kv_lengths"][index] = row.kv_length
-    part["slots"][index] = row.slot
-    part["samples"][index] = row.samples
+def _write(parts: dict[str, np.ndarray], placed: list[_Place], page_size: int) -> None:
+    """Fill in the rows. What is one number a row is written for all rows at once, tokens and pages row by row."""
+    rows, replicas, indices, firsts = zip(*placed, strict=True)
+    at, counts, starts = (list(replicas), list(indices)), [len(row.tokens) for row in rows], [row.start for row in rows]
+    ends = np.add(starts, counts)
+    for name, values in (
+        ("query_starts", firsts), ("query_lengths", counts), ("kv_lengths", ends), ("slots", [row.slot for row in rows]),
+        ("samples", [row.samples for row in rows]),
+    ):  # fmt: skip
+        parts[name][at] = values
+    parts["tokens"][at[0], list(firsts)] = [row.tokens[0] for row in rows]
+    parts["positions"][at[0], list(firsts)] = starts
+    for (row, replica, _, first), count in zip(placed, counts, strict=True):
+        if count > 1:
+            parts["tokens"][replica, first : first + count] = row.tokens
+            parts["positions"][replica, first : first + count] = np.arange(row.start, row.start + count)
+    for row, replica, index, _ in placed:
+        parts["page_tables"][replica, index, : len(row.pages)] = row.pages
+    pages = np.array([len(row.pages) for row in rows])
+    wrong = (pages * page_size < ends) | (np.count_nonzero(parts["page_tables"][at] != GUARD_PAGE, axis=1) != pages)
+    if wrong.any():
+        number = int(np.argmax(wrong))
+        raise ValueError(
+            f"row {indices[number]} has {ends[number]} tokens in pages {list(rows[number].pages)}: too few, or the guard page"
+        )

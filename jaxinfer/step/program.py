@@ -40,6 +40,9 @@ from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
+# A GPU takes a command buffer as a whole, and a step brings new buffers each time, so all of its nodes are written anew first: with prompts
+# in the step, which keep a GPU busy for long, it pays to launch kernel after kernel.
+NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 ADMIT, COPY, WIPE, POOL = "admit", "copy-pages", "wipe-pages", "make-pool"
 
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
@@ -264,6 +267,7 @@ class Program:
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
         if drafting is not None:
+            buffer = jax.device_put(buffer, self._by_replica)  # once for two programs
             extra = (self._propose(bucket, buffer, drafting),)
         self._kv, computed = self._compiled[bucket](self._leaves, self._kv, self._slots, buffer, *extra)
         return computed
@@ -325,7 +329,9 @@ class Program:
         step = Forward(config.graph, shapes, config.placement, config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
-        return Call(step, (leaves, self._pool_structs, self._slot_structs, buffer, *drafts), out, donated=(1,))
+        on_gpu = config.placement.mesh.devices.flat[0].platform == "gpu"
+        options = NO_COMMAND_BUFFERS if on_gpu and shapes.bucket.prefill_tokens else {}
+        return Call(step, (leaves, self._pool_structs, self._slot_structs, buffer, *drafts), out, donated=(1,), options=options)
 
     def _proposer_call(self, key: ProposeKey) -> Call:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
@@ -360,9 +366,10 @@ class Program:
         step = Score(config.graph, shapes, config.placement)
         return Call(step, (leaves, hidden, targets), self._replicated)
 
-    def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array:
-        """A copy of host memory on the devices: what the host does to its own afterwards does not matter."""
-        return jax.device_put(values.copy(), sharding)
+    def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array | np.ndarray:
+        """A copy of host memory for the devices: what the host does to its own afterwards does not matter. To a single device jax sends it
+        with the call, which is sooner."""
+        return values.copy() if sharding.mesh.size == 1 else jax.device_put(values.copy(), sharding)
 
     def _empty_pool(self) -> tuple[Any, ...]:
         return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), self._pool_structs)

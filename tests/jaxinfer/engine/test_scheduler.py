@@ -70,7 +70,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes():
 def test_the_last_token_of_a_prompt_alone_has_a_decode_row():
     line = scheduler(prefill_tokens=4)
     line.add(Request("a", (10, 11, 12, 13, 14)))
-    assert [row.tokens for row in step(line).prefills] == [(10, 11, 12, 13)]
+    assert [tuple(row.tokens) for row in step(line).prefills] == [(10, 11, 12, 13)]
     batch = step(line)
     assert [(row.start, row.tokens, row.samples) for row in batch.decodes] == [(4, (14,), True)]
     assert batch.prefills == ()
