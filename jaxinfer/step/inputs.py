@@ -7,10 +7,10 @@ running program. Unused rows are empty, unused tokens have position -1, unused p
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int
@@ -92,10 +92,12 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     parts["positions"].fill(PADDING_POSITION)
     parts["page_tables"].fill(GUARD_PAGE)
     parts["slots"].fill(shapes.spare_slot)
-    placed = list(_places(batch, shapes))
-    if placed:
-        _write(parts, placed, shapes.page_size)
-    return Packed(shapes, buffer, tuple((place.replica * shapes.bucket.rows + place.index, place.row) for place in placed))
+    rows = batch.rows
+    places = np.array(list(_places(batch, shapes)), np.int64).reshape(-1, 3).T
+    if rows:
+        _write(parts, rows, places, shapes.page_size)
+    indices = (places[0] * shapes.bucket.rows + places[1]).tolist()
+    return Packed(shapes, buffer, tuple(zip(indices, rows, strict=True)))
 
 
 def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
@@ -106,26 +108,19 @@ def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
     })  # fmt: skip
 
 
-class _Place(NamedTuple):
-    """Where a row of the batch goes: which of its replica's rows it is, and where its tokens begin."""
-
-    row: Row
-    replica: int
-    index: int
-    first: int
-
-
-def _places(batch: Batch, shapes: Shapes) -> Iterator[_Place]:
+def _places(batch: Batch, shapes: Shapes) -> Iterator[tuple[int, int, int]]:
+    """For each row of the batch its replica, which of the replica's rows it is, and where its tokens begin there."""
     bucket = shapes.bucket
     decodes, prefills, tokens = [0] * shapes.replicas, [bucket.decode_rows] * shapes.replicas, [bucket.decode_size] * shapes.replicas
     for row in batch.decodes:
-        index = decodes[row.replica]
-        decodes[row.replica] += 1
-        yield _Place(row, row.replica, index, index * bucket.decode_tokens)
+        replica = row.replica
+        yield replica, decodes[replica], decodes[replica] * bucket.decode_tokens
+        decodes[replica] += 1
     for row in batch.prefills:
-        yield _Place(row, row.replica, prefills[row.replica], tokens[row.replica])
-        prefills[row.replica] += 1
-        tokens[row.replica] += len(row.tokens)
+        replica = row.replica
+        yield replica, prefills[replica], tokens[replica]
+        prefills[replica] += 1
+        tokens[replica] += len(row.tokens)
 
 
 def _views(buffer: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
@@ -134,28 +129,27 @@ def _views(buffer: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
     return {name: buffer[:, slice(*offsets[name])].reshape(-1, *shape) for name, shape in shapes.fields().items()}
 
 
-def _write(parts: dict[str, np.ndarray], placed: list[_Place], page_size: int) -> None:
-    """Fill in the rows. What is one number a row is written for all rows at once, tokens and pages row by row."""
-    rows, replicas, indices, firsts = zip(*placed, strict=True)
-    at, counts, starts = (list(replicas), list(indices)), [len(row.tokens) for row in rows], [row.start for row in rows]
-    ends = np.add(starts, counts)
+def _write(parts: dict[str, np.ndarray], rows: tuple[Row, ...], places: np.ndarray, page_size: int) -> None:
+    """Fill in the rows, each at its place: what is one number a row for all rows at once, only longer ones' tokens row by row."""
+    replicas, indices, firsts = places
+    counts, starts = np.array([len(row.tokens) for row in rows]), np.array([row.start for row in rows])
+    ends = starts + counts
     for name, values in (
         ("query_starts", firsts), ("query_lengths", counts), ("kv_lengths", ends), ("slots", [row.slot for row in rows]),
         ("samples", [row.samples for row in rows]),
     ):  # fmt: skip
-        parts[name][at] = values
-    parts["tokens"][at[0], list(firsts)] = [row.tokens[0] for row in rows]
-    parts["positions"][at[0], list(firsts)] = starts
-    for (row, replica, _, first), count in zip(placed, counts, strict=True):
-        if count > 1:
-            parts["tokens"][replica, first : first + count] = row.tokens
-            parts["positions"][replica, first : first + count] = np.arange(row.start, row.start + count)
-    for row, replica, index, _ in placed:
-        parts["page_tables"][replica, index, : len(row.pages)] = row.pages
-    pages = np.array([len(row.pages) for row in rows])
-    wrong = (pages * page_size < ends) | (np.count_nonzero(parts["page_tables"][at] != GUARD_PAGE, axis=1) != pages)
-    if wrong.any():
-        number = int(np.argmax(wrong))
-        raise ValueError(
-            f"row {indices[number]} has {ends[number]} tokens in pages {list(rows[number].pages)}: too few, or the guard page"
-        )
+        parts[name][replicas, indices] = values
+    parts["tokens"][replicas, firsts] = [row.tokens[0] for row in rows]
+    parts["positions"][replicas, firsts] = starts
+    for number in np.flatnonzero(counts > 1):
+        row, replica, first, count = rows[number], replicas[number], firsts[number], counts[number]
+        parts["tokens"][replica, first : first + count] = row.tokens
+        parts["positions"][replica, first : first + count] = np.arange(row.start, row.start + count)
+    pages, held = array("i"), np.array([len(row.pages) for row in rows])
+    for row in rows:
+        pages.extend(row.pages)
+    owners, ids = np.repeat(np.arange(len(rows)), held), np.asarray(pages)
+    parts["page_tables"][replicas[owners], indices[owners], np.arange(len(ids)) - (np.cumsum(held) - held)[owners]] = ids
+    for wrong in (*np.flatnonzero(held * page_size < ends), *owners[ids == GUARD_PAGE]):
+        found = list(rows[wrong].pages)
+        raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, or the guard page")
