@@ -40,9 +40,6 @@ from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
-# A GPU takes a command buffer as a whole, and a step brings new buffers each time, so all of its nodes are written anew first: with prompts
-# in the step, which keep a GPU busy for long, it pays to launch kernel after kernel.
-NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}
 ADMIT, COPY, WIPE, POOL = "admit", "copy-pages", "wipe-pages", "make-pool"
 
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
@@ -166,6 +163,12 @@ class ProgramConfig:
         """The layout that a batch is packed into."""
         laid = batch if any(bucket.decode_rows for bucket in self.buckets) else batch.folded()
         return self.shapes(choose(self.buckets, occupancy(laid, self.pool.replicas)))
+
+
+def options_for(bucket: Bucket, platform: str) -> dict[str, str]:
+    """XLA's options for a forward program. A command buffer is written anew before a GPU starts on it, as every step brings other arrays;
+    prompts keep a GPU busy for long enough that kernels are launched one by one meanwhile."""
+    return {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" and bucket.prefill_tokens else {}
 
 
 class Program:
@@ -329,9 +332,8 @@ class Program:
         step = Forward(config.graph, shapes, config.placement, config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
-        on_gpu = config.placement.mesh.devices.flat[0].platform == "gpu"
-        options = NO_COMMAND_BUFFERS if on_gpu and shapes.bucket.prefill_tokens else {}
-        return Call(step, (leaves, self._pool_structs, self._slot_structs, buffer, *drafts), out, donated=(1,), options=options)
+        arguments = (leaves, self._pool_structs, self._slot_structs, buffer, *drafts)
+        return Call(step, arguments, out, donated=(1,), options=options_for(shapes.bucket, config.placement.mesh.devices.flat[0].platform))
 
     def _proposer_call(self, key: ProposeKey) -> Call:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
