@@ -293,7 +293,7 @@ class Engine:
 
     def _emit(self, active: _Active, drawn: Drawn) -> Output:
         params, count = active.sequence.request.params, active.sequence.drawn
-        stop_token = drawn.token in params.stop.token_ids or (not params.stop.ignore_eos and drawn.token in self._eos)
+        stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
         if stop_token and not params.stop.include_in_output:
             piece = active.text.flush()
         else:
@@ -312,6 +312,9 @@ class Engine:
         stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
         self._forget(active, reason)
         return replace(output, finish_reason=reason, stop_reason=stop_reason)
+
+    def _stops_at(self, stop_ids: tuple[int, ...], token: int, ignore_eos: bool) -> bool:
+        return token in stop_ids or (not ignore_eos and token in self._eos)
 
     @property
     def _eos(self) -> tuple[int, ...]:
