@@ -3,8 +3,7 @@
 A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, head) pairs
 in turn; a head is a tile of lines of one kv head: some tokens' groups of queries. Each block has `streams` pairs of warpgroups: a
 producer copies blocks of keys and values, a consumer attends with the lines and leaves the chunk's normalised output and the logarithm
-of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes numbers of the keys, and a third
-warpgroup of the values.
+of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes tiles of numbers of them.
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
@@ -59,7 +58,7 @@ def decode(
             jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
         ),
         grid={"block": plan.blocks},
-        warpgroups=plan.warpgroups,
+        warpgroups=2 * plan.streams,
     )(*given)
 
 
@@ -81,7 +80,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
         lax.fori_loop(0, mine, lambda turn, used: _consume(plan, refs, scratch, stream, item(turn), used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when((warpgroup >= plan.streams) & (warpgroup < 2 * plan.streams))
+    @pl.when(warpgroup >= plan.streams)
     def _producer() -> None:
         plgpu.set_max_registers(plan.registers[1], action="decrease")
 
@@ -101,20 +100,6 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
         used = lax.fori_loop(0, mine, turn, jnp.int32(0))
         pl.when(mine > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
         hopper.drain(lambda slot: scratch.free.at[stream, slot], used, plan.stages)
-
-    if plan.codes is not None:
-
-        @pl.when(warpgroup >= 2 * plan.streams)
-        def _converter() -> None:
-            plgpu.set_max_registers(plan.registers[1], action="decrease")
-
-            def block(block: Any, _: None) -> None:
-                _convert(plan, scratch, stream, block, 1)
-                plgpu.barrier_arrive(scratch.free.at[stream, lax.rem(block, jnp.int32(plan.stages))])
-
-            blocks = lax.fori_loop(0, mine, lambda turn, blocks: blocks + item(turn).blocks, jnp.int32(0))
-            lax.fori_loop(0, blocks, block, None)
-            pl.when(mine > 0)(lambda: plgpu.barrier_wait(scratch.tile.v_free.at[stream]))
 
 
 def _copy_queries(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item) -> None:
@@ -159,8 +144,7 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
 
 
 def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callable[[Any], Item], mine: Any) -> None:
-    """A producer of codes: it copies blocks ahead, across items, and converts the keys of each when the consumer is done with those before.
-    Another warpgroup converts the values; when it is done with a block, its memory takes the next.
+    """A producer of codes: it copies blocks ahead, across items, and converts each when the consumer is done with the one before.
 
     What is copied next is looked up one block early, so that nobody waits for the tables.
     """
@@ -176,43 +160,37 @@ def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callabl
         done = number + 1 >= blocks
         return look(jnp.where(done, turn + 1, turn), jnp.where(done, 0, number + 1))
 
-    def wait_free(block: Any) -> None:
-        plgpu.barrier_wait(scratch.free.at[stream, lax.rem(block, jnp.int32(plan.stages))])
-
     def turn(turn: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
         pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
         _copy_queries(plan, refs, scratch, stream, item(turn))
 
         def block(_: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
             used, *ahead = state
-            pl.when(used > 0)(lambda: wait_free(used - 1))
-            ahead = copy_next(used - 1 + plan.stages, tuple(ahead))
-            _convert(plan, scratch, stream, used, 0)
-            return used + 1, *ahead
+            _convert(plan, scratch, stream, used)
+            return used + 1, *copy_next(used + plan.stages, tuple(ahead))
 
         return lax.fori_loop(0, item(turn).blocks, block, state)
 
     ahead = look(jnp.int32(0), jnp.int32(0))
-    for count in range(plan.stages - 1):
+    for count in range(plan.stages):
         ahead = copy_next(jnp.int32(count), ahead)
-    used, *_ = lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
-    wait_free(used - 1)
-    for free in (scratch.q_free, scratch.tile.k_free):
+    lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
+    for free in (scratch.q_free, scratch.tile.k_free, scratch.tile.v_free):
         plgpu.barrier_wait(free.at[stream])
 
 
-def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any, which: int) -> None:
-    """The keys (0) or values (1) of a block of codes become the tile's; who makes keys brings the scales of both."""
+def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any) -> None:
+    """A block of codes becomes the tile, keys first: the consumer may still be at the values of the block before."""
     tile, slot = scratch.tile, lax.rem(block, jnp.int32(plan.stages))
-    full, free = ((tile.k_full, tile.k_free), (tile.v_full, tile.v_free))[which]
-    half = pl.ds(which * KEYS, KEYS)
     plgpu.barrier_wait(scratch.full.at[stream, slot])
-    pl.when(block > 0)(lambda: plgpu.barrier_wait(free.at[stream]))
-    hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
-    if which == 0:
-        hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(full.at[stream])
+    for which, full, free in ((0, tile.k_full, tile.k_free), (1, tile.v_full, tile.v_free)):
+        half = pl.ds(which * KEYS, KEYS)
+        pl.when(block > 0)(lambda free=free: plgpu.barrier_wait(free.at[stream]))
+        hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
+        if which == 0:
+            hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(full.at[stream])
 
 
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:

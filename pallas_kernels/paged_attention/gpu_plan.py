@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, hopper_codes
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import ROWS
 from pallas_kernels.hopper_columns import Room
@@ -41,15 +41,10 @@ class Plan(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread of a stream's consumer, and of those that feed it."""
+        """Of a thread of a stream's consumer and of its producer."""
         if self.codes is None:
             return (208, 40) if self.streams == 2 else (232, 40)
-        return (96, 80) if self.streams == 2 else (232, 96)
-
-    @property
-    def warpgroups(self) -> int:
-        """Of a block of threads: each stream's consumer, its producer and, for codes, who converts values."""
-        return self.streams * (2 if self.codes is None else 3)
+        return (160, 96)
 
     @property
     def together(self) -> bool:
