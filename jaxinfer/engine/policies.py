@@ -8,8 +8,8 @@ A new policy is a new function here. This file does not know about pages, slots 
 
 from __future__ import annotations
 
-from array import array
 import sys
+from array import array
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
