@@ -9,6 +9,7 @@ A new policy is a new function here. This file does not know about pages, slots 
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ class Waiting(Protocol):
     """What a policy may look at: the request, every token that has to be computed for it, and how often it was preempted."""
 
     request: Request
-    tokens: list[int]
+    tokens: array[int]
     preemptions: int
 
     @property
