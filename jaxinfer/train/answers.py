@@ -48,10 +48,11 @@ class Wanted:
 
 
 class Texts(NamedTuple):
-    """What is learned, and what is measured."""
+    """What is learned, and what is measured. cut: tokens of completions that did not fit."""
 
     train: tuple[Text, ...]
     held_out: tuple[Text, ...]
+    cut: int = 0
 
 
 def split(documents: Sequence[Document], wanted: Wanted) -> tuple[list[Document], list[Document]]:
@@ -89,8 +90,7 @@ def make(config: EngineConfig, asked: Asked, wanted: Wanted, progress: Progress)
     requests += requests_of("held", asked.held_out, wanted, tuple(dict.fromkeys(wanted.temperatures)))
     with LLM.build(config, progress=progress) as llm:
         answered = answers(llm, requests, progress)
-    learned = [it if wanted.learn == "completion" else it._replace(first=1) for it in (*given, *answered[:count])]
-    return Texts(tuple(learned), tuple(answered[count:]))
+    return Texts((*given, *answered[:count]), tuple(answered[count:]), sum(it.cut for it in asked.learned))
 
 
 def requests_of(name: str, documents: Sequence[Document], wanted: Wanted, temperatures: Sequence[float]) -> list[Request]:
@@ -123,8 +123,8 @@ def answers(llm: Any, requests: Sequence[Request], progress: Progress) -> list[T
 def write(path: Path, texts: Texts, about: Mapping[str, Any]) -> None:
     """Keep texts in a file, which is there whole or not at all. about: what they depend on."""
     partial = path.with_suffix(".partial")
-    lists = {name: [list(text) for text in some] for name, some in texts._asdict().items()}
-    partial.write_text(json.dumps({"about": about, **lists}, separators=(",", ":")), encoding="utf-8")
+    values = {"about": about, "train": texts.train, "held_out": texts.held_out, "cut": texts.cut}
+    partial.write_text(json.dumps(values, separators=(",", ":")), encoding="utf-8")
     Path(partial).replace(path)
 
 
@@ -139,7 +139,7 @@ def read(path: Path, about: Mapping[str, Any]) -> Texts:
         known, wanted = found["about"], json.loads(json.dumps(about))
         if differs := sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)):
             raise CheckpointError(f"{path}: these texts were made with another {', '.join(differs)}; name another file, or remove it")
-        parts = [[Text(tuple(tokens), *rest) for tokens, *rest in found[name]] for name in Texts._fields]
-        return Texts(*map(tuple, parts))
+        train, held_out = (tuple(Text(tuple(tokens), *rest) for tokens, *rest in found[name]) for name in ("train", "held_out"))
+        return Texts(train, held_out, int(found["cut"]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise broken(path, "texts as `distill` keeps them", str(error), remedy="remove the folder and begin anew") from None

@@ -100,11 +100,16 @@ def distill(settings: Settings, data: Data, stamp: Callable[[], dict[str, Any]],
     begun, teacher = time.perf_counter(), _teacher(settings, folder)
     learns = student.find(settings.draft)(settings.draft, teacher, settings.recipe.seed)
     context = teacher.graph.config.max_positions
-    longest, tokenizer = min(settings.max_model_len or LENGTH, context), Tokenizer.load(folder)
-    documents, measured = (prompts.encode(part, tokenizer, longest) if part else [] for part in data)
-    run = Run(settings.state, _fingerprint(settings, data, folder))
-    asked = Asked(documents, measured) if measured else Asked(*answers.split(documents, settings.wanted))
-    texts = _texts(settings.answers or run.texts, settings, asked, _about(settings, data, folder), progress)
+    run, about = Run(settings.state, _fingerprint(settings, data, folder)), _about(settings, data, folder)
+    path = settings.answers or run.texts
+    if path.is_file():
+        texts = answers.read(path, about)
+    else:
+        asked = _asked(settings, data, Tokenizer.load(folder), min(settings.max_model_len or LENGTH, context))
+        texts = _answered(settings, asked, progress)
+        answers.write(path, texts, about)
+    if settings.wanted.learn == "all":
+        texts = texts._replace(train=tuple(text._replace(first=1) for text in texts.train))
     length = length_for((*texts.train, *texts.held_out), 2 * prompts_mean(texts))
     leaves = teacher.load(lambda done, total: progress("read", done, total))
     course = Course(run, Learner(teacher, learns, settings.recipe, length), leaves, texts, progress)
@@ -117,7 +122,7 @@ def distill(settings: Settings, data: Data, stamp: Callable[[], dict[str, Any]],
         "data": {
             "file": data.lines.name, "sha256": data.lines.sha256, "lines": len(data.lines.lines),
             "texts": len(texts.train), "held_out": len(texts.held_out),
-            "learned_tokens": sum(len(it.tokens) - it.first for it in texts.train), "cut": sum(it.cut for it in documents),
+            "learned_tokens": sum(len(it.tokens) - it.first for it in texts.train), "cut": texts.cut,
             "measured_on": data.held_out.name if data.held_out else None,
         },
         "recipe": asdict(settings.recipe), "texts": asdict(settings.wanted), "length": length,
@@ -213,16 +218,20 @@ def _engine(settings: Settings, longest: int | None = None) -> EngineConfig:
     return from_arguments(EngineConfig, {**values, **sizes})
 
 
-def _texts(path: Path, settings: Settings, asked: Asked, about: Mapping[str, Any], progress: Progress) -> Texts:
-    """What the run learns from: kept, or made now."""
-    if path.is_file():
-        return answers.read(path, about)
+def _asked(settings: Settings, data: Data, tokenizer: Tokenizer, longest: int) -> Asked:
+    """The lines in tokens, those to measure on apart."""
+    documents, measured = (prompts.encode(part, tokenizer, longest) if part else [] for part in data)
+    return Asked(documents, measured) if measured else Asked(*answers.split(documents, settings.wanted))
+
+
+def _answered(settings: Settings, asked: Asked, progress: Progress) -> Texts:
+    """What the run learns from."""
     both = (*asked.learned, *asked.held_out)
     longest = max(len(it.prompt) + max(len(it.completion), min(settings.wanted.max_tokens, it.room)) for it in both)
     begun = time.perf_counter()
     texts = answers.make(_engine(settings, max(longest, 2)), asked, settings.wanted, progress)
-    logger.info("%d texts to learn from and %d held out, made in %.1f s", *map(len, texts), time.perf_counter() - begun)
-    answers.write(path, texts, about)
+    took = time.perf_counter() - begun
+    logger.info("%d texts to learn from and %d held out, made in %.1f s", len(texts.train), len(texts.held_out), took)
     return texts
 
 
@@ -250,11 +259,12 @@ def _about(settings: Settings, data: Data, folder: Path) -> dict[str, Any]:
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     return {
         "target": [config, weights], "data": [part and part.sha256 for part in data], "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len, "texts": asdict(settings.wanted),
+        "max_model_len": settings.max_model_len,
+        "texts": {name: value for name, value in asdict(settings.wanted).items() if name != "learn"},
     }  # fmt: skip
 
 
 def _fingerprint(settings: Settings, data: Data, folder: Path) -> Mapping[str, Any]:
     """What makes a run the same run: everything that its result depends on."""
-    own = {"draft": settings.draft, "mesh": list(settings.mesh), "recipe": asdict(settings.recipe)}
+    own = {"draft": settings.draft, "learn": settings.wanted.learn, "mesh": list(settings.mesh), "recipe": asdict(settings.recipe)}
     return {**_about(settings, data, folder), **own}

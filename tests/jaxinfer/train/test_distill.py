@@ -125,9 +125,11 @@ def test_the_answers_of_another_draft_are_taken(target, small, lines, asked, tmp
     monkeypatch.setattr(Examiner, "measure", lambda self, leaves, weights, texts: [measured(weights)])
     held = lines._replace(held_out=lines.lines)
     settings = replace(settings_of(target, small, tmp_path / "one"), answers=tmp_path / "answers.json")
-    for out in ("one", "other"):
-        named = replace(settings, out=tmp_path / out, state=tmp_path / "state", save_seconds=60.0)
-        assert distill.distill(named, held, stamp, lambda *_: None)["data"]["measured_on"] == "lines.jsonl"
+    data = []
+    for learn in ("completion", "all"):
+        named = replace(settings, out=tmp_path / learn, state=tmp_path / "state", save_seconds=60.0, wanted=Wanted(learn=learn))
+        data.append(distill.distill(named, held, stamp, lambda *_: None)["data"])
+    assert data[0]["measured_on"] == "lines.jsonl" and data[1]["learned_tokens"] == data[0]["learned_tokens"] + 2 * 6
     assert len(asked) == 1 and settings.answers.is_file()
     with pytest.raises(CheckpointError, match="made with another data;"):
         distill.distill(replace(settings, out=tmp_path / "third"), lines, stamp, lambda *_: None)
