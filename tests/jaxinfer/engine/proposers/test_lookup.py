@@ -77,9 +77,9 @@ def test_a_proposer_follows_a_sequence():
     assert proposer.propose(sequence, 3) == ((3, 4, 9), "lookup 2")
     sequence.tokens.extend([3, 4])
     assert proposer.propose(sequence, 2) == ((9, 1), "lookup 3-4")
-    sequence.tokens += [1, 1]
+    sequence.tokens.extend([1, 1])
     assert proposer.propose(sequence, 2) == ((1, 1), "lookup 1")
-    sequence.tokens += [5]
+    sequence.tokens.extend([5])
     assert proposer.propose(sequence, 2) is None
     proposer.forget(sequence.request.key)
     assert proposer.propose(sequence, 1) is None
