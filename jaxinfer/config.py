@@ -23,6 +23,7 @@ SWITCH = ("on", "off")
 BUNDLE_MISMATCH = ("refuse", "compile")
 SPECULATE = ("off", "lookup", "draft", "eagle", "auto")
 MOST_DRAFTS = 7  # attention takes up to 8 tokens of a decode row
+DRAFTS = 4  # where each costs a pass through a smaller model
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -214,15 +215,22 @@ class SpeculationConfig:
     draft_model: str | None = option(
         None, "smaller model of the same tokenizer, or the model's EAGLE-3 head: folder or repository (default: the embedded model's own)"
     )  # fmt: skip
-    draft_tokens: int = option(4, f"drafts of a sequence in one step, at most {MOST_DRAFTS}")
+    draft_tokens: int | None = option(
+        None, f"drafts of a sequence in one step, at most {MOST_DRAFTS} ({MOST_DRAFTS} for lookup, which costs little, else {DRAFTS})"
+    )
 
     def __post_init__(self) -> None:
         _one_of("speculate", self.speculate, SPECULATE)
         _at_least("draft-tokens", self.draft_tokens, 1)
-        if self.draft_tokens > MOST_DRAFTS:
+        if self.drafts > MOST_DRAFTS:
             raise ConfigError(f"--draft-tokens {self.draft_tokens} is above {MOST_DRAFTS}, which the attention kernels take")
         if self.draft_model is not None and self.speculate in ("off", "lookup"):
             raise ConfigError(f"--draft-model has no part in --speculate {self.speculate}; use draft, eagle or auto, or leave it out")
+
+    @property
+    def drafts(self) -> int:
+        """Drafts of a sequence in one step, at most."""
+        return self.draft_tokens or (MOST_DRAFTS if self.speculate == "lookup" else DRAFTS)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,10 @@
 """Tokens per second with drafts beside none: an engine for each way to draft, on stories, chats and copying, turn by turn in one run.
 
+Answers end where the model ends them, or after `--tokens`. Copying is asked for within what the embedded model has learnt, a list of nine
+words, so that what is measured is copying: once where the text stands in the question alone ("copying"), once where the same has been
+asked for and answered before ("again"), as when a text is edited or an answer made anew. At least `LEAST` prompts run, one after another if
+few run at once.
+
 A row says how many tokens per second a batch gets, the ratio to the engine without drafts (`speedup`: median of turns that lie side by
 side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
 drafts (`equal`; in narrow numbers a near tie may fall differently). `costs_little`: drafts cost at most 3 % (`MOST_LOSS`), whatever the
@@ -12,28 +17,38 @@ a trained head would be worth at each rate of acceptance (`forced.py`).
 from __future__ import annotations
 
 import argparse
+import random
+import secrets
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxinfer.bench import engines, forced
 from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import remark
-from jaxinfer.request import Request
+from jaxinfer.request import Request, SamplingParams
 
 HELP = "tokens per second with each way to draft, beside none"
 BATCHES = (1, 8, 64)
 WAYS = ("lookup", "draft", "auto")
 ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
-KINDS = ("story", "chat", "copying")
+KINDS = ("story", "chat", "copying", "again")
+LEAST = 8
 MOST_LOSS = 0.03
 LONGEST = 512  # tokens of a sequence, unless --max-model-len says so
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Sara", "Sam")
 THINGS = ("a red ball", "a little dog", "a big tree", "a blue kite", "an old boat", "a small garden", "a shiny stone", "a warm hat")
 PLACES = ("the park", "the forest", "the beach", "the farm", "the garden", "the school", "the river", "the house")
+WORDS = (
+    "apple", "basket", "bell", "blanket", "bottle", "bread", "bridge", "candle", "carrot", "cloud", "farm", "flower", "forest", "garden",
+    "guitar", "hammer", "horse", "island", "kitchen", "ladder", "lamp", "market", "mirror", "mountain", "ocean", "paper", "pencil",
+    "pillow", "rabbit", "river", "shirt", "ship", "stone", "street", "table", "tiger", "tower", "train", "valley", "window",
+)  # fmt: skip
+COPIED = 9  # words: as many as the embedded model has learnt to copy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", action="extend", type=several(kind, choices), help=f"only these, with commas between [{listed}]")
     engines.add_shape_argument(parser)
     forced.add_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=96, help="tokens that each request gets [96]")
+    parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most [96]")
     parser.add_argument("--always", action="store_true", help="draft whatever it costs, to see how many drafts stand")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
@@ -69,39 +84,67 @@ def run(args: argparse.Namespace) -> int:
         for kind in kinds:
             for batch in batches:
                 remark(f"{kind}, {batch} at once")
-                for row in measure(named, prompts(kind, batch, opened[0].tokenizer), args.tokens, args.repeat):
+                texts = prompts(kind, max(batch, LEAST), opened[0].tokenizer)
+                for row in measure(named, Load(texts, batch, args.tokens), args.repeat):
                     equal = equal and (row["equal"] or row["dtype"] != "float32")
                     report.add(kind=kind, batch=batch, **row)
     return int(not equal)
 
 
-def measure(named: dict[str, Any], texts: Sequence[Sequence[int]], tokens: int, repeat: int) -> list[dict[str, Any]]:
+class Load(NamedTuple):
+    """Prompts, how many of them run at once, and the most tokens of an answer."""
+
+    texts: Sequence[Sequence[int]]
+    batch: int
+    tokens: int
+
+    def requests(self) -> list[Request]:
+        """Greedy ones that end where the model ends them. Each call has a salt of its own: only these share cached beginnings."""
+        salt, params = secrets.token_hex(8), SamplingParams.of(temperature=0.0, max_tokens=self.tokens)
+        return [Request(f"bench-{number}", tuple(text), params, cache_salt=salt) for number, text in enumerate(self.texts)]
+
+
+class Made(NamedTuple):
+    """The tokens of each request, and in how many steps they were drawn, summed over the requests."""
+
+    tokens: dict[str, tuple[int, ...]]
+    steps: int
+
+    @property
+    def total(self) -> int:
+        """All tokens."""
+        return sum(map(len, self.tokens.values()))
+
+
+def measure(named: dict[str, Any], load: Load, repeat: int) -> list[dict[str, Any]]:
     """One row for each engine; the first is the one without drafts. The first turn warms up and fills the history of drafts."""
     seconds: dict[str, list[float]] = {name: [] for name in named}
-    made: dict[str, dict[str, tuple[int, ...]]] = {}
-    before = {}
+    steps, made, before = Counter[str](), dict[str, Made](), {name: _counts(engine) for name, engine in named.items()}
     for turn in range(repeat + 1):
         for name, engine in named.items():
-            counts = engine.metrics
-            before[name] = before.get(name) or (counts.drafts, counts.draft_tokens, counts.accepted_tokens, counts.steps_total)
             begun = time.perf_counter()
-            made[name] = answers(engine, engines.requests(texts, [tokens] * len(texts)))
+            made[name] = answers(engine, load)
+            steps[name] += made[name].steps
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
     base = next(iter(named))
     rows = []
     for name, engine in named.items():
-        counts, (drafts, proposed, accepted, steps) = engine.metrics, before[name]
+        rowed, proposed, accepted = (now - then for now, then in zip(_counts(engine), before[name], strict=True))
         ratios = [one / other for one, other in zip(seconds[base], seconds[name], strict=True)]
-        total, speedup = len(texts) * tokens, median(ratios)
+        total, speedup = made[name].total, median(ratios)
         rows.append({
             "way": name, **engines.about(engine), "tokens_per_second": total / median(seconds[name]), "speedup": speedup,
-            "costs_little": speedup >= 1 - MOST_LOSS, "drafts": counts.draft_tokens - proposed,
-            "acceptance": (counts.accepted_tokens - accepted) / max(1, counts.draft_tokens - proposed),
-            "drafted_rows": counts.drafts - drafts, "tokens_per_step": (repeat + 1) * tokens / (counts.steps_total - steps),
-            "equal": made[name] == made[base], "turns": [round(ratio, 3) for ratio in ratios],
+            "costs_little": speedup >= 1 - MOST_LOSS, "drafts": proposed, "acceptance": accepted / max(1, proposed), "drafted_rows": rowed,
+            "tokens": total, "tokens_per_step": (repeat + 1) * total / steps[name], "equal": made[name].tokens == made[base].tokens,
+            "turns": [round(ratio, 3) for ratio in ratios],
         })  # fmt: skip
     return rows
+
+
+def _counts(engine: Any) -> tuple[int, int, int]:
+    counts = engine.metrics
+    return counts.drafts, counts.draft_tokens, counts.accepted_tokens
 
 
 def several(kind: Callable[[str], Any], choices: Sequence[Any] | None) -> Callable[[str], list[Any]]:
@@ -118,15 +161,19 @@ def several(kind: Callable[[str], Any], choices: Sequence[Any] | None) -> Callab
     return parser
 
 
-def answers(engine: Any, requests: Sequence[Request]) -> dict[str, tuple[int, ...]]:
-    """Run requests together; the tokens of each."""
-    found = {request.id: () for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
+def answers(engine: Any, load: Load) -> Made:
+    """Run requests, so many at once."""
+    waiting, running, steps = deque(load.requests()), 0, 0
+    found: dict[str, tuple[int, ...]] = {request.id: () for request in waiting}
+    while waiting or running:
+        while waiting and running < load.batch:
+            engine.add(waiting.popleft())
+            running += 1
         for output in engine.step():
             found[output.request_id] += output.token_ids
-    return found
+            steps += bool(output.token_ids)
+            running -= output.finish_reason is not None
+    return Made(found, steps)
 
 
 def prompts(kind: str, count: int, tokenizer: Any) -> list[list[int]]:
@@ -137,16 +184,17 @@ def prompts(kind: str, count: int, tokenizer: Any) -> list[list[int]]:
     """
     if tokenizer is None:
         raise ConfigError("bench speculation writes its prompts as text, so it needs a model with a tokenizer")
-    found = []
-    for number in range(count):
-        name, thing, place = NAMES[number % 8], THINGS[number // 8 % 8], PLACES[(number + number // 8 + number // 64) % 8]
-        story = (
-            f"One day, {name} went to {place}. {name} saw {thing} there. It was very nice. {name} wanted to take {thing} home, but it was"
-            f" too far away. So {name} asked a friend for help. The friend came to {place} and they looked at {thing} together."
-        )
-        asked = f"Copy this text exactly: {story}" if kind == "copying" else f"Tell me a short story about {name} and {thing} in {place}."
-        if kind == "story":
-            found.append(tokenizer.encode("".join(story.partition("there.")[:2] if number > 63 else story.partition(".")[:2])))
-        else:
-            found.append(tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": asked}]), special=False))
-    return found
+    return [text(kind, number, tokenizer) for number in range(count)]
+
+
+def text(kind: str, number: int, tokenizer: Any) -> list[int]:
+    """One prompt of a kind."""
+    name, thing, place = NAMES[number % 8], THINGS[number // 8 % 8], PLACES[(number + number // 8 + number // 64) % 8]
+    if kind == "story":
+        met = f" {name} saw {thing} there." if number > 63 else ""
+        return tokenizer.encode(f"One day, {name} went to {place}.{met}")
+    words = ", ".join(random.Random(number).sample(WORDS, COPIED))
+    copying, told = f"Copy this text exactly: {words}", f"Tell me a short story about {name} and {thing} in {place}."
+    turns = [f"Repeat: {words}", words, copying] if kind == "again" else [copying if kind == "copying" else told]
+    messages = [{"role": ("user", "assistant")[at % 2], "content": turn} for at, turn in enumerate(turns)]
+    return tokenizer.encode(tokenizer.render_chat(messages), special=False)

@@ -30,11 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=_count, metavar="N", help="tokens of a prompt and its answer [1024, or the target's own]")
     group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer [128]")
     group.add_argument("--temperatures", default="0,0.7", metavar="LIST", help="each prompt is answered at each of them [0,0.7]")
+    kept = "the target's answers: written there, or read if it exists, so that several drafts learn from the same"
+    group.add_argument("--answers", type=Path, metavar="FILE", help=kept)
+    held = "JSON lines to measure on, whose prompts are not learned [a share of --data]"
+    group.add_argument("--held-out-data", type=Path, metavar="FILE", help=held)
     group.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the lines, for measuring [0.1]")
     learned = "tokens to learn: all adds the prompts' [completion]"
     group.add_argument("--learn", choices=("completion", "all"), default="completion", help=learned)
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=int, default=300, metavar="N", help="[300]")
+    limit = "of learning, at most; the rate then falls with the clock [no limit]"
+    group.add_argument("--seconds", type=float, metavar="S", help=limit)
     group.add_argument("--batch", type=int, default=8, metavar="ROWS", help="rows of packed texts in a step [8]")
     group.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="the highest, after a short rise [0.001]")
     group.add_argument("--seed", type=int, default=0, help="of everything that is drawn [0]")
@@ -47,11 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distil and show what came of it."""
     lines = prompts.read(args.data)
+    held = None if args.held_out_data is None else prompts.read(args.held_out_data, "--held-out-data")
 
     from jaxinfer.train import distill
 
     with StageBar() as bar:
-        figures = distill.distill(settings_of(args), lines, stamp, bar)
+        figures = distill.distill(settings_of(args), distill.Data(lines, held), stamp, bar)
     if args.json:
         print(json.dumps(figures))
     else:
@@ -78,8 +85,9 @@ def settings_of(args: argparse.Namespace) -> Any:
     return Settings(
         target=args.target, draft=args.draft, out=args.out, state=args.state or args.out.with_name(args.out.name + ".state"),
         revision=args.revision, overwrite=args.overwrite, mesh=args.mesh, dtype=args.dtype, max_model_len=args.max_model_len,
-        save_seconds=args.save_seconds, wanted=Wanted(args.max_tokens, temperatures, args.held_out, args.seed, args.learn),
-        recipe=Recipe(args.steps, args.batch, args.learning_rate, seed=args.seed),
+        save_seconds=args.save_seconds, answers=args.answers,
+        wanted=Wanted(args.max_tokens, temperatures, args.held_out, args.seed, args.learn),
+        recipe=Recipe(args.steps, args.batch, args.learning_rate, seed=args.seed, seconds=args.seconds),
     )  # fmt: skip
 
 

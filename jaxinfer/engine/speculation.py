@@ -207,7 +207,7 @@ def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metr
     if settings.speculate == "off":
         return None
     found = proposers(settings.speculate, model=program.draft is not None, head=program.draft is not None and bool(program.draft.tapped))
-    return Speculator(found, settings.draft_tokens, program.vocab, program.pool.replicas, costs, metrics)
+    return Speculator(found, settings.drafts, program.vocab, program.pool.replicas, costs, metrics)
 
 
 def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:

@@ -89,7 +89,7 @@ def bucket_list(config: EngineConfig, platform: str) -> tuple[Bucket, ...]:
     if config.execution.deterministic == "on":
         return fixed(*widths(config, platform))
     speculation, (sequences, tokens) = config.speculation, widths(config, platform)
-    wide = () if speculation.speculate == "off" else verifying(sequences, speculation.draft_tokens)
+    wide = () if speculation.speculate == "off" else verifying(sequences, speculation.drafts)
     return tuple(sorted((*buckets(sequences, tokens), *wide)))
 
 

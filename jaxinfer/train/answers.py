@@ -2,13 +2,14 @@
 
 A line with a completion is learned as it stands; every other prompt is answered by the target at each temperature, with a seed of its own,
 through the engine as any request. Lines that are held out are always answered by the target, since only its own tokens are what drafts
-are compared with. Texts go to a file, so that a run that goes on learns from the same ones. This file does not know students.
+are compared with. Texts go to a file, so that a run that goes on, or another student, learns from the same ones. This file does not know
+students.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfer.api import LLM
-from jaxinfer.checkpoint.errors import broken
+from jaxinfer.checkpoint.errors import CheckpointError, broken
 from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig
 from jaxinfer.prompts import Document
@@ -47,10 +48,11 @@ class Wanted:
 
 
 class Texts(NamedTuple):
-    """What is learned, and what is measured."""
+    """What is learned, and what is measured. cut: tokens of completions that did not fit."""
 
     train: tuple[Text, ...]
     held_out: tuple[Text, ...]
+    cut: int = 0
 
 
 def split(documents: Sequence[Document], wanted: Wanted) -> tuple[list[Document], list[Document]]:
@@ -68,30 +70,46 @@ def split(documents: Sequence[Document], wanted: Wanted) -> tuple[list[Document]
     return kept, [documents[number] for number in sorted(held)]
 
 
-def make(config: EngineConfig, documents: Sequence[Document], wanted: Wanted, progress: Progress) -> Texts:
-    """All texts; the target is opened and closed.
+class Asked(NamedTuple):
+    """Lines to learn from, and those to measure on."""
+
+    learned: Sequence[Document]
+    held_out: Sequence[Document]
+
+
+def make(config: EngineConfig, asked: Asked, wanted: Wanted, progress: Progress) -> Texts:
+    """All texts; the target is opened and closed. What is held out is answered once at each different temperature.
 
     Raises:
         ConfigError, CheckpointError: the target cannot be opened. RuntimeError: an answer ended with an error.
     """
-    kept, held = split(documents, wanted)
-    given = [Text((*it.prompt, *it.completion), len(it.prompt)) for it in kept if it.completion]
-    asked = [it for it in kept if not it.completion]
+    given = [Text((*it.prompt, *it.completion), len(it.prompt)) for it in asked.learned if it.completion]
+    open_ended = [it for it in asked.learned if not it.completion]
+    requests = requests_of("learn", open_ended, wanted, wanted.temperatures)
+    count = len(requests)
+    requests += requests_of("held", asked.held_out, wanted, tuple(dict.fromkeys(wanted.temperatures)))
     with LLM.build(config, progress=progress) as llm:
-        answered = answers(llm, [*asked, *held], wanted, progress)
-    count = len(asked) * len(wanted.temperatures)
-    learned = [it if wanted.learn == "completion" else it._replace(first=1) for it in (*given, *answered[:count])]
-    return Texts(tuple(learned), tuple(answered[count:]))
+        answered = answers(llm, requests, progress)
+    return Texts((*given, *answered[:count]), tuple(answered[count:]), sum(it.cut for it in asked.learned))
 
 
-def answers(llm: Any, documents: Sequence[Document], wanted: Wanted, progress: Progress) -> list[Text]:
-    """Each prompt's answers, one for each temperature, with the token that ended it."""
-    requests, temperatures = [], wanted.temperatures
+def requests_of(name: str, documents: Sequence[Document], wanted: Wanted, temperatures: Sequence[float]) -> list[Request]:
+    """One for each prompt and temperature, each with a seed of its own."""
+    requests = []
     for document in documents:
         for number, temperature in enumerate(temperatures):
             seed = (wanted.seed * 1_000_003 + document.line) * 64 + number
             params = SamplingParams.of(temperature=temperature, max_tokens=min(wanted.max_tokens, document.room), seed=seed % 2**63)
-            requests.append(Request(f"distill-{document.line}-{number}", document.prompt, params))
+            requests.append(Request(f"{name}-{document.line}-{number}", document.prompt, params))
+    return requests
+
+
+def answers(llm: Any, requests: Sequence[Request], progress: Progress) -> list[Text]:
+    """What the target says to each, with the token that ended it.
+
+    Raises:
+        RuntimeError: an answer ended with an error.
+    """
     found = []
     for request, made in zip(requests, llm.complete(requests), strict=True):
         if made.finish_reason is FinishReason.ERROR:
@@ -102,22 +120,26 @@ def answers(llm: Any, documents: Sequence[Document], wanted: Wanted, progress: P
     return found
 
 
-def write(path: Path, texts: Texts) -> None:
-    """Keep texts in a file, which is there whole or not at all."""
+def write(path: Path, texts: Texts, about: Mapping[str, Any]) -> None:
+    """Keep texts in a file, which is there whole or not at all. about: what they depend on."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({name: [list(text) for text in some] for name, some in texts._asdict().items()}), encoding="utf-8")
+    values = {"about": about, "train": texts.train, "held_out": texts.held_out, "cut": texts.cut}
+    partial.write_text(json.dumps(values, separators=(",", ":")), encoding="utf-8")
     Path(partial).replace(path)
 
 
-def read(path: Path) -> Texts:
+def read(path: Path, about: Mapping[str, Any]) -> Texts:
     """The texts of a file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or its texts are not those of this target, these lines and these settings.
     """
     try:
         found = read_json(path)
-        parts = [[Text(tuple(tokens), *rest) for tokens, *rest in found[name]] for name in Texts._fields]
-        return Texts(*map(tuple, parts))
-    except (KeyError, TypeError, ValueError) as error:
+        known, wanted = found["about"], json.loads(json.dumps(about))
+        if differs := sorted(name for name in known.keys() | wanted.keys() if known.get(name) != wanted.get(name)):
+            raise CheckpointError(f"{path}: these texts were made with another {', '.join(differs)}; name another file, or remove it")
+        train, held_out = (tuple(Text(tuple(tokens), *rest) for tokens, *rest in found[name]) for name in ("train", "held_out"))
+        return Texts(train, held_out, int(found["cut"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise broken(path, "texts as `distill` keeps them", str(error), remedy="remove the folder and begin anew") from None

@@ -1,7 +1,9 @@
 """KL(target || student) at every place that counts, in nats, a block of places at a time.
 
 Both models' logits are made from hidden states inside a loop, compared and forgotten; the gradient makes them again (`jax.checkpoint`). So
-of distributions over the vocabulary only BLOCK places per replica exist at once, whatever the batch. A student that knows a part of the
+of distributions over the vocabulary only a block of places per replica exists at once, whatever the batch. Places that count come first,
+and blocks without any are passed over: where answers alone are learned, most places need no logits. Both distributions are taken at the
+temperature of the text, as draws are. A student that knows a part of the
 vocabulary is compared over that part, the target's distribution renormalised to it (as in EAGLE-3: Li et al. 2025, arXiv 2503.01840).
 """
 
@@ -17,8 +19,17 @@ from jaxtyping import Array, Bool, Float
 from jaxinfer.train.student import Lesson, Student, Weights
 from jaxinfer.train.teacher import Seen, Teacher
 
-BLOCK = 128
+BLOCK = 128  # places, at least
+LOGITS = 1 << 25  # of a block on an accelerator, where few large products are faster than many small ones
+MILD = 1e-3  # the least temperature: what fills the last block up has none
 DECAY = 0.8  # what a token further ahead weighs, for students with depth
+
+
+class Counted(NamedTuple):
+    """learned: places whose next token counts. temperature: at which it is compared."""
+
+    learned: Bool[Array, " tokens"]
+    temperature: Float[Array, " tokens"]
 
 
 class Divergence(NamedTuple):
@@ -29,14 +40,15 @@ class Divergence(NamedTuple):
 
 
 def divergence(
-    teacher: Teacher, student: Student, weights: Weights, lesson: Lesson, seen: Seen, learned: Bool[Array, " tokens"]
+    teacher: Teacher, student: Student, weights: Weights, lesson: Lesson, seen: Seen, counted: Counted
 ) -> Divergence:  # fmt: skip
-    """How far the student is from the target; differentiable in its weights. learned: places whose next token counts."""
+    """How far the student is from the target; differentiable in its weights."""
     positions, found = lesson.context.positions, []
     for ahead, hidden in enumerate(student.hidden(weights, lesson)):
         same = (positions >= 0) & (jnp.roll(positions, -ahead) == positions + ahead)
-        counts = same & jnp.roll(learned, -ahead)
-        found.append(_mean(teacher, student, weights, lesson, (jnp.roll(seen.hidden, -ahead, axis=0), hidden), counts))
+        counts = same & jnp.roll(counted.learned, -ahead)
+        compared = Compared(jnp.roll(seen.hidden, -ahead, axis=0), hidden, counts, jnp.roll(counted.temperature, -ahead))
+        found.append(_mean(teacher, student, weights, lesson, compared))
     means = jnp.stack(found)
     factors = jnp.asarray(DECAY ** np.arange(len(found)) / np.sum(DECAY ** np.arange(len(found))), jnp.float32)
     return Divergence(jnp.sum(means * factors), means)
@@ -64,20 +76,39 @@ def unblocked(values: Array, replicas: int, tokens: int) -> Array:
     return own.reshape(replicas, -1, *rest)[:, : tokens // replicas].reshape(tokens, *rest)
 
 
-def _mean(
-    teacher: Teacher, student: Student, weights: Weights, lesson: Lesson, hidden: tuple[Array, Array], counts: Bool[Array, " tokens"]
-) -> Float[Array, ""]:  # fmt: skip
+class Compared(NamedTuple):
+    """The target's hidden states and the student's, which places count, and at what temperature."""
+
+    theirs: Float[Array, "tokens embed"]
+    ours: Float[Array, "tokens width"]
+    counts: Bool[Array, " tokens"]
+    temperature: Float[Array, " tokens"]
+
+
+def _mean(teacher: Teacher, student: Student, weights: Weights, lesson: Lesson, compared: Compared) -> Float[Array, ""]:
     known = None if student.vocabulary is None else jnp.asarray(student.vocabulary)
+    mesh, vocab = teacher.placement.mesh, teacher.graph.config.vocab_size
+
+    def summed(part: Compared) -> Float[Array, ""]:
+        target = jax.lax.stop_gradient(teacher.head(lesson.leaves, part.theirs))
+        logits, warmth = student.head(weights, part.ours, lesson.leaves), part.temperature[:, None]
+        target = target[:, : logits.shape[1]] if known is None else target[:, known]
+        each = part.temperature * kl(target / warmth, logits / warmth)  # slopes as large as at 1
+        return jnp.sum(jnp.where(part.counts, each, 0.0))
 
     @jax.checkpoint
-    def total(sum_: Float[Array, ""], part: tuple[Array, Array, Array]) -> tuple[Float[Array, ""], None]:
-        theirs, ours, counted = part
-        target = jax.lax.stop_gradient(teacher.head(lesson.leaves, theirs))
-        logits = student.head(weights, ours, lesson.leaves)
-        each = kl(target[:, : logits.shape[1]] if known is None else target[:, known], logits)
-        return sum_ + jnp.sum(jnp.where(counted, each, 0.0)), None
+    def total(sum_: Float[Array, ""], part: Compared) -> tuple[Float[Array, ""], None]:
+        return sum_ + jax.lax.cond(jnp.any(part.counts), summed, lambda _: jnp.zeros((), jnp.float32), part), None
 
-    replicas = teacher.placement.mesh.shape["data"]
-    parts = tuple(blocks(values, replicas) for values in (*hidden, counts))
-    summed, _ = jax.lax.scan(total, jnp.zeros((), jnp.float32), parts)
-    return summed / jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
+    replicas = mesh.shape["data"]
+    order = jnp.argsort(~compared.counts.reshape(replicas, -1), axis=1, stable=True)
+
+    def ordered(values: Array) -> Array:
+        own = values.reshape(replicas, -1, *values.shape[1:])
+        return jax.vmap(lambda rows, places: rows[places])(own, order).reshape(values.shape)
+
+    size = BLOCK if mesh.devices.flat[0].platform == "cpu" else max(BLOCK, LOGITS // vocab)
+    whole = Compared(*(blocks(ordered(values), replicas, size) for values in compared))
+    filled = whole._replace(temperature=jnp.maximum(whole.temperature, MILD))
+    sum_, _ = jax.lax.scan(total, jnp.zeros((), jnp.float32), filled)
+    return sum_ / jnp.maximum(jnp.sum(compared.counts), 1).astype(jnp.float32)

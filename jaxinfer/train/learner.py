@@ -21,15 +21,18 @@ from jaxtyping import Array, Float, Int
 from jaxinfer.config import ConfigError
 from jaxinfer.models.layers import Sequences, StepContext
 from jaxinfer.sharding import named
-from jaxinfer.train.divergence import divergence
+from jaxinfer.train.divergence import Counted, divergence
 from jaxinfer.train.rows import Rows
 from jaxinfer.train.student import Leaves, Lesson, Student, Weights
 from jaxinfer.train.teacher import Teacher
 
+LEARNED = ("tokens", "positions", "learned", "temperature")  # what a step reads of rows
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run does. rows: of a batch. warmup: share of the steps. The rate rises linearly, then falls to zero along a cosine.
+    """What a run does. rows: of a batch. warmup: share of the steps. The rate rises linearly, then falls to zero along a cosine. seconds:
+    of learning, at most; the rate then follows the clock, and the same run twice gives other weights.
 
     Raises:
         ConfigError: a number that makes no sense.
@@ -41,6 +44,7 @@ class Recipe:
     warmup: float = 0.05
     weight_decay: float = 0.01
     seed: int = 0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (("steps", self.steps), ("batch", self.rows)):
@@ -48,12 +52,14 @@ class Recipe:
                 raise ConfigError(f"--{flag} {value} is below 1")
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate {self.learning_rate:g} is not in (0, 1); 0.001 is a good one to begin with")
+        if self.seconds is not None and self.seconds <= 0:
+            raise ConfigError(f"--seconds {self.seconds:g} is no time to learn in")
         if self.seed < 0:
             raise ConfigError(f"--seed {self.seed} is below 0")
 
-    def rate(self, step: Int[Array, ""]) -> Float[Array, ""]:
-        """The learning rate of a step."""
-        done, warm = (step.astype(jnp.float32) + 1.0) / self.steps, max(self.warmup, 1 / self.steps)
+    def rate(self, done: Float[Array, ""]) -> Float[Array, ""]:
+        """The learning rate of the step that ends when so much of the run is done."""
+        warm = max(self.warmup, 1 / self.steps)
         falling = 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip((done - warm) / max(1 - warm, 1e-6), 0.0, 1.0)))
         return self.learning_rate * jnp.minimum(done / warm, 1.0) * falling
 
@@ -84,20 +90,21 @@ class Learner:
         losses, step = jnp.zeros(self.recipe.steps, jnp.float32), jnp.zeros((), jnp.int32)
         return State(weights, moments, jax.device_put(losses, whole), jax.device_put(step, whole))
 
-    def step(self, leaves: Leaves, state: State, rows: Mapping[str, Array]) -> State:
-        """One update; rows as `put` gives them. Donates the state when compiled."""
+    def step(self, leaves: Leaves, state: State, rows: Mapping[str, Array], done: Float[Array, ""]) -> State:
+        """One update; rows as `put` gives them. done: share of the run that it completes. Donates the state when compiled."""
 
         def loss(weights: Weights) -> Float[Array, ""]:
             context = self.context(rows["positions"])
             seen = self.teacher.look(leaves, rows["tokens"], context, self.student.tapped)
             own = self.context(rows["positions"], student=True)
             lesson = Lesson(rows["tokens"], own, seen.features, leaves)
-            return divergence(self.teacher, self.student, weights, lesson, seen, rows["learned"]).loss
+            counted = Counted(rows["learned"], rows["temperature"])
+            return divergence(self.teacher, self.student, weights, lesson, seen, counted).loss
 
         value, gradients = jax.value_and_grad(loss)(state.weights)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, moments = self._optimizer.update(gradients, state.moments, state.weights)
-            rate = self.recipe.rate(state.step)
+            rate = self.recipe.rate(done)
             weights = jax.tree.map(lambda weight, update: weight - rate * update, state.weights, updates)
         return State(weights, moments, state.losses.at[state.step].set(value), state.step + 1)
 
@@ -106,15 +113,15 @@ class Learner:
         shape, sharding = (self.recipe.rows * self.length,), self._of_tokens
         described = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in (("tokens", np.int32), ("positions", np.int32), ("learned", np.bool_))
+            for name, dtype in zip(LEARNED, (np.int32, np.int32, np.bool_, np.float32), strict=True)
         }
         out = jax.tree.map(lambda array: array.sharding, state)
-        return jax.jit(self.step, donate_argnums=1, out_shardings=out).lower(leaves, state, described).compile()
+        done = jax.ShapeDtypeStruct((), np.float32)
+        return jax.jit(self.step, donate_argnums=1, out_shardings=out).lower(leaves, state, described, done).compile()
 
     def put(self, rows: Rows) -> dict[str, Array]:
         """A batch on the devices, its rows dealt out over `data`."""
-        flat = {"tokens": rows.tokens, "positions": rows.positions, "learned": rows.learned}
-        return {name: jax.device_put(values.reshape(-1), self._of_tokens) for name, values in flat.items()}
+        return {name: jax.device_put(getattr(rows, name).reshape(-1), self._of_tokens) for name in LEARNED}
 
     @property
     def _of_tokens(self) -> NamedSharding:

@@ -155,3 +155,8 @@ def test_a_log_level_is_one_of_those_that_exist(monkeypatch):
     monkeypatch.setenv("JAXINFER_LOG", "loud")
     with pytest.raises(config.ConfigError, match="JAXINFER_LOG=LOUD is not one of DEBUG"):
         config.log_level()
+
+
+def test_how_many_drafts_follows_from_who_makes_them():
+    assert [SpeculationConfig(way).drafts for way in ("lookup", "draft", "eagle", "auto")] == [7, 4, 4, 4]
+    assert SpeculationConfig("lookup", draft_tokens=2).drafts == 2

@@ -16,9 +16,8 @@ from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
 
 NONE = -1
-SHORTEST = 2  # tokens of a match that says something
 AT_ONCE = 512  # tokens of prompts that are read between two calls of `rest`: a long prompt must not hold up the others
-KINDS = ((2, "lookup 2"), (4, "lookup 3-4"), (8, "lookup 5-8"))
+KINDS = ((1, "lookup 1"), (2, "lookup 2"), (4, "lookup 3-4"), (8, "lookup 5-8"))  # a match of so many tokens at most
 
 
 class Match(NamedTuple):
@@ -139,7 +138,7 @@ class LookupProposer:
             text.extend(tokens[len(text) : len(text) + reading])
             self._left -= reading
         length = text.match.length
-        if length < SHORTEST or len(text) < len(tokens):
+        if not length or len(text) < len(tokens):
             return None
         kind = next((name for most, name in KINDS if length <= most), "lookup 9-")
         return Proposal(tuple(text.propose(count)), kind)

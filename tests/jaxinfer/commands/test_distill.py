@@ -32,11 +32,14 @@ def test_flags_become_settings(data, tmp_path, monkeypatch, capsys):
     assert run(*needed) == 0
     shown = capsys.readouterr().out
     assert "temperature 0.7, after" in shown and "61.0%" in shown and "1,234" in shown and f"--draft-model {tmp_path / 'out'}" in shown
-    more = ("--steps", 9, "--batch", 4, "--temperatures", "0.5", "--mesh", "data=2", "--learn", "all", "--seed", 3, "--json")
+    learning = ("--held-out-data", data, "--answers", tmp_path / "answers.json", "--seconds", 5)
+    more = (*learning, "--steps", 9, "--batch", 4, "--temperatures", "0.5", "--mesh", "data=2", "--learn", "all", "--seed", 3, "--json")
     assert run(*needed, *more) == 0
     assert json.loads(capsys.readouterr().out) == FIGURES
-    (plain, lines), (chosen, _) = seen
-    assert plain.state == tmp_path / "out.state" and plain.wanted.temperatures == (0.0, 0.7) and len(lines.lines) == 2
+    (plain, given), (chosen, measured) = seen
+    assert plain.state == tmp_path / "out.state" and plain.wanted.temperatures == (0.0, 0.7) and len(given.lines.lines) == 2
+    assert given.held_out is None and measured.held_out.flag == "--held-out-data" and plain.answers is None
+    assert (chosen.answers, chosen.recipe.seconds, plain.recipe.seconds) == (tmp_path / "answers.json", 5.0, None)
     assert (chosen.recipe.steps, chosen.recipe.rows, chosen.recipe.seed, chosen.wanted.seed) == (9, 4, 3, 3)
     assert (chosen.wanted.temperatures, chosen.wanted.learn, chosen.mesh) == ((0.5,), "all", MeshShape(data=2))
 

@@ -50,8 +50,8 @@ class School:
 
     def run(self, state, steps):
         """Some steps on the same rows, from a state of its own."""
-        for _ in range(steps):
-            state = self.step(self.leaves, state, self.learner.put(self.rows))
+        for step in range(steps):
+            state = self.step(self.leaves, state, self.learner.put(self.rows), np.float32((step + 1) / self.learner.recipe.steps))
         return state
 
     @cached_property

@@ -28,7 +28,8 @@ class Open:
 def test_the_model_as_its_own_draft_has_nearly_all_drafts_stand(plain, target, small):
     """Its texts come from the engine, its draws from whole texts: seeds and positions mean the same in both."""
     documents = [Document(line, "", None, (5 * line, 7, line), (), 61) for line in range(1, 5)]
-    texts = answers.answers(Open(plain), documents, Wanted(max_tokens=16, temperatures=(0.0, 0.9)), lambda *_: None)
+    requests = answers.requests_of("learn", documents, Wanted(max_tokens=16), (0.0, 0.9))
+    texts = answers.answers(Open(plain), requests, lambda *_: None)
     own = enrol(target, target)
     greedy, warm = Examiner(own.learner).measure(own.leaves, own.learner.student.begin(), texts)
     assert (greedy.temperature, warm.temperature) == (0.0, 0.9) and min(greedy.agreement, warm.agreement) > 0.97

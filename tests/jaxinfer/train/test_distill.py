@@ -13,7 +13,7 @@ from jaxinfer.config import ConfigError, MeshShape
 from jaxinfer.train import answers, distill
 from jaxinfer.train.acceptance import Acceptance, Examiner
 from jaxinfer.train.answers import Texts, Wanted
-from jaxinfer.train.distill import Settings
+from jaxinfer.train.distill import Clock, Data, Settings
 from jaxinfer.train.learner import Learner, Recipe
 from tests.jaxinfer.train.conftest import make_texts
 
@@ -28,7 +28,7 @@ class Killed(BaseException):
 def lines(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "abc" * n}) for n in range(1, 5)))
-    return prompts.read(path)
+    return Data(prompts.read(path))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def asked(monkeypatch):
     """The target's answers are there already."""
     found = []
 
-    def make(config, documents, wanted, progress):
+    def make(config, asked, wanted, progress):
         found.append(config)
         held = tuple(text._replace(temperature=0.0) for text in make_texts(2, seed=9))
         return Texts(tuple(make_texts(6)), held)
@@ -105,4 +105,31 @@ def test_one_line_is_not_enough(target, small, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"prompt": "a"}')
     settings = replace(settings_of(target, small, tmp_path / "out"), wanted=Wanted())
     with pytest.raises(ConfigError, match="at least two are needed"):
-        distill.distill(settings, prompts.read(tmp_path / "one.jsonl"), stamp, lambda *_: None)
+        distill.distill(settings, Data(prompts.read(tmp_path / "one.jsonl")), stamp, lambda *_: None)
+
+
+def test_the_share_that_is_done_is_that_of_steps_or_of_time(monkeypatch):
+    now = [5.0]
+    monkeypatch.setattr(distill.time, "monotonic", lambda: now[0])
+    assert Clock(Recipe(steps=8), 3.0).started().done(2) == 0.25
+    clock = Clock(Recipe(steps=8, seconds=10.0), 3.0).started()
+    now[0] += 4
+    assert (clock.done(1), clock.done(6), clock.spent) == (0.7, 0.75, 7.0)
+    now[0] += 4
+    assert clock.done(1) > 1
+
+
+def test_the_answers_of_another_draft_are_taken(target, small, lines, asked, tmp_path, monkeypatch, school):
+    step = school.step
+    monkeypatch.setattr(Learner, "compiled", lambda self, leaves, state: step)
+    monkeypatch.setattr(Examiner, "measure", lambda self, leaves, weights, texts: [measured(weights)])
+    held = lines._replace(held_out=lines.lines)
+    settings = replace(settings_of(target, small, tmp_path / "one"), answers=tmp_path / "answers.json")
+    data = []
+    for learn in ("completion", "all"):
+        named = replace(settings, out=tmp_path / learn, state=tmp_path / "state", save_seconds=60.0, wanted=Wanted(learn=learn))
+        data.append(distill.distill(named, held, stamp, lambda *_: None)["data"])
+    assert data[0]["measured_on"] == "lines.jsonl" and data[1]["learned_tokens"] == data[0]["learned_tokens"] + 2 * 6
+    assert len(asked) == 1 and settings.answers.is_file()
+    with pytest.raises(CheckpointError, match="made with another data;"):
+        distill.distill(replace(settings, out=tmp_path / "third"), lines, stamp, lambda *_: None)

@@ -13,6 +13,7 @@ from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, Sequences, StepContext
 from jaxinfer.sharding import make_mesh
 from jaxinfer.train import divergence
+from jaxinfer.train.divergence import Counted
 from jaxinfer.train.student import Lesson
 from jaxinfer.train.teacher import Seen, Teacher
 
@@ -25,7 +26,7 @@ def softmax(x):
     return shares / shares.sum(-1, keepdims=True)
 
 
-def kl(p, q):
+def kl(p, q):  # of probabilities
     return np.sum(p * (np.log(p) - np.log(q)), axis=-1)
 
 
@@ -81,6 +82,7 @@ def test_each_token_ahead_is_compared_with_what_the_target_made_of_it(monkeypatc
     monkeypatch.setattr(divergence, "BLOCK", 4)
     positions = np.array([0, 1, 2, 3, 0, 1, 2, -1], np.int32)
     learned = np.array([False, True, True, False, True, True, False, False])
+    warmth = np.array([1, 1, 0.5, 1, 0.7, 0.7, 0.7, 1], np.float32)
     hidden, theirs = (RANDOM.normal(size=(8, EMBED)).astype(np.float32) for _ in range(2))
     matrix, student = RANDOM.normal(size=(EMBED, VOCAB)).astype(np.float32), Stub(2, vocabulary)
     placement = Placement(make_mesh({}))
@@ -91,11 +93,14 @@ def test_each_token_ahead_is_compared_with_what_the_target_made_of_it(monkeypatc
     seen = Seen(jnp.asarray(theirs), jnp.zeros((8, 0)))
 
     def measure(weights):
-        return divergence.divergence(teacher, student, weights, lesson, seen, jnp.asarray(learned))
+        return divergence.divergence(teacher, student, weights, lesson, seen, Counted(jnp.asarray(learned), jnp.asarray(warmth)))
 
-    target = theirs @ matrix if vocabulary is None else (theirs @ matrix)[:, vocabulary]
-    first = [kl(softmax(target[at]), softmax(hidden[at] @ student.matrix)) for at in (1, 2, 4, 5)]
-    second = [kl(softmax(target[at + 1]), softmax(2 * hidden[at] @ student.matrix)) for at in (0, 1, 4)]
+    def apart(there, at, scale):
+        target, own = theirs[there] @ matrix, scale * hidden[at] @ student.matrix
+        known = target if vocabulary is None else target[vocabulary]
+        return warmth[there] * kl(softmax(known / warmth[there]), softmax(own / warmth[there]))
+
+    first, second = [apart(at, at, 1) for at in (1, 2, 4, 5)], [apart(at + 1, at, 2) for at in (0, 1, 4)]
     found = measure(weights)
     assert np.allclose(found.ahead, [np.mean(first), np.mean(second)], atol=1e-5)
     assert np.allclose(found.loss, (found.ahead[0] + 0.8 * found.ahead[1]) / 1.8)

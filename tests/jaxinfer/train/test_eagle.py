@@ -72,6 +72,6 @@ def test_the_loss_falls(target, drafts):
     leaves, state = learner.teacher.load(), learner.start()
     step, rows = learner.compiled(leaves, state), pack(texts, LENGTH, 2)
     for _ in range(20):
-        state = step(leaves, state, learner.put(rows))
+        state = step(leaves, state, learner.put(rows), np.float32(0.5))
     losses = np.asarray(state.losses)
     assert np.isfinite(losses).all() and losses[-1] < 0.7 * losses[0]

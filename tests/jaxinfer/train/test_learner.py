@@ -33,14 +33,15 @@ def test_a_mesh_changes_rounding_alone(school, target, small):
 
 
 def test_the_rate_rises_and_falls():
-    rates = [float(Recipe(steps=100, learning_rate=0.5, warmup=0.1).rate(jnp.int32(step))) for step in range(100)]
+    rates = [float(Recipe(steps=100, learning_rate=0.5, warmup=0.1).rate(jnp.float32((step + 1) / 100))) for step in range(100)]
     assert rates[0] == pytest.approx(0.05) and max(rates) == pytest.approx(0.5, rel=0.01) and np.argmax(rates) == 9
     assert rates[-1] == pytest.approx(0, abs=1e-6) and sorted(rates[9:], reverse=True) == rates[9:]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
-    [({"steps": 0}, "--steps 0"), ({"rows": 0}, "--batch 0"), ({"learning_rate": 3.0}, "--learning-rate 3"), ({"seed": -1}, "--seed -1")],
+    [({"steps": 0}, "--steps 0"), ({"rows": 0}, "--batch 0"), ({"learning_rate": 3.0}, "--learning-rate 3"), ({"seed": -1}, "--seed -1"),
+     ({"seconds": 0.0}, "--seconds 0")],
 )
 def test_what_makes_no_sense(changes, said):
     with pytest.raises(ConfigError, match=said):

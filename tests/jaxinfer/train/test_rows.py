@@ -9,13 +9,18 @@ from jaxinfer.train.rows import Text, batch, length_for, pack
 
 @given(sizes=st.lists(st.integers(2, 20), min_size=1, max_size=30), multiple=st.integers(1, 4))
 def test_texts_are_whole_and_in_order(sizes, multiple):
-    texts = [Text(tuple(range(100 * number, 100 * number + size)), 1 + number % (size - 1)) for number, size in enumerate(sizes)]
+    warmth = (None, 0.0, 0.9)
+    texts = [
+        Text(tuple(range(100 * number, 100 * number + size)), 1 + number % (size - 1), warmth[number % 3])
+        for number, size in enumerate(sizes)
+    ]
     rows = pack(texts, 20, multiple)
     assert len(rows.tokens) % multiple == 0 and rows.tokens.shape[1] == 20
     for number, text in enumerate(texts):
         own = rows.owner == number
         assert tuple(rows.tokens[own]) == text.tokens and list(rows.positions[own]) == list(range(len(text.tokens)))
         assert list(rows.learned[own]) == [text.first - 1 <= at < len(text.tokens) - 1 for at in range(len(text.tokens))]
+        assert (rows.temperature[own] == text.compared_at).all()
     free = rows.owner < 0
     assert (rows.positions[free] == -1).all() and not rows.learned[free].any()
     assert ((rows.positions >= 0).cumprod(axis=1) == (rows.positions >= 0)).all(), "padding is at the end"

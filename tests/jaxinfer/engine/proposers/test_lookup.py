@@ -77,8 +77,12 @@ def test_a_proposer_follows_a_sequence():
     assert proposer.propose(sequence, 3) == ((3, 4, 9), "lookup 2")
     sequence.tokens.extend([3, 4])
     assert proposer.propose(sequence, 2) == ((9, 1), "lookup 3-4")
+    sequence.tokens.extend([1, 1])
+    assert proposer.propose(sequence, 2) == ((1, 1), "lookup 1")
+    sequence.tokens.extend([5])
+    assert proposer.propose(sequence, 2) is None
     proposer.forget(sequence.request.key)
-    assert proposer.propose(sequence, 1) is not None
+    assert proposer.propose(sequence, 1) is None
 
 
 def test_a_long_prompt_is_read_in_parts():
