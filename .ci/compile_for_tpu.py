@@ -144,7 +144,7 @@ def buffers_of(case: Any, inputs: Any, generation: Generation) -> int:
 
 
 def shipped(generation: str) -> Iterator[Any]:
-    """The tuning cases that block sizes of this generation ship for, in a row: they are found as anywhere, so it is the rows that compile."""
+    """The tuning cases that a row of block sizes ships for: sizes are looked up as anywhere, so it is the rows that are compiled."""
     kind = BY_NAME[generation].kind
     for cases in (attention_cases, flash_cases, matmul_cases, grouped_cases):
         op = case_op(cases.TUNING[0])

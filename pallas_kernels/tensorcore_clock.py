@@ -1,7 +1,7 @@
 """How long a kernel for TPUs would take: its own trace is walked, scalars computed and everything else only counted. A model, no timing.
 
-The walk follows the loops and branches that the kernel's scalars lead to, so copies, their bytes, what hides behind what, steps and tiles are
-those of the kernel that is compiled, and no second arithmetic can differ from it. What they cost is assumed, the same for all generations:
+The walk follows the loops and branches that the kernel's scalars lead to, so copies, their bytes, what hides behind what, steps and tiles
+are those of the kernel that is compiled: no second arithmetic can differ from it. What they cost is assumed, the same for all generations:
 
     a copy       bytes at the core's share of the bandwidth, one copy after the other, and LATENCY until it can be used
     a product    tiles of the matrix unit's side, filled or not; each takes as many rows as there are, or as loading it takes (its side)
@@ -12,17 +12,18 @@ Matrix unit, vector unit, loads and stores overlap between two points where the 
 spill, conflicts and XLA's work around the kernel are not in it. Rank candidates with it; do not quote its microseconds as performance.
 """
 
+import functools
 import math
 import operator
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.generations import UNITS, Generation
+from pallas_kernels.generations import Generation
 from pallas_kernels.tensorcore import LANES, Recorded
 
 LATENCY = 1e-6  # seconds until a copy that waits for nobody has arrived, its bytes apart
@@ -92,32 +93,25 @@ class Core:
         self._settle()
         return self.now
 
-    def _walk(self, jaxpr: Any, consts: list[Any], args: list[Any]) -> list[Any]:
+    def _walk(self, jaxpr: Any, consts: Sequence[Any], args: list[Any]) -> list[Any]:
         env: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-        for eqn in jaxpr.eqns:
-            values = [_scalar(var.val) if hasattr(var, "val") else env[var] for var in eqn.invars]
-            step = getattr(self, f"_{eqn.primitive.name}", None)
-            results = step(eqn, values) if step is not None else self._compute(eqn, values)
-            env.update(zip(eqn.outvars, results, strict=True))
-        return [_scalar(var.val) if hasattr(var, "val") else env[var] for var in jaxpr.outvars]
+        for step in _steps(jaxpr):
+            results = getattr(self, step.method)(step, [env[var] if var is not None else value for var, value in step.reads])
+            env.update(zip(step.eqn.outvars, results, strict=True))
+        return [env[var] if var is not None else value for var, value in _reads(jaxpr.outvars)]
 
-    def _compute(self, eqn: Any, values: list[Any]) -> list[Any]:
-        """An operation on scalars or vectors."""
-        name = eqn.primitive.name
-        if any(hasattr(getattr(each, "jaxpr", each), "eqns") for each in eqn.params.values()):
-            raise ValueError(f"the clock does not know what {name!r} does with a program inside a kernel")
-        shapes = [var.aval for var in (*eqn.invars, *eqn.outvars)]
-        if all(not aval.shape for aval in shapes):
-            self.now += 1 / self.generation.clock
-            if None in values:
-                return [None] * len(eqn.outvars)
-            if name not in SCALARS:
-                raise ValueError(f"the clock does not know the operation {name!r} on scalars")
-            return [SCALARS[name](*values)]
-        if name not in FREE:
-            size = max(math.prod(aval.shape) for aval in shapes)
-            self.busy["vector"] += size * TRANSCENDENTAL.get(name, 1) / (VECTOR * ALUS * self.generation.clock)
-        return [None] * len(eqn.outvars)
+    def _on_scalars(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        self.now += 1 / self.generation.clock
+        if None in values:
+            return [None] * len(step.eqn.outvars)
+        name = step.eqn.primitive.name
+        if name not in SCALARS:
+            raise ValueError(f"the clock does not know the operation {name!r} on scalars")
+        return [SCALARS[name](*values)]
+
+    def _on_vectors(self, step: "Eqn", _: list[Any]) -> list[Any]:
+        self.busy["vector"] += step.size / (VECTOR * ALUS * self.generation.clock)
+        return [None] * len(step.eqn.outvars)
 
     def _settle(self, *, step: bool = False) -> None:
         """What was begun is done: the units worked side by side."""
@@ -125,38 +119,27 @@ class Core:
         self.now += max(self.busy.values()) + cycles / self.generation.clock
         self.busy = dict.fromkeys(self.busy, 0.0)
 
-    def _program_id(self, eqn: Any, _: list[Any]) -> list[Any]:
+    def _program_id(self, _: "Eqn", __: list[Any]) -> list[Any]:
         return [self.number]
 
-    def _get(self, eqn: Any, values: list[Any]) -> list[Any]:
-        memory, place = _place(eqn.params["tree"], values, 1)
-        if memory.data is not None and not eqn.outvars[0].aval.shape:
-            self.now += 1 / self.generation.clock
-            return [_scalar(memory.data[place])]
-        self._move(eqn.outvars[0].aval)
-        return [None]
-
-    def _swap(self, eqn: Any, values: list[Any]) -> list[Any]:
-        memory, place = _place(eqn.params["tree"], values, 2)
-        if memory.data is None:
-            self._move(eqn.invars[1].aval)
+    def _get(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        if values[0].data is None:
+            self.busy["ports"] += step.size / (4 * VECTOR * self.generation.clock)
             return [None]
         self.now += 1 / self.generation.clock
-        old, memory.data[place] = _scalar(memory.data[place]), values[1]
+        return [_scalar(values[0].data[tuple(values[1:])])]
+
+    def _swap(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        if values[0].data is None:
+            self.busy["ports"] += step.size / (4 * VECTOR * self.generation.clock)
+            return [None]
+        self.now += 1 / self.generation.clock
+        old, values[0].data[tuple(values[2:])] = _scalar(values[0].data[tuple(values[2:])]), values[1]
         return [old]
 
-    def _addupdate(self, eqn: Any, values: list[Any]) -> list[Any]:
-        self._move(eqn.invars[1].aval)
-        self._move(eqn.invars[1].aval)
-        return []
-
-    def _move(self, aval: Any) -> None:
-        """A load or a store of 32-bit vectors."""
-        self.busy["ports"] += math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize / (4 * VECTOR * self.generation.clock)
-
-    def _dot_general(self, eqn: Any, _: list[Any]) -> list[Any]:
-        (left, right), chip = (var.aval for var in eqn.invars), self.generation
-        (inner, inner_right), (batch, batch_right) = eqn.params["dimension_numbers"]
+    def _dot_general(self, step: "Eqn", _: list[Any]) -> list[Any]:
+        (left, right), chip, params = (var.aval for var in step.eqn.invars), self.generation, step.eqn.params
+        (inner, inner_right), (batch, batch_right) = params["dimension_numbers"]
         rows = math.prod(left.shape) // math.prod(left.shape[axis] for axis in (*inner, *batch))
         columns = math.prod(right.shape) // math.prod(right.shape[axis] for axis in (*inner_right, *batch_right))
         depth, times = math.prod(left.shape[axis] for axis in inner), math.prod(left.shape[axis] for axis in batch)
@@ -165,30 +148,26 @@ class Core:
         self.busy["matrix"] += tiles * max(rows, chip.side) * 2 * chip.side**2 / rate
         return [None]
 
-    def _dma_start(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _dma_start(self, step: "Eqn", values: list[Any]) -> list[Any]:
         self._settle()
-        source, _, semaphore, *_ = jax.tree.unflatten(eqn.params["tree"], values)
-        memory, shape = _part(source)
-        size = math.prod(shape) * jnp.dtype(memory.dtype).itemsize
-        self.bus = max(self.bus, self.now) + size * self.cores / self.generation.bandwidth
-        self.copies[_name(semaphore)].append(self.bus + LATENCY)
+        self.bus = max(self.bus, self.now) + step.size * self.cores / self.generation.bandwidth
+        self.copies[step.semaphore(values)].append(self.bus + LATENCY)
         return []
 
-    def _dma_wait(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _dma_wait(self, step: "Eqn", values: list[Any]) -> list[Any]:
         self._settle()
-        _, _, semaphore, *_ = jax.tree.unflatten(eqn.params["tree"], values)
-        self.now = max(self.now, self.copies[_name(semaphore)].popleft())
+        self.now = max(self.now, self.copies[step.semaphore(values)].popleft())
         return []
 
-    def _cond(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _cond(self, step: "Eqn", values: list[Any]) -> list[Any]:
         index, *args = values
         if index is None:
             raise ValueError("a branch of the kernel depends on what is no scalar")
-        chosen = eqn.params["branches"][min(max(int(index), 0), len(eqn.params["branches"]) - 1)]
+        chosen = step.eqn.params["branches"][min(max(int(index), 0), len(step.eqn.params["branches"]) - 1)]
         return self._walk(chosen.jaxpr, chosen.consts, args)
 
-    def _while(self, eqn: Any, values: list[Any]) -> list[Any]:
-        (test, body), params = (eqn.params[f"{name}_jaxpr"] for name in ("cond", "body")), eqn.params
+    def _while(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        (test, body), params = (step.eqn.params[f"{name}_jaxpr"] for name in ("cond", "body")), step.eqn.params
         first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         carry = values[second:]
         while True:
@@ -200,42 +179,86 @@ class Core:
             carry = self._walk(body.jaxpr, body.consts, [*values[first:second], *carry])
             self._settle(step=True)
 
-    def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
-        body = eqn.params["jaxpr"]
-        if any(given.aval.shape != own.aval.shape for given, own in zip(eqn.invars, body.jaxpr.invars, strict=True)):
+    def _scan(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        body = step.eqn.params["jaxpr"]
+        if any(given.aval.shape != own.aval.shape for given, own in zip(step.eqn.invars, body.jaxpr.invars, strict=True)):
             raise ValueError("the clock does not know scans over arrays inside a kernel")
         count = len(values) - len(body.jaxpr.outvars)
         consts, carry = values[:count], values[count:]
-        for _ in range(eqn.params["length"]):
+        length, steady, now = step.eqn.params["length"], _steady(body.jaxpr), self.now
+        for _ in range(min(length, 2) if steady else length):
+            now = self.now
             carry = self._walk(body.jaxpr, body.consts, [*consts, *carry])
             self._settle(step=True)
-        return carry
+        if not steady or length <= 2:
+            return carry
+        self.now += (length - 2) * (self.now - now)
+        return [None] * len(carry)
 
-    def _jit(self, eqn: Any, values: list[Any]) -> list[Any]:
-        inside = eqn.params["jaxpr"]
+    def _jit(self, step: "Eqn", values: list[Any]) -> list[Any]:
+        inside = step.eqn.params["jaxpr"]
         return self._walk(inside.jaxpr, inside.consts, values)
+
+
+class Eqn(NamedTuple):
+    """A step of a trace: which method of a core takes it; what it reads (a variable, or None and a number); elements or bytes of it."""
+
+    eqn: Any
+    method: str
+    reads: list[tuple[Any, Any]]
+    size: float
+    places: tuple[int, ...] = ()
+
+    def semaphore(self, values: list[Any]) -> tuple[Any, ...]:
+        """Which one a copy is told to: the ref and the indices, where they stand among the values."""
+        return id(values[self.places[0]]), *(values[place] for place in self.places[1:])
+
+
+METHODS = {"get", "swap", "dot_general", "dma_start", "dma_wait", "cond", "while", "scan", "jit", "program_id"}
+
+
+@functools.cache
+def _steps(jaxpr: Any) -> list[Eqn]:
+    return [_step(eqn) for eqn in jaxpr.eqns]
+
+
+def _step(eqn: Any) -> Eqn:
+    name, reads, avals = eqn.primitive.name, _reads(eqn.invars), [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    if name in ("dma_start", "dma_wait"):
+        source, _, semaphore, *_ = jax.tree.unflatten(eqn.params["tree"], range(len(reads)))
+        aval = avals[getattr(source, "ref", source)]
+        shape = aval.shape
+        if hasattr(source, "ref"):
+            (indexer,) = source.transforms
+            shape = tuple(index.size for index in indexer.indices if hasattr(index, "stride"))
+        places = (semaphore.ref, *semaphore.transforms[0].indices) if hasattr(semaphore, "ref") else (semaphore,)
+        return Eqn(eqn, f"_{name}", reads, math.prod(shape) * jnp.dtype(aval.dtype).itemsize, places)
+    if name in ("get", "swap"):
+        aval = eqn.outvars[0].aval
+        return Eqn(eqn, f"_{name}", reads, math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize)
+    if name in METHODS:
+        return Eqn(eqn, f"_{name}", reads, 0)
+    if any(hasattr(getattr(each, "jaxpr", each), "eqns") for each in eqn.params.values()):
+        raise ValueError(f"the clock does not know what {name!r} does with a program inside a kernel")
+    if all(not aval.shape for aval in avals):
+        return Eqn(eqn, "_on_scalars", reads, 0)
+    size = 0 if name in FREE else max(math.prod(aval.shape) for aval in avals) * TRANSCENDENTAL.get(name, 1)
+    return Eqn(eqn, "_on_vectors", reads, size)
+
+
+def _reads(variables: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return [(None, _scalar(var.val)) if hasattr(var, "val") else (var, None) for var in variables]
+
+
+@functools.cache
+def _steady(jaxpr: Any) -> bool:
+    """Whether each step of a loop takes the same time, whatever its scalars are."""
+    inside = [each for eqn in jaxpr.eqns for each in eqn.params.values() if hasattr(getattr(each, "jaxpr", each), "eqns")]
+    names = {eqn.primitive.name for eqn in jaxpr.eqns}
+    scalars = any(eqn.primitive.name == "swap" and not eqn.outvars[0].aval.shape for eqn in jaxpr.eqns)
+    return not scalars and not names & {"dma_start", "dma_wait", "cond", "while"} and all(_steady(each.jaxpr) for each in inside)
 
 
 def _scalar(x: Any) -> Any:
     """A known number, or None for an array."""
     return None if np.ndim(x) else np.asarray(x).item()
-
-
-def _place(tree: Any, values: list[Any], first: int) -> tuple[Memory, tuple[Any, ...]]:
-    """The ref of a load or store, and the indices of an element where it is one."""
-    transforms = jax.tree.unflatten(tree, values[first:])
-    return values[0], tuple(transforms[0].indices) if transforms else ()
-
-
-def _part(ref: Any) -> tuple[Memory, tuple[int, ...]]:
-    """A ref, and the shape of the part of it that is meant."""
-    if isinstance(ref, Memory):
-        return ref, ref.shape
-    (indexer,) = ref.transforms
-    return ref.ref, tuple(index.size for index in indexer.indices if hasattr(index, "stride"))
-
-
-def _name(semaphore: Any) -> tuple[Any, ...]:
-    if isinstance(semaphore, Memory):
-        return (id(semaphore),)
-    return (id(semaphore.ref), *semaphore.transforms[0].indices)

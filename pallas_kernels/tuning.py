@@ -93,7 +93,7 @@ def user_folder() -> Path:
 
 
 def table_file(folder: Path, device: str, op: str) -> Path:
-    """The file of a folder that holds the rows of one device and op; a generation of TPU has one file, whichever way its kind is written."""
+    """The file of a folder that holds the rows of one device and op; a generation of TPU has one, whichever way its kind is written."""
     generation = generations.find(device)
     kind = device if generation is None else generation.kind
     return folder / "-".join(kind.lower().split()) / f"{op}.json"

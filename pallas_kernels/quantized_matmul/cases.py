@@ -55,8 +55,8 @@ class Case:
         blocks = (self.outputs // self.rows, self.features // (self.group or self.features))
         stored = self.features // (2 if self.weight == "int4" else 1)
         dtype = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}[self.weight]
-        shapes = {"x": ((self.tokens, self.features), self.dtype), "weight": ((self.outputs, stored), dtype), "scales": (blocks, jnp.float32)}
-        shapes |= {"zeros": (blocks, jnp.uint8)} if self.zeros == "given" else {}
+        shapes = {"x": ((self.tokens, self.features), self.dtype), "weight": ((self.outputs, stored), dtype)}
+        shapes |= {"scales": (blocks, jnp.float32)} | ({"zeros": (blocks, jnp.uint8)} if self.zeros == "given" else {})
         return {"zeros": None} | {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
 
     def _values(self, rng: np.random.Generator) -> np.ndarray:

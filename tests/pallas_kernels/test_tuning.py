@@ -30,7 +30,8 @@ def test_a_measured_row_wins(own_folder):
 
 
 def test_a_modelled_row_is_found_by_generation_and_a_measured_one_wins(own_folder):
-    row = dataclasses.replace(ROW, device="TPU v6 lite", implementation="tpu", source=tuning.MODELLED, microseconds=1.0, compiler="libtpu 0")
+    changes = {"device": "TPU v6 lite", "implementation": "tpu", "source": tuning.MODELLED, "microseconds": 1.0, "compiler": "libtpu 0"}
+    row = dataclasses.replace(ROW, **changes)
     tuning.write(tuning.table_file(own_folder, row.device, row.op), [row])
     for device in ("TPU v6 lite", "TPU v6e"):
         assert tuning.sizes("flash_attention", "tpu", dispatch.Target("tpu", device), KEY) == row.sizes
