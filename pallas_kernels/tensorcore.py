@@ -139,7 +139,7 @@ class Call(NamedTuple):
     aliases: dict[int, int]
     cost: pl.CostEstimate
     cores: int = 1
-    vmem: int = 64 << 20
+    vmem: int = 48 << 20  # of the smallest core's 64 MiB
 
 
 def buffer_bytes(call: Call) -> int:
