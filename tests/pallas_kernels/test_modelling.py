@@ -108,8 +108,9 @@ def test_sizes_that_ship_are_right_in_the_simulator(simulated, against_float64):
 
 
 def test_limits_of_vmem_hold_two_of_every_buffer():
-    inputs = modelling.described(DEMO, V5P)
-    with dispatch.assumed(dispatch.Target("tpu", V5P.kind)), tensorcore.recorded() as found:
+    inputs, target = modelling.described(DEMO, V5P), dispatch.Target("tpu", V5P.kind)
+    outputs = tuning.sizes("quantized_matmul", "tpu", target, DEMO.tuning_key())["outputs"]
+    with dispatch.assumed(target), tensorcore.recorded() as found:
         jax.eval_shape(lambda given: DEMO.run(given, "tpu"), inputs)
     (record,) = found
-    assert 2 * 1024 * 384 < tensorcore.buffer_bytes(record.call) <= record.call.vmem < V5P.vmem
+    assert 2 * outputs * 384 < tensorcore.buffer_bytes(record.call) <= record.call.vmem < V5P.vmem
