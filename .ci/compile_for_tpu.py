@@ -3,10 +3,11 @@
     pip install "jax[tpu]" jaxtyping
     python .ci/compile_for_tpu.py [--all] [--generation v5e]
 
-Each program must hold as many kernels of ours as the case has parts, hold the pool once (updated in place) and fit into VMEM, which the
-compiler checks. Without --all every generation compiles some programs of each op, so that every head size, page size, dtype and option
-occurs somewhere; with it every case meets every generation. What this does not show is that the numbers are right: the tests do that in
-jax's simulator. Nothing here was run on a chip.
+Each program must hold as many kernels of ours as the case has parts, hold the pool once (updated in place) and fit into VMEM with two of
+every buffer, within the kernel's limit (the compiler checks) and the limit within the generation's. The rows of block sizes that ship are
+all compiled for their generation. Without --all every generation compiles some programs of each op besides, so that every head size, page
+size, dtype and option occurs somewhere; with it every case meets every generation. What this does not show is that the numbers are right:
+the tests do that in jax's simulator. Nothing here was run on a chip.
 """
 
 import argparse
@@ -24,18 +25,18 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from pallas_kernels import dispatch, tensorcore
+from pallas_kernels import dispatch, modelling, tensorcore, tuning
 from pallas_kernels.flash_attention import cases as flash_cases
+from pallas_kernels.generations import BY_NAME, Generation
+from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul.cases import Case as GroupedCase
+from pallas_kernels.paged_attention import cases as attention_cases
 from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
+from pallas_kernels.quantized_matmul import cases as matmul_cases
 from pallas_kernels.quantized_matmul.cases import Case as MatmulCase
 
-SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, kv_heads=8, group=4, head_dim=128, dtype="bfloat16")
 FLASH = flash_cases.Case("flash", 2, 512, 512, kv_heads=2, group=4, head_dim=128, dtype="bfloat16")
 
@@ -109,54 +110,53 @@ def grouped() -> list[GroupedCase]:
     return [*found, GroupedCase("experts float32", 70, 64, 256, 160)]
 
 
-def described(case: Any) -> Any:
-    """What the case's inputs look like."""
-    if isinstance(case, GroupedCase):
-        return jax.eval_shape(lambda: {"x": jnp.zeros((case.rows, case.features), case.dtype), **grouped_weights(case)})
-    if not isinstance(case, MatmulCase):
-        with tensorcore.interpreted():
-            return case.make(0, "tpu")
-    blocks = (case.outputs // case.rows, case.features // (case.group or case.features))
-    stored = case.features // (2 if case.weight == "int4" else 1)
-    dtype = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}[case.weight]
-    found = {"x": ((case.tokens, case.features), case.dtype), "weight": ((case.outputs, stored), dtype), "scales": (blocks, jnp.float32)}
-    found |= {"zeros": (blocks, jnp.uint8)} if case.zeros == "given" else {}
-    return {"zeros": None} | {name: jax.ShapeDtypeStruct(*each) for name, each in found.items()}
-
-
-def grouped_weights(case: GroupedCase) -> dict[str, Any]:
-    """Weights, sizes and scales of a case, all zero."""
-    shape = (case.groups, case.outputs, case.features)
-    scales = None if case.weight == "float" else jnp.zeros(shape[:2])
-    return {"weight": jnp.zeros(shape, str(case.tuning_key()["weight"])), "sizes": jnp.zeros(case.groups, jnp.int32), "scales": scales}
-
-
 def kernels_of(case: Any) -> int:
     """How many kernels of ours the program has: decode rows; writing and prefill; one otherwise."""
     return (case.decode_rows > 0) + 2 * (case.prefill_rows > 0) if isinstance(case, Case) else 1
 
 
-def compile_case(case: Any, mesh: Mesh) -> str:
+def compile_case(case: Any, generation: Generation, mesh: Mesh) -> str:
     """Compile, check and tell. Raises SystemExit for a program that is not as it should be."""
-    alone = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=alone), described(case))
-    kv = given.pop("kv", None)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        step = jax.jit(lambda kv, rest: case.run(rest if kv is None else rest | {"kv": kv}, "tpu"), donate_argnums=0)
-        program = step.lower(kv, given).compile()
+    inputs = modelling.described(case, generation)
+    buffers = buffers_of(case, inputs, generation)
+    program = modelling.compiled(case, inputs, mesh)
     found, memory = program.as_text().count('custom_call_target="tpu_custom_call"'), program.memory_analysis()
     if found != kernels_of(case):
         raise SystemExit(f"{case.name}: {found} kernels of ours in the program, there should be {kernels_of(case)}")
-    pool = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kv))
+    pool = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(inputs.get("kv")))
     if memory.alias_size_in_bytes < pool:
         raise SystemExit(f"{case.name}: {memory.alias_size_in_bytes} bytes are updated in place, the pool has {pool}")
     if pool and memory.temp_size_in_bytes > pool // 2 + (16 << 20):
         raise SystemExit(f"{case.name}: {memory.temp_size_in_bytes} bytes of temporary memory: is the pool copied?")
-    return f"{found} kernels, {memory.temp_size_in_bytes / 2**20:.1f} MiB temporary"
+    return f"{found} kernels, {buffers / 2**20:.1f} MiB of VMEM for buffers, {memory.temp_size_in_bytes / 2**20:.1f} MiB temporary"
+
+
+def buffers_of(case: Any, inputs: Any, generation: Generation) -> int:
+    """Bytes of VMEM that the largest kernel of a case takes for its buffers, two of each kind that is copied ahead; what it computes with
+    comes on top, and the compiler refuses what is over the kernel's limit. Raises SystemExit where buffers or limit are too large."""
+    with dispatch.assumed(dispatch.Target("tpu", generation.kind)), tensorcore.recorded() as found:
+        jax.eval_shape(lambda given: case.run(given, "tpu"), inputs)
+    for call in (record.call for record in found):
+        if not tensorcore.buffer_bytes(call) <= call.vmem < generation.vmem:
+            told = f"buffers of {tensorcore.buffer_bytes(call)} bytes, limit {call.vmem}, {generation.vmem} bytes of VMEM"
+            raise SystemExit(f"{case.name}: {call.name} on {generation.name}: {told}")
+    return max(tensorcore.buffer_bytes(record.call) for record in found)
+
+
+def shipped(generation: str) -> Iterator[Any]:
+    """The tuning cases that a row of block sizes ships for: sizes are looked up as anywhere, so it is the rows that are compiled."""
+    kind = BY_NAME[generation].kind
+    for cases in (attention_cases, flash_cases, matmul_cases, grouped_cases):
+        op = case_op(cases.TUNING[0])
+        keys = [row.key for row in tuning.read(tuning.table_file(tuning.SHIPPED, kind, op)) if row.implementation == "tpu"]
+        yield from (case for case in cases.TUNING if case.tuning_key() in keys)
 
 
 def wanted(generations: list[str], *, everything: bool) -> Iterator[tuple[str, Any]]:
-    """Which case for which generation; without `everything` they are dealt out, and each generation gets the plain one of each op."""
+    """Which case for which generation: those of shipped rows all; of the others each generation gets the plain one of each op, and without
+    `everything` the rest are dealt out."""
+    for generation in generations:
+        yield from ((generation, case) for case in shipped(generation))
     for op in (attention(), flash(), matmuls(), grouped()):
         for number, case in enumerate(op):
             for place, generation in enumerate(generations):
@@ -168,20 +168,19 @@ def main() -> None:
     """Compile for one generation after the other."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--all", action="store_true", help="every case for every generation")
-    parser.add_argument("--generation", choices=SLICES, action="append", help="only this one")
+    parser.add_argument("--generation", choices=tuple(BY_NAME), action="append", help="only this one")
     options = parser.parse_args()
-    generations = options.generation or list(SLICES)
+    generations = options.generation or list(BY_NAME)
     meshes = {}
     for name in generations:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[name])
-        meshes[name] = Mesh(np.array(topology.devices[:1]), ("x",))
+        meshes[name] = modelling.mesh_of(BY_NAME[name])
     begin, count = time.perf_counter(), 0
     for generation, case in wanted(generations, everything=options.all):
         start = time.perf_counter()
-        refused = dispatch.refusal(case_op(case), "tpu", dispatch.Target("tpu", "TPU v5 lite"), case.tuning_key())
+        refused = dispatch.refusal(case_op(case), "tpu", dispatch.Target("tpu", BY_NAME[generation].kind), case.tuning_key())
         if refused is not None:
             raise SystemExit(f"{case.name} is refused: {refused}")
-        told = compile_case(case, meshes[generation])
+        told = compile_case(case, BY_NAME[generation], meshes[generation])
         count += 1
         print(f"{generation} {case.name}: {told}, {time.perf_counter() - start:.1f} s", flush=True)
     print(f"{count} programs compiled with jax {jax.__version__} in {time.perf_counter() - begin:.0f} s")

@@ -10,6 +10,9 @@ no op by name and looks at no array.
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -31,8 +34,24 @@ class Target(NamedTuple):
     device: str
 
 
+_assumed: ContextVar[Target | None] = ContextVar("pallas_kernels_assumed_target", default=None)
+
+
+@contextmanager
+def assumed(target: Target) -> Iterator[None]:
+    """Inside, ops are traced as for this target, with no mesh: to look at what would be run there, not to run or compile it."""
+    token = _assumed.set(target)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
 def target() -> Target:
     """The chip named by `jax.sharding.use_abstract_mesh` (as when compiling for hardware that is not there), else jax's default device."""
+    given = _assumed.get()
+    if given is not None:
+        return given
     described = jax.sharding.get_abstract_mesh().abstract_device
     found = jax.local_devices()[0] if described is None else described
     platform = "gpu" if found.platform in ("cuda", "rocm") else found.platform

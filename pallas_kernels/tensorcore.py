@@ -4,7 +4,7 @@ A kernel runs once per TensorCore, with its scalars in SMEM and its arrays in HB
 copy through `Copies`, so that a test can count the bytes. Knows no attention, no pages and no op.
 """
 
-import re
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,7 +17,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import generations
 from pallas_kernels.dispatch import Key, Target
+from pallas_kernels.generations import Generation
 
 LANES = 128
 DTYPES = ("bfloat16", "float32")
@@ -25,31 +27,12 @@ WORD = 4  # bytes: what copies are counted in
 
 _interpreted: ContextVar[bool] = ContextVar("pallas_kernels_tensorcore_interpreted", default=False)
 _counted: ContextVar[list[int] | None] = ContextVar("pallas_kernels_tensorcore_counted", default=None)
-
-
-class Generation(NamedTuple):
-    """What differs between generations: VMEM bytes of a core, cores that one device has, side of the matrix unit."""
-
-    name: str
-    vmem: int
-    cores: int
-    side: int
-
-
-GENERATIONS = (
-    (re.compile(r"v5 ?lite|v5e", re.I), Generation("v5e", 128 << 20, 1, 128)),
-    (re.compile(r"v5", re.I), Generation("v5p", 64 << 20, 2, 128)),
-    (re.compile(r"v6", re.I), Generation("v6e", 128 << 20, 1, 256)),
-    (re.compile(r"7x|v7", re.I), Generation("7x", 64 << 20, 1, 256)),
-)
+_recorded: ContextVar[list["Recorded"] | None] = ContextVar("pallas_kernels_tensorcore_recorded", default=None)
 
 
 def generation(device: str) -> Generation | None:
     """Of a device kind such as "TPU v5 lite"; None for what these kernels do not know. The interpreter is a v5e."""
-    if interpreting():
-        return GENERATIONS[0][1]
-    found = [which for pattern, which in GENERATIONS if pattern.search(device)]
-    return found[0] if found and "tpu" in device.lower() else None
+    return generations.V5E if interpreting() else generations.find(device)
 
 
 def tile_of(outputs: int, stored: int, room: int) -> int:
@@ -107,6 +90,17 @@ def counted() -> Iterator[list[int]]:
         _counted.reset(token)
 
 
+@contextmanager
+def recorded() -> Iterator[list["Recorded"]]:
+    """Inside, kernels are not called but appended to the list, with what they were given; their outputs are of the right shape."""
+    found: list[Recorded] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
 def sublanes(dtype: Any) -> int:
     """Rows of a tile: a copy of part of an array begins and ends at multiples of it."""
     return 32 // jnp.dtype(dtype).itemsize
@@ -145,7 +139,26 @@ class Call(NamedTuple):
     aliases: dict[int, int]
     cost: pl.CostEstimate
     cores: int = 1
-    vmem: int = 64 << 20
+    vmem: int = 48 << 20  # of the smallest core's 64 MiB
+
+
+def buffer_bytes(call: Call) -> int:
+    """VMEM that a call's scratch takes, in whole tiles."""
+    found = 0
+    for each in call.scratch:
+        if getattr(each, "memory_space", None) == pltpu.VMEM:
+            *most, rows, lanes = (1, *each.shape)
+            found += math.prod(most) * ceil_to(rows, sublanes(each.dtype)) * ceil_to(lanes, LANES) * jnp.dtype(each.dtype).itemsize
+    return found
+
+
+class Recorded(NamedTuple):
+    """A call that was asked for: `kernel` takes scalars, then arrays and constants; of these the shapes are kept."""
+
+    call: Call
+    kernel: Callable[..., Any]
+    scalars: Sequence[Any]
+    rest: Sequence[jax.ShapeDtypeStruct]
 
 
 def run(call: Call, body: Callable[..., None], scalars: Sequence[Any], arrays: Sequence[Any], constants: Sequence[Any] = ()) -> list[Any]:
@@ -164,7 +177,7 @@ def run(call: Call, body: Callable[..., None], scalars: Sequence[Any], arrays: S
     anywhere, words = pl.BlockSpec(memory_space=pl.ANY), jax.ShapeDtypeStruct((1,), jnp.int32)
     in_specs = [anywhere] * len(arrays) + [pl.BlockSpec(memory_space=pltpu.VMEM)] * len(constants)
     out_specs = [anywhere] * len(call.outputs) + [pl.BlockSpec(memory_space=pltpu.SMEM)] * sizes[4]
-    outputs = pl.pallas_call(
+    kernel = pl.pallas_call(
         entry,
         out_shape=[*call.outputs, *[words] * sizes[4]],
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -177,7 +190,13 @@ def run(call: Call, body: Callable[..., None], scalars: Sequence[Any], arrays: S
         cost_estimate=call.cost,
         interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan") if interpreting() else False,
         name=call.name,
-    )(*scalars, *arrays, *constants)
+    )
+    records = _recorded.get()
+    if records is not None:
+        records.append(Recorded(call, kernel, scalars, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *constants)]))
+        number = jnp.ravel(arrays[0])[0]  # known as little as the arrays are
+        return [jnp.broadcast_to(number.astype(x.dtype), x.shape) for x in call.outputs]
+    outputs = kernel(*scalars, *arrays, *constants)
     if counts is not None:
         jax.debug.callback(lambda words: counts.append(WORD * int(words[0])), outputs[-1])
         outputs = outputs[:-1]

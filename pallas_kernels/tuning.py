@@ -1,12 +1,15 @@
-"""Block sizes: from a table of measured rows, else from the implementation's heuristic, else an error. And the tuner that measures.
+"""Block sizes: from a table of rows (measured, else modelled), else from the implementation's heuristic, else an error. And the tuner.
 
 A row says for which op, implementation and key (shapes and dtype) which sizes were fastest, on which device, with which jax, when, and
-how many microseconds they took. Rows stand in `tuned/<device>/<op>.json` of this package and in the user's cache folder, which wins.
+how many microseconds they took: `measured` there, or `modelled` for a TPU that was not there, whose compiler took them (`modelling`). A
+measured row always wins. Rows stand in `tuned/<device>/<op>.json` of this package and in the user's cache folder, which wins.
 
     python -m pallas_kernels.tuning --op paged_attention [--implementation xla] [--case NAME] [--out FILE]
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m pallas_kernels.tuning --op paged_attention --for v5e,v6e [--case NAME] [--out FOLDER]
 
-runs every candidate of the implementation over the op's tuning cases and writes the fastest ones. Knows no op by name: an
-implementation offers `heuristic(platform, key)` and `candidates(platform, key)`, the op's cases.py offers `TUNING`, a tuple of cases.
+The first runs every candidate of the implementation over the op's tuning cases and writes the fastest ones; the second needs libtpu and no
+TPU. Knows no op by name: an implementation offers `heuristic(platform, key)` and `candidates(platform, key)`, the op's cases.py offers
+`TUNING`, a tuple of cases.
 """
 
 import argparse
@@ -24,18 +27,22 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import dispatch, timing
+from pallas_kernels import dispatch, generations, timing
 
 Sizes = dict[str, int]
 Key = dispatch.Key
 Measure = Callable[[Any, str, Sizes], float]
+
+MEASURED, MODELLED = "measured", "modelled"
+SHIPPED = Path(__file__).parent / "tuned"
 
 _forced: ContextVar[Sizes | None] = ContextVar("pallas_kernels_forced_sizes", default=None)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: the sizes that were fastest for a key, and where, with what, when, and how fast."""
+    """The sizes that were fastest for a key, and where, with what, when, and how fast; source: MEASURED or MODELLED (then by which compiler
+    they were compiled, and on no chip)."""
 
     op: str
     implementation: str
@@ -45,16 +52,22 @@ class Row:
     jax: str
     date: str
     microseconds: float
+    source: str = MEASURED
+    compiler: str = ""
+
+    def __post_init__(self) -> None:
+        if self.source not in (MEASURED, MODELLED):
+            raise ValueError(f"the source of a row is {MEASURED!r} or {MODELLED!r}, not {self.source!r}")
 
 
 def sizes(op: str, implementation: str, target: dispatch.Target, key: Key) -> Sizes:
-    """Block sizes for a key: measured ones, else the heuristic's. Raises NotImplementedError when neither has any."""
+    """Block sizes for a key: measured ones, else modelled ones, else the heuristic's. Raises NotImplementedError when none has any."""
     forced = _forced.get()
     if forced is not None:
         return forced
-    for row in table(op, target.device):
-        if row.implementation == implementation and row.key == key:
-            return row.sizes
+    found = [row for row in table(op, target.device) if row.implementation == implementation and row.key == key]
+    if found:
+        return min(found, key=lambda row: row.source != MEASURED).sizes
     guess = _module(op, implementation).heuristic(target.platform, key)
     if guess is None:
         raise NotImplementedError(
@@ -80,14 +93,16 @@ def user_folder() -> Path:
 
 
 def table_file(folder: Path, device: str, op: str) -> Path:
-    """The file of a folder that holds the rows of one device and op."""
-    return folder / "-".join(device.lower().split()) / f"{op}.json"
+    """The file of a folder that holds the rows of one device and op; a generation of TPU has one, whichever way its kind is written."""
+    generation = generations.find(device)
+    kind = device if generation is None else generation.kind
+    return folder / "-".join(kind.lower().split()) / f"{op}.json"
 
 
 @functools.cache
 def table(op: str, device: str) -> tuple[Row, ...]:
     """All rows known for a device and op, the user's first. Raises ValueError for a file that does not hold rows."""
-    folders = (user_folder(), Path(__file__).parent / "tuned")
+    folders = (user_folder(), SHIPPED)
     return tuple(row for folder in folders for row in read(table_file(folder, device, op)))
 
 
@@ -98,11 +113,11 @@ def read(file: Path) -> tuple[Row, ...]:
     try:
         return tuple(Row(**row) for row in json.loads(file.read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} does not hold rows of measured block sizes ({error}); delete it and measure again") from error
+        raise ValueError(f"{file} does not hold rows of block sizes ({error}); delete it and tune again") from error
 
 
 def write(file: Path, rows: Sequence[Row]) -> None:
-    """Put rows into a file, over those it had for the same device, op, implementation and key."""
+    """Put rows into a file, over those it had for the same device, op, implementation, key and source."""
     kept = {_identity(row): row for row in (*read(file), *rows)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps([asdict(row) for row in kept.values()], indent=1) + "\n")
@@ -120,12 +135,8 @@ def measure(case: Any, implementation: str, chosen: Sizes) -> float:
 def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:
     """The fastest candidate for each key that the cases have and the implementation takes; cases of one key are measured together."""
     target, module = dispatch.target(), _module(op, implementation)
-    grouped: dict[str, list[Any]] = {}
-    for case in cases:
-        grouped.setdefault(json.dumps(case.tuning_key(), sort_keys=True), []).append(case)
     rows = []
-    for text, same in grouped.items():
-        key = json.loads(text)
+    for key, same in by_key(cases):
         refused = dispatch.refusal(op, implementation, target, key)
         if refused is not None:
             _say(f"{op} {key}: left out, {refused}")
@@ -135,9 +146,21 @@ def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = 
             timed.append((sum(measure(case, implementation, candidate) for case in same), candidate))
             _say(f"{op} {key} {candidate}: {timed[-1][0]:.1f} us")
         microseconds, best = min(timed, key=lambda pair: pair[0])
-        today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-        rows.append(Row(op, implementation, key, best, target.device, jax.__version__, today, round(microseconds, 1)))
+        rows.append(Row(op, implementation, key, best, target.device, jax.__version__, today(), round(microseconds, 1)))
     return rows
+
+
+def by_key(cases: Sequence[Any]) -> list[tuple[Key, list[Any]]]:
+    """The cases' keys, and the cases of each."""
+    grouped: dict[str, list[Any]] = {}
+    for case in cases:
+        grouped.setdefault(json.dumps(case.tuning_key(), sort_keys=True), []).append(case)
+    return [(json.loads(text), same) for text, same in grouped.items()]
+
+
+def today() -> str:
+    """The date of a row."""
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,11 +168,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description="Measure block sizes on this machine's device.")
     parser.add_argument("--op", required=True, choices=dispatch.ops())
     parser.add_argument("--implementation", default="auto", help="default: what 'auto' picks here")
-    parser.add_argument("--case", action="append", help="measure only the named tuning case (may be repeated)")
-    parser.add_argument("--out", type=Path, help=f"file to write; default: in {user_folder()}")
+    parser.add_argument("--case", action="append", help="only the named tuning case (may be repeated)")
+    parser.add_argument("--for", dest="generations", type=_generations, help="model TPUs that are not there, of generations such as v5e,7x")
+    parser.add_argument("--out", type=Path, help=f"file to write, with --for a folder; default: in {user_folder()}")
     options = parser.parse_args(arguments)
-    target = dispatch.target()
     try:
+        if options.generations:
+            cases = _named(options.op, options.case)
+            _model(options, cases)
+            return
+        target = dispatch.target()
         implementation = dispatch.choose(options.op, options.implementation, target)
         cases = _named(options.op, options.case)
     except (ValueError, NotImplementedError) as error:
@@ -161,6 +189,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _say(f"wrote {out}")
 
 
+def _model(options: argparse.Namespace, cases: Sequence[Any]) -> None:
+    """Rows for TPUs that are not there, one after the other into their files."""
+    if options.implementation not in ("auto", "tpu"):
+        raise ValueError(f"--for models the 'tpu' implementation, not {options.implementation!r}")
+    dispatch.choose(options.op, "tpu", dispatch.Target("tpu", options.generations[0].kind))
+    for row in importlib.import_module("pallas_kernels.modelling").rows(options.op, cases, options.generations):
+        write(table_file(options.out or user_folder(), row.device, options.op), [row])
+        _say(f"{row.device} {row.key}: {row.sizes}, {row.microseconds} us predicted, not measured")
+
+
+def _generations(text: str) -> list[generations.Generation]:
+    names = text.split(",")
+    unknown = sorted(set(names) - set(generations.BY_NAME))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no generation {', '.join(unknown)}; there are {', '.join(generations.BY_NAME)}")
+    return [generations.BY_NAME[name] for name in names]
+
+
 def _named(op: str, names: Sequence[str] | None) -> list[Any]:
     known = {case.name: case for case in _module(op, "cases").TUNING}
     unknown = sorted(set(names or ()) - set(known))
@@ -170,7 +216,7 @@ def _named(op: str, names: Sequence[str] | None) -> list[Any]:
 
 
 def _identity(row: Row) -> str:
-    return json.dumps([row.op, row.implementation, row.device, sorted(row.key.items())])
+    return json.dumps([row.op, row.implementation, row.device, sorted(row.key.items()), row.source])
 
 
 def _module(op: str, name: str) -> Any:

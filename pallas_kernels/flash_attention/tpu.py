@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch, tensorcore, tuning
+from pallas_kernels import dispatch, generations, tensorcore, tuning
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.flash_attention.api import SegmentIds, tuning_key
 from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to
@@ -163,7 +163,7 @@ def _plan(q: Float[Array, "batch queries heads head_dim"], k: Float[Array, "batc
     most = max(1 << (max(sizes.lines // group, 16).bit_length() - 1), 16)
     tokens = min(most, ceil_to(queries, 16))
     step = min(sizes.step, ceil_to(keys, LANES))
-    chip = tensorcore.generation(target.device) or tensorcore.GENERATIONS[0][1]
+    chip = tensorcore.generation(target.device) or generations.V5E
     return Plan(
         spec, causal == "causal", head_dim, group, tokens, ceil_to(tokens * group, 8), -(-queries // tokens), kv_heads, batch,
         min(ceil_to(sizes.keys, step), ceil_to(keys, step)), step, chip.cores,

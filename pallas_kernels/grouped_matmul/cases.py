@@ -51,6 +51,17 @@ class Case:
             "scales": scales,
         }
 
+    def described(self) -> dict[str, Any]:
+        """What `make` gives, without its numbers; sizes as uneven, and known."""
+        rng, shape = np.random.default_rng(0), (self.groups, self.outputs, self.features)
+        sizes = rng.multinomial(self.rows, rng.dirichlet(np.full(self.groups, 0.5)))
+        return {
+            "x": jax.ShapeDtypeStruct((self.rows, self.features), jnp.dtype(self.dtype)),
+            "weight": jax.ShapeDtypeStruct(shape, jnp.dtype(str(self.tuning_key()["weight"]))),
+            "sizes": jnp.asarray(sizes.astype(np.int32)),
+            "scales": None if self.weight == "float" else jax.ShapeDtypeStruct(shape[:2], jnp.float32),
+        }
+
     def _values(self, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         if self.weight == "float":
             return rng.standard_normal(shape, np.float32).astype(jnp.dtype(self.dtype))

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
-from pallas_kernels import dispatch, tensorcore, tuning
+from pallas_kernels import dispatch, generations, tensorcore, tuning
 from pallas_kernels.attention import precision
 from pallas_kernels.grouped_matmul.api import OP, key
 from pallas_kernels.tensorcore import LANES, Call, Copies
@@ -127,7 +127,7 @@ def grouped_matmul(
         return jnp.zeros((0, outputs), out_dtype)
     target = dispatch.target()
     own = Sizes(**tuning.sizes(OP, "tpu", target, key(x, weight)))
-    chip = tensorcore.generation(target.device) or tensorcore.GENERATIONS[0][1]
+    chip = tensorcore.generation(target.device) or generations.V5E
     plan = Plan(own, min(rows // own.rows + groups, rows), -(-outputs // own.outputs), chip.cores)
     layout = lay_out(sizes, rows, plan)
     per_output = None

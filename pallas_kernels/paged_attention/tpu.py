@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch, tensorcore, tuning
+from pallas_kernels import dispatch, generations, tensorcore, tuning
 from pallas_kernels.attention import AttentionSpec, accumulation_dtype, rope_table, rotate
 from pallas_kernels.paged_attention import tpu_attend, tpu_plan, tpu_write
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
@@ -167,7 +167,7 @@ def plan_of(q: Any, kv: Any, rows: tuple[int, ...], *, spec: AttentionSpec, size
     step = max(step // page_size, 1)
     pages = ceil_to(min(max(keys // page_size, 1), rows[1]), step)
     at_once = next(count for count in (8, 4, 2, 1) if kv_heads % count == 0) if lines <= 64 else 1
-    chip = tensorcore.generation(dispatch.target().device) or tensorcore.GENERATIONS[0][1]
+    chip = tensorcore.generation(dispatch.target().device) or generations.V5E
     new = tokens_of_row
     return tpu_attend.Plan(spec, head_dim, block, group, lines, pages, step, at_once, rows[1], new, chip.cores, chip.vmem * 3 // 4)
 

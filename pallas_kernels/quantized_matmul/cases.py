@@ -50,6 +50,15 @@ class Case:
             "zeros": None if zeros is None else jnp.asarray(zeros),
         }
 
+    def described(self) -> dict[str, Any]:
+        """What `make` gives, without its numbers."""
+        blocks = (self.outputs // self.rows, self.features // (self.group or self.features))
+        stored = self.features // (2 if self.weight == "int4" else 1)
+        dtype = {"int8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}[self.weight]
+        shapes = {"x": ((self.tokens, self.features), self.dtype), "weight": ((self.outputs, stored), dtype)}
+        shapes |= {"scales": (blocks, jnp.float32)} | ({"zeros": (blocks, jnp.uint8)} if self.zeros == "given" else {})
+        return {"zeros": None} | {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
+
     def _values(self, rng: np.random.Generator) -> np.ndarray:
         if self.weight == "int4":
             return rng.integers(0, 256, (self.outputs, self.features // 2), np.uint8)

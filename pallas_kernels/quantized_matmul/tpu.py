@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
-from pallas_kernels import dispatch, tensorcore, tuning
+from pallas_kernels import dispatch, generations, tensorcore, tuning
 from pallas_kernels.attention import precision
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
 from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to
@@ -155,7 +155,7 @@ def _plan(sizes: Sizes, kind: Format, weight: Shaped[Array, "out stored"], token
     group = kind.inputs // 2 if packed else kind.inputs
     step = sizes.step if not group else group if group % LANES == 0 else LANES
     parts = LANES // group if group and group < LANES else 1
-    chip = tensorcore.generation(target.device) or tensorcore.GENERATIONS[0][1]
+    chip = tensorcore.generation(target.device) or generations.V5E
     block = min(sizes.tokens, ceil_to(tokens, ROWS))
     own = Sizes(block, sizes.outputs, step if stored % step == 0 else LANES)
     return Plan(own, -(-tokens // block), -(-outputs // own.outputs), parts, bool(group), packed, kind.activations == "int8", chip.cores)

@@ -113,3 +113,9 @@ def test_what_wants_to_be_named_is_passed_over_by_auto_alone(caplog, picky):
         assert dispatch.choose("paged_attention", "auto", H200) == "xla"
     assert "instead of 'gpu': too young" in caplog.text
     assert dispatch.choose("paged_attention", "gpu", H200) == "gpu"
+
+
+def test_a_target_may_be_assumed():
+    with dispatch.assumed(TPU):
+        assert dispatch.target() == TPU
+    assert dispatch.target().platform == "cpu"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pallas_kernels import dispatch, tuning
+from pallas_kernels import dispatch, modelling, tuning
 from pallas_kernels.quantized_matmul.cases import Case
 
 KEY = {"kv_heads": 2, "heads": 6, "head_dim": 64, "dtype": "float32"}
@@ -27,6 +27,24 @@ def test_a_measured_row_wins(own_folder):
     tuning.write(tuning.table_file(own_folder, TARGET.device, "flash_attention"), [ROW])
     assert tuning.sizes("flash_attention", "xla", TARGET, KEY) == {"queries": 8, "keys": 16}
     assert tuning.sizes("flash_attention", "xla", TARGET, KEY | {"head_dim": 128}) != {"queries": 8, "keys": 16}
+
+
+def test_a_modelled_row_is_found_by_generation_and_a_measured_one_wins(own_folder):
+    changes = {"device": "TPU v6 lite", "implementation": "tpu", "source": tuning.MODELLED, "microseconds": 1.0, "compiler": "libtpu 0"}
+    row = dataclasses.replace(ROW, **changes)
+    tuning.write(tuning.table_file(own_folder, row.device, row.op), [row])
+    for device in ("TPU v6 lite", "TPU v6e"):
+        assert tuning.sizes("flash_attention", "tpu", dispatch.Target("tpu", device), KEY) == row.sizes
+    assert tuning.sizes("flash_attention", "tpu", dispatch.Target("tpu", "TPU v5"), KEY) != row.sizes
+    measured = dataclasses.replace(row, source=tuning.MEASURED, microseconds=99.0, sizes={"lines": 16})
+    tuning.write(tuning.table_file(own_folder, row.device, row.op), [measured])
+    tuning.table.cache_clear()
+    assert tuning.sizes("flash_attention", "tpu", dispatch.Target("tpu", "TPU v6e"), KEY) == {"lines": 16}
+
+
+def test_a_row_says_whether_it_was_measured():
+    with pytest.raises(ValueError, match="source of a row is 'measured' or 'modelled', not 'guessed'"):
+        dataclasses.replace(ROW, source="guessed")
 
 
 def test_then_the_heuristic():
@@ -60,16 +78,15 @@ def test_a_damaged_table_is_refused(own_folder, text):
     file = tuning.table_file(own_folder, TARGET.device, "flash_attention")
     file.parent.mkdir()
     file.write_text(text)
-    with pytest.raises(ValueError, match="does not hold rows of measured block sizes"):
+    with pytest.raises(ValueError, match="does not hold rows of block sizes"):
         tuning.sizes("flash_attention", "xla", TARGET, KEY)
 
 
 def test_packaged_rows_are_whole():
-    """Every row that ships names an implementation and what it was measured with."""
-    from pathlib import Path
-
-    for file in Path(tuning.__file__).parent.glob("tuned/*/*.json"):
+    """Every row that ships names an implementation and what it was measured with, or compiled with where no chip was there."""
+    for file in tuning.SHIPPED.glob("*/*.json"):
         for row in tuning.read(file):
+            assert bool(row.compiler) == (row.source == tuning.MODELLED)
             assert file == tuning.table_file(file.parent.parent, row.device, row.op)
             assert row.implementation in dispatch.implementations(row.op)
             assert row.date
@@ -113,6 +130,14 @@ def test_the_command_writes_a_table(own_folder, monkeypatch, capsys):
     assert str(file) in capsys.readouterr().out
 
 
+def test_the_command_models_chips_that_are_not_there(own_folder, monkeypatch, capsys):
+    made = [dataclasses.replace(ROW, device=device, source=tuning.MODELLED, compiler="libtpu 0") for device in ("TPU v5", "TPU7x")]
+    monkeypatch.setattr(modelling, "rows", lambda op, cases, chips: iter(made) if [chip.name for chip in chips] == ["v5p", "7x"] else None)
+    tuning.main(["--op", "flash_attention", "--for", "v5p,7x", "--out", str(own_folder / "here")])
+    assert [tuning.read(own_folder / "here" / name / "flash_attention.json") for name in ("tpu-v5", "tpu7x")] == [(row,) for row in made]
+    assert "12.5 us predicted, not measured" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,6 +145,9 @@ def test_the_command_writes_a_table(own_folder, monkeypatch, capsys):
         (["--op", "flash_attention", "--case", "nope"], "no tuning case nope; there are demo_1k"),
         (["--op", "flash_attention", "--implementation", "cuda"], "unknown implementation"),
         (["--op", "quantized_matmul", "--implementation", "reference"], "no block sizes to tune"),
+        (["--op", "flash_attention", "--for", "v5e,v4"], "no generation v4; there are v5e, v5p, v6e, 7x"),
+        (["--op", "flash_attention", "--for", "v5e", "--implementation", "xla"], "--for models the 'tpu' implementation, not 'xla'"),
+        (["--op", "dense_matmul", "--for", "v5e"], "'tpu' does not exist for dense_matmul"),
     ],
 )
 def test_the_command_refuses(arguments, message, capsys):
