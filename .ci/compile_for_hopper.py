@@ -126,7 +126,7 @@ def kernels_of(case: Any, sizes: dict[str, int]) -> int:
     if isinstance(case, flash_cases.Case):
         return 1
     merged = "sinks" in case.extras or case.decode_rows < 100
-    written = sizes["write"] == gpu.BY_KERNEL
+    written = case.decode_rows * case.decode_tokens + case.prefill_tokens >= sizes["write_from"]
     return written + (1 + merged) * (case.decode_rows > 0) + (1 + written) * (case.prefill_rows > 0)
 
 

@@ -37,6 +37,7 @@ LATER = [
     Case("tokens_window", 4, 1, 20, page_size=32, pages_per_row=9, group=5, dtype="float16", decode_tokens=3, window=70, soft_cap=8.0),
     Case("one_page", 2, 1, 20, page_size=256, pages_per_row=1, group=2, dtype="bfloat16"),
 ]
+BY_XLA, BY_KERNEL = 1 << 30, 1  # who rotates and writes: steps of so many tokens are the kernel's
 
 
 @pytest.fixture
@@ -52,9 +53,9 @@ def run_of(case, sizes=SMALL):
         return jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(case.make(0, "gpu")).compile()
 
 
-def close(case, seeds, write=gpu.BY_XLA):
+def close(case, seeds, write_from=BY_XLA):
     """Against XLA in float32 on the same 16-bit numbers."""
-    run, wide = run_of(case, SMALL._replace(write=write)), dataclasses.replace(case, dtype="float32")
+    run, wide = run_of(case, SMALL._replace(write_from=write_from)), dataclasses.replace(case, dtype="float32")
     oracle = jax.jit(lambda inputs: wide.run(inputs, "xla"))
     for seed in seeds:
         inputs = case.make(seed, "gpu")
@@ -73,14 +74,14 @@ def test_close_to_xla(interpreted, case):
 
 @pytest.mark.parametrize("case", SOON[3:], ids=lambda case: case.name)
 def test_close_to_xla_where_a_kernel_writes(interpreted, case):
-    close(case, range(1), gpu.BY_KERNEL)
+    close(case, range(1), BY_KERNEL)
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("write", [gpu.BY_XLA, gpu.BY_KERNEL])
+@pytest.mark.parametrize("write_from", [BY_XLA, BY_KERNEL])
 @pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_xla_many_draws(interpreted, case, write):
-    close(case, range(6), write)
+def test_close_to_xla_many_draws(interpreted, case, write_from):
+    close(case, range(6), write_from)
 
 
 def without(inputs, rows):
