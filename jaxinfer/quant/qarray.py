@@ -235,16 +235,18 @@ def _check_extras(weight: QArray) -> None:
         if weight.values.dtype != PACKED or zeros.dtype != PACKED or zeros.shape != weight.scales.shape or zeros.max(initial=0) > 2 * ZERO:
             raise ValueError(f"zeros belong to values of 4 bits: uint8, 0 to 16, in scales' shape; found {zeros.dtype} {zeros.shape}")
     if weight.order is not None:
-        order = np.asarray(weight.order)
-        whole = math.prod(weight.shape) % max(order.size, 1) == 0 and np.array_equal(np.sort(order), np.arange(order.size))
-        if order.dtype != np.int32 or not whole or weight.smooth is not None:
-            raise ValueError(
-                f"order is int32, each input of {weight.shape} once, and comes without smooth; found {order.dtype} {order.shape}"
-            )
+        _check_order(weight, np.asarray(weight.order))
     if weight.smooth is not None:
         smooth = np.asarray(weight.smooth, np.float32)
         if smooth.shape != weight.shape[len(weight.shape) - smooth.ndim :] or not (np.isfinite(smooth).all() and (smooth > 0).all()):
             raise ValueError(f"smooth is finite and positive, one for each input of {weight.shape}; found shape {smooth.shape}")
+
+
+def _check_order(weight: QArray, order: np.ndarray) -> None:
+    each_once = math.prod(weight.shape) % max(order.size, 1) == 0 and np.array_equal(np.sort(order), np.arange(order.size))
+    if order.dtype != np.int32 or not each_once or weight.smooth is not None:
+        found = f"{order.dtype} {order.shape}"
+        raise ValueError(f"order is int32, each input of {weight.shape} once, and comes without smooth; found {found}")
 
 
 def relative_error(weight: QArray, exact: Float[Array, "..."]) -> float:
