@@ -56,7 +56,7 @@ def test_leaves_and_weights_are_inverse():
 
 def test_a_random_order_of_columns_is_that_of_the_inputs():
     spec = describe(ArraySpec((4, 8), np.dtype(np.float32), ("mlp", "embed")), 1, (1, 4), PACKED, scheme="int4", extras=("zeros", "order"))
-    made = [np.asarray(recipe.fill(np.uint32(1))) for recipe in _recipes("a.kernel", spec, 1)]
+    made = [np.asarray(recipe.fill(jnp.uint32(1))) for recipe in _recipes("a.kernel", spec, 1)]
     assert [it.shape for it in made] == [array.shape for array in spec.arrays] and np.array_equal(made[-1], np.arange(8))
 
 
