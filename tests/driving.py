@@ -47,7 +47,7 @@ class Step:
 
 def golden_graph(name: str, dtype: str = "float32", quantization: Quantization | None = None) -> Graph:
     """The graph of a golden model."""
-    config = read.read_config(GOLDEN / name)
+    config = read.of_model(read.read_config(GOLDEN / name))
     module = find(config["model_type"])
     return Graph.of(module, module.Config.from_hf(config), dtype, quantization)
 

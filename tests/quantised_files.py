@@ -115,7 +115,8 @@ def meant(stored, shape, group):
 
     values, scales = whole(stored.values).astype(np.float32), np.repeat(whole(stored.scales), group, axis=1)
     zeros = 0 if stored.zeros is None else np.repeat(whole(stored.zeros), group, axis=1)
-    return ((values - zeros) * scales).astype(np.float32)
+    found = ((values - zeros) * scales[:, : shape[1]]).astype(np.float32)
+    return found if stored.order is None else found[:, np.argsort(stored.order)]
 
 
 def options(folder, config):

@@ -224,8 +224,16 @@ def _plan(listing: Path, graph: Graph, tensors: Mapping[str, LazyTensor], form: 
             loader = _Loader(name, spec, transform, layer, graph.config, {tensor: tensors[tensor] for tensor in needs})
         used.update(needs)
         loaders.append(loader)
+    if form is not None:
+        used.update(_empty(tensors, used, form.empty))
     _check_extra(tensors, used, (*graph.module.ignored(graph.config), *(() if form is None else form.unused)))
     return loaders
+
+
+def _empty(tensors: Mapping[str, LazyTensor], used: set[str], patterns: tuple[str, ...]) -> set[str]:
+    """The tensors of these patterns that nothing needs and that hold nothing but zeros: to leave them out changes nothing."""
+    names = {name for name in set(tensors) - used if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
+    return {name for name in names if not tensors[name].read(tuple(slice(0, size) for size in tensors[name].shape)).any()}
 
 
 def _check_extra(tensors: Mapping[str, LazyTensor], used: set[str], ignored: tuple[str, ...]) -> None:

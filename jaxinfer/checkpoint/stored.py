@@ -53,7 +53,11 @@ def describe(graph: Graph, form: Format, tensors: Mapping[str, LazyTensor], fold
         transform, layer = transform_of(name, graph.module.WEIGHTS)
         needs = transform.needs(graph.config, spec.shape, layer)
         encoding = encoding_of(form, needs, folder) if contracting else None
-        described_specs.append(spec if encoding is None else _spec(spec, contracting, encoding, _narrow(encoding, needs, tensors), folder))
+        if encoding is None:
+            described_specs.append(spec)
+            continue
+        encoding = encoding._replace(ordered=encoding.ordered and _order(form, needs, tensors, folder) is not None)
+        described_specs.append(_spec(spec, contracting, encoding, _narrow(encoding, needs, tensors), folder))
     return replace(graph, specs=tuple(described_specs))
 
 
@@ -78,13 +82,14 @@ def module_of(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
-def check_need(listing: Path, name: str, need: Need, tensors: Mapping[str, LazyTensor]) -> None:
-    """Test that a tensor is there, in one of its shapes and dtypes.
+def check_need(listing: Path, name: str, need: Need, tensors: Mapping[str, LazyTensor]) -> str:
+    """Test that a tensor is there, in one of its shapes and dtypes; the name by which it is.
 
     Raises:
         CheckpointError: it is not.
     """
     shapes = "shape " + " or ".join(str(list(shape)) for shape in need.shapes) + " as config.json asks for"
+    name = need.other if name not in tensors and need.other in tensors else name
     floating, untold = need.dtypes == FLOATS, "config.json has no quantization_config that says how to read the weights"
     if name not in tensors:
         packed = floating and any(f"{module_of(name)}.{it}" in tensors for it in ("qweight", "weight_packed"))
@@ -96,6 +101,7 @@ def check_need(listing: Path, name: str, need: Need, tensors: Mapping[str, LazyT
         expected = "a floating dtype" if floating else "dtype " + " or ".join(need.dtypes)
         remedy = untold if floating and tensor.dtype == np.int8 else ""
         raise broken(tensor.file.path, expected, tensor.dtype.name, tensor=name, remedy=remedy)
+    return name
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,9 @@ class StoredLoader:
         arrays = [assemble(spec.values, mesh, rules, Kept(self._values).get), assemble(spec.scales, mesh, rules, Kept(scales).get)]
         if spec.zeros is not None:
             arrays.append(assemble(spec.zeros, mesh, rules, lambda index: (group_zeros(index) + ZERO).astype(PACKED)))
+        if spec.order is not None:
+            order = np.asarray(next(iter(self.sources.values())).order, spec.order.dtype)  # `describe` has seen that it is everybody's
+            arrays.append(assemble(spec.order, mesh, rules, lambda index: order[index]))
         return jax.block_until_ready(spec.make(arrays))
 
     def _values(self, index: Slices) -> Shaped[np.ndarray, "..."]:
@@ -142,9 +151,7 @@ class StoredLoader:
         return {name: getattr(stored, kind) for name, stored in self.sources.items()}
 
 
-def loader_of(
-    name: str, graph: Graph, form: Format, tensors: Mapping[str, LazyTensor], listing: Path
-) -> tuple[StoredLoader, set[str]]:
+def loader_of(name: str, graph: Graph, form: Format, tensors: Mapping[str, LazyTensor], listing: Path) -> tuple[StoredLoader, set[str]]:
     """The loader of one weight that `describe` described, and the tensors that it needs, each checked.
 
     Raises:
@@ -157,11 +164,9 @@ def loader_of(
         raise TypeError(f"{name} is not described as quantised")
     sources, used = {}, set()
     for tensor, shape in transform.needs(graph.config, spec.shape, layer).items():
-        module, matrix = module_of(tensor), (shape[0], math.prod(shape[1:]))
-        needs, encoding = form.needs(module, matrix), form.encoding(module)
-        for needed, need in needs.items():
-            check_need(listing, needed, need, tensors)
-        used |= set(needs)
+        module, matrix = module_of(tensor), _matrix(shape)
+        encoding = form.encoding(module)
+        used |= {check_need(listing, needed, need, tensors) for needed, need in form.needs(module, matrix).items()}
         sources[tensor] = _refined(form.stored(module, matrix, tensors), spec, contracting, encoding.group if encoding else None)
     return StoredLoader(name, spec, transform, layer, graph.config, contracting, sources), used
 
@@ -170,6 +175,31 @@ def _word(encoding: Encoding | None) -> str:
     if encoding is None:
         return "unquantised"
     return encoding.scheme + (f" in groups of {encoding.group}" if encoding.group else "") + (" with zeros" if encoding.zeros else "")
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _order(form: Format, needs: Mapping[str, tuple[int, ...]], tensors: Mapping[str, LazyTensor], folder: Path) -> tuple[int, ...] | None:
+    """The order of the columns of one of our weights; None where it is that of the inputs.
+
+    Raises:
+        CheckpointError: a tensor is not as the format needs it, or parts of the weight have orders of their own.
+    """
+    found: dict[str, tuple[int, ...] | None] = {}
+    for tensor, shape in needs.items():
+        module, matrix = module_of(tensor), _matrix(shape)
+        for needed, need in form.needs(module, matrix).items():
+            check_need(folder, needed, need, tensors)
+        found[module] = form.stored(module, matrix, tensors).order
+    if len(set(found.values())) > 1:
+        names = " and ".join(found)
+        raise broken(
+            folder, f"the inputs of {names} in one order, as they are one matrix here", "several (desc_act, actorder)",
+            remedy="use a checkpoint made with desc_act false, static groups, or actorder weight",
+        )  # fmt: skip
+    return next(iter(found.values()))
 
 
 def _narrow(encoding: Encoding, needs: Iterable[str], tensors: Mapping[str, LazyTensor]) -> bool:
@@ -188,7 +218,8 @@ def _spec(spec: ArraySpec, contracting: int, encoding: Encoding, narrow: bool, f
     try:
         made = described(
             spec, contracting, (*(1,) * out, *groups), VALUES[encoding.scheme],
-            scheme=encoding.scheme, scale_dtype=BFLOAT16 if narrow else np.float32, extras=("zeros",) if encoding.zeros else (),
+            scheme=encoding.scheme, scale_dtype=BFLOAT16 if narrow else np.float32,
+            extras=(*(("zeros",) if encoding.zeros else ()), *(("order",) if encoding.ordered else ())),
             activations="int8" if encoding.scheme == "w8a8" else "float",
         )  # fmt: skip
         check_experts(made)
@@ -212,13 +243,13 @@ def _refined(stored: Stored, spec: QSpec, contracting: int, group: int | None) -
     if group == ours:
         return stored
     spread = [None if view is None else Spread(view, 1, group // ours, count) for view in (stored.scales, stored.zeros)]
-    return Stored(stored.values, spread[0] or stored.scales, spread[1])
+    return Stored(stored.values, spread[0] or stored.scales, spread[1], stored.order)
 
 
 def _of_blocks(transform: Transform, config: Any, spec: QSpec, contracting: int) -> Transform:
     """The transform with one number for each group of inputs: outputs stay as they are split, groups are merged into one dimension."""
     if isinstance(transform, Stacked):
-        inner = replace(spec, values=_first(spec.values), scales=_first(spec.scales), zeros=None, smooth=None)
+        inner = replace(spec, values=_first(spec.values), scales=_first(spec.scales), zeros=None, smooth=None, order=None)
         return Stacked(_parts_of_blocks(transform.each, config, inner, contracting))
     return _parts_of_blocks(transform, config, spec, contracting)
 

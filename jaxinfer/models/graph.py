@@ -144,7 +144,8 @@ def check_experts(spec: QSpec) -> None:
     if "experts" not in values.axes:
         return
     rows = spec.scales.shape == (*values.shape[:-1], 1)
-    if values.dtype == PACKED or not rows or spec.zeros is not None or spec.smooth is not None or spec.activations != "float":
+    extras = (spec.zeros, spec.smooth, spec.order)
+    if values.dtype == PACKED or not rows or any(it is not None for it in extras) or spec.activations != "float":
         raise ConfigError(f"{spec.scheme} is not implemented for the experts of a mixture, int8 and fp8 with a scale for each row are")
 
 
@@ -162,10 +163,10 @@ def random_weights(graph: Graph, seed: int, mesh: Mesh, rules: Rules = DEFAULT_R
 
 
 class _Recipe(NamedTuple):
-    """How one array of random weights is made: constant `size`, uniform with deviation `size`, or random bytes."""
+    """How one array of random weights is made: constant `size`, uniform with deviation `size`, random bytes, or each element's place."""
 
     array: ArraySpec
-    kind: Literal["constant", "uniform", "bytes"]
+    kind: Literal["constant", "uniform", "bytes", "places"]
     size: float = 0.0
 
     def fill(self, seed: UInt32[Array, ""]) -> Array:
@@ -173,6 +174,8 @@ class _Recipe(NamedTuple):
         shape, dtype = self.array.shape, self.array.dtype
         if self.kind == "constant":
             return jnp.full(shape, self.size, dtype)
+        if self.kind == "places":
+            return jnp.arange(shape[0], dtype=dtype)
         bits = _scrambled(shape, seed)
         if self.kind == "bytes":
             found = (bits >> 24).astype(jnp.uint8)
@@ -197,7 +200,8 @@ def _recipes(name: str, spec: Spec, contracting: int) -> tuple[_Recipe, ...]:
         kind, size = ("uniform", 64.0) if spec.values.dtype == FP8 else ("bytes", 1.0)
         made = [_Recipe(spec.values, kind, size), _Recipe(spec.scales, "constant", deviation / DEVIATIONS[spec.values.dtype])]
         made += [_Recipe(spec.zeros, "constant", ZERO)] if spec.zeros is not None else []
-        return (*made, _Recipe(spec.smooth, "constant", 1.0)) if spec.smooth is not None else tuple(made)
+        made += [_Recipe(spec.smooth, "constant", 1.0)] if spec.smooth is not None else []
+        return (*made, _Recipe(spec.order, "places")) if spec.order is not None else tuple(made)
     if len(spec.shape) == 1 or name.endswith(".bias"):
         return (_Recipe(spec, "constant", 0.0 if name.endswith(".bias") or spec.dtype.kind == "i" else 1.0),)
     return (_Recipe(spec, "uniform", math.prod(spec.shape[-max(contracting, 1) :]) ** -0.5),)

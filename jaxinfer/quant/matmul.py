@@ -9,6 +9,7 @@ the contracted dimensions. Activations that are quantised on arrival are so by e
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ def matmul(
     contracting = x.ndim - 1
     out_shape, tokens, into = weight.shape[: len(weight.shape) - contracting], x.shape[0], math.prod(x.shape[1:])
     if isinstance(weight, QArray):
+        x, weight = _ordered(x, weight)
         smooth = x if weight.smooth is None else (x * weight.smooth[None].astype(x.dtype))
         out = quantized_matmul(
             smooth.reshape(tokens, into),
@@ -78,6 +80,8 @@ def sharded_matmul(
         weight.note(x)
         inner: Weight = weight.weight
         return sharded_matmul(x, inner, axes, mesh=mesh, rules=rules, out_dtype=out_dtype, implementation=implementation)
+    if isinstance(weight, QArray):
+        x, weight = _ordered(x, weight)  # before they are cut: an input may be on another device than its column
     if mesh.size == 1:
         return matmul(x, weight, out_dtype=out_dtype, implementation=implementation)
     parts = partitions(weight, axes, mesh, rules, contracting=x.ndim - 1)
@@ -108,7 +112,16 @@ def partitions(weight: Weight, axes: Axes, mesh: Mesh, rules: Rules, *, contract
     per_block = PartitionSpec(*(part if count > 1 else None for part, count in zip(dims, weight.scales.shape, strict=True)))
     zeros = None if weight.zeros is None else per_block
     smooth = None if weight.smooth is None else PartitionSpec(*dims[len(axes) - contracting :])
-    return Partitions(dims, QArray.tree_unflatten(weight.activations, (PartitionSpec(*dims), per_block, zeros, smooth)))
+    order = None if weight.order is None else PartitionSpec()
+    return Partitions(dims, QArray.tree_unflatten(weight.activations, (PartitionSpec(*dims), per_block, zeros, smooth, order)))
+
+
+def _ordered(x: Shaped[Array, "tokens *into"], weight: QArray) -> tuple[Shaped[Array, "tokens *into"], QArray]:
+    """Inputs in the order of the weight's columns, and the weight without one."""
+    if weight.order is None:
+        return x, weight
+    merged = x.reshape(x.shape[0], -1).at[:, weight.order].get(mode="promise_in_bounds", unique_indices=True)
+    return merged.reshape(x.shape), replace(weight, order=None)
 
 
 def _matrix(weight: QArray, per_block: Shaped[Array, "..."], contracting: int) -> Shaped[Array, "outs ins"]:

@@ -8,8 +8,10 @@ Invariants of a `QArray` that stands for a weight of `shape` [out.., in..] (`che
    weight is cut into equal blocks and a block has one scale (size 1: one block). [out.., 1..] is one scale for each output channel.
 3. zeros is None or, for values of 4 bits, uint8 of scales' shape, 0 to 16: what stands for zero in each block. None means 8.
 4. smooth is None or floating, finite and positive with shape [in..]: what inputs are multiplied by first (SmoothQuant, arXiv 2211.10438).
-5. activations is "float", inputs are used as they are, or "int8", they are quantised token by token when they arrive.
-6. The weight is (values - zeros) * scales * smooth, each repeated over what it stands for: `dequantize`.
+5. order is None or int32 [inputs], each of them once: which input every column multiplies, where columns of one block had to be put
+   side by side (GPTQ's desc_act). It has no sharding and comes without smooth; the inputs of a matmul are taken in this order.
+6. activations is "float", inputs are used as they are, or "int8", they are quantised token by token when they arrive.
+7. The weight is (values - zeros) * scales * smooth, each repeated over what it stands for, its columns put back: `dequantize`.
 
 Model files see a weight; whether it is an array or a `QArray` is decided when a graph is made. This file knows no scheme.
 """
@@ -25,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt8
 
 from jaxinfer.quant.blocks import Blocks, counts
 from jaxinfer.sharding import ArraySpec
@@ -34,18 +36,19 @@ Activations = Literal["float", "int8"]
 
 INT8, FP8, PACKED = np.dtype(np.int8), np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(np.uint8)
 ZERO = 8  # of 4 bits, where no zeros are given
-FIELDS = ("values", "scales", "zeros", "smooth")
+FIELDS = ("values", "scales", "zeros", "smooth", "order")
 
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class QArray:
-    """Values with scales, and zeros and smooth where the scheme has them; see the invariants above."""
+    """Values with scales, and zeros, smooth and order where the scheme has them; see the invariants above."""
 
     values: Shaped[Array, "..."]
     scales: Float[Array, "..."]
     zeros: UInt8[Array, "..."] | None = None
     smooth: Float[Array, "..."] | None = None
+    order: Int32[Array, " inputs"] | None = None
     activations: Activations = "float"
 
     @property
@@ -64,7 +67,7 @@ class QArray:
         return tuple(size // grain for size, grain in zip(self.shape, grain_of(self.shape, self.blocks, self.values.dtype), strict=True))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Activations]:
-        """Leaves in the order values, scales, zeros, smooth; without those that there are not."""
+        """Leaves in the order of FIELDS; without those that there are not."""
         return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in FIELDS), self.activations
 
     @classmethod
@@ -85,6 +88,7 @@ class QSpec:
     scheme: str
     zeros: ArraySpec | None = None
     smooth: ArraySpec | None = None
+    order: ArraySpec | None = None
     activations: Activations = "float"
 
     @property
@@ -122,7 +126,7 @@ def describe(
     *,
     scheme: str,
     scale_dtype: Any = np.float32,
-    extras: Sequence[Literal["zeros", "smooth"]] = (),
+    extras: Sequence[Literal["zeros", "smooth", "order"]] = (),
     activations: Activations = "float",
 ) -> QSpec:
     """A weight [out.., in..] in values of dtype (INT8, FP8 or PACKED) and blocks with a scale each.
@@ -142,7 +146,8 @@ def describe(
     zeros = ArraySpec(number, PACKED, axes) if "zeros" in extras else None
     into = slice(len(spec.shape) - contracting, None)
     smooth = ArraySpec(spec.shape[into], np.dtype(np.float32), spec.axes[into], spec_grain(grain[into])) if "smooth" in extras else None
-    return QSpec(values, scales, scheme, zeros, smooth, activations)
+    order = ArraySpec((math.prod(spec.shape[into]),), np.dtype(np.int32), (None,)) if "order" in extras else None
+    return QSpec(values, scales, scheme, zeros, smooth, order, activations)
 
 
 def spec_grain(grain: Blocks) -> Blocks:
@@ -196,6 +201,8 @@ def dequantize(weight: QArray) -> Float32[Array, "..."]:
     else:
         values = weight.values.astype(jnp.float32)
     scaled = values * spread(weight.scales)
+    if weight.order is not None:
+        scaled = scaled.reshape(-1, weight.order.size)[:, jnp.argsort(weight.order)].reshape(scaled.shape)
     return scaled if weight.smooth is None else scaled * jnp.broadcast_to(weight.smooth, scaled.shape).astype(jnp.float32)
 
 
@@ -227,10 +234,19 @@ def _check_extras(weight: QArray) -> None:
         zeros = np.asarray(weight.zeros)
         if weight.values.dtype != PACKED or zeros.dtype != PACKED or zeros.shape != weight.scales.shape or zeros.max(initial=0) > 2 * ZERO:
             raise ValueError(f"zeros belong to values of 4 bits: uint8, 0 to 16, in scales' shape; found {zeros.dtype} {zeros.shape}")
+    if weight.order is not None:
+        _check_order(weight, np.asarray(weight.order))
     if weight.smooth is not None:
         smooth = np.asarray(weight.smooth, np.float32)
         if smooth.shape != weight.shape[len(weight.shape) - smooth.ndim :] or not (np.isfinite(smooth).all() and (smooth > 0).all()):
             raise ValueError(f"smooth is finite and positive, one for each input of {weight.shape}; found shape {smooth.shape}")
+
+
+def _check_order(weight: QArray, order: np.ndarray) -> None:
+    each_once = math.prod(weight.shape) % max(order.size, 1) == 0 and np.array_equal(np.sort(order), np.arange(order.size))
+    if order.dtype != np.int32 or not each_once or weight.smooth is not None:
+        found = f"{order.dtype} {order.shape}"
+        raise ValueError(f"order is int32, each input of {weight.shape} once, and comes without smooth; found {found}")
 
 
 def relative_error(weight: QArray, exact: Float[Array, "..."]) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.errors import broken
 from jaxinfer.checkpoint.formats.fp8 import Block, block_of, rows_of_scales, scale_shapes
-from jaxinfer.checkpoint.formats.quantised import SCALE_DTYPES, Encoding, Format, ModuleNames, Need, Options, Stored, group_order
+from jaxinfer.checkpoint.formats.quantised import SCALE_DTYPES, Encoding, Format, ModuleNames, Need, Options, Stored, column_order
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.formats.views import Picked, Scales, Shifted, Unpacked, Within
 from jaxinfer.models.weights import Source
@@ -67,7 +67,6 @@ class _Group:
     bits: int
     packed: bool
     block: Block | None
-    mixed_order: bool
 
     @property
     def dtype(self) -> str:
@@ -88,6 +87,7 @@ class _CompressedTensors:
     groups: tuple[_Group, ...]
     plain: ModuleNames
     unused: tuple[str, ...] = ("*.input_scale", "*.weight_shape", "*.weight_g_idx")
+    empty: tuple[str, ...] = ()
 
     def encoding(self, module: str) -> Encoding | None:
         """As the group says that names the module, or else the one for all linear modules."""
@@ -119,7 +119,7 @@ class _CompressedTensors:
             shapes = [(it[0], it[1]) for it in scales if len(it) == 2]
             packed = [(-(-rows // each), columns) for rows, columns in shapes]
             needed[f"{module}.weight_zero_point"] = Need((*packed, *shapes), ("int32", "int8"))
-        return needed | ({f"{module}.weight_g_idx": Need(((inputs,),), ("int32",))} if group.mixed_order else {})
+        return needed | ({f"{module}.weight_g_idx": Need(((inputs,),), ("int32",))} if group.encoding.ordered else {})
 
     def stored(self, module: str, shape: tuple[int, int], tensors: Mapping[str, LazyTensor]) -> Stored:
         """The matrix that the module's tensors mean."""
@@ -133,10 +133,12 @@ class _CompressedTensors:
         in_rows = group.encoding.group is None or group.block is not None
         scales = rows_of_scales(scale, shape, group.block) if in_rows else Scales(scale, scale)
         zeros = _zeros(tensors[f"{module}.weight_zero_point"], scales.shape, group.bits) if group.encoding.zeros else None
-        if group.mixed_order and group.encoding.group is not None:
-            order = group_order(tensors[f"{module}.weight_g_idx"], group.encoding.group)
+        if group.encoding.ordered and group.encoding.group is not None:
+            order = column_order(tensors[f"{module}.weight_g_idx"], group.encoding.group)
+            if order is not None and order.columns is not None:
+                return Stored(Picked(values, order.columns), scales, zeros, order.columns)
             if order is not None:
-                scales, zeros = Picked(scales, order), None if zeros is None else Picked(zeros, order)
+                scales, zeros = Picked(scales, order.groups), None if zeros is None else Picked(zeros, order.groups)
         return Stored(values, scales, zeros)
 
     @staticmethod
@@ -170,8 +172,8 @@ def _group(options: Options, usual: object) -> _Group:
     order = weights.one_of("actorder", (None, "weight", "static", "group", "dynamic"))
     scheme = "fp8" if kind == "float" else "int4" if bits == 4 else _activations(options)
     names = ModuleNames(tuple(it for it in targets if it != "Linear"))
-    encoding = Encoding(scheme, group, zeros)
-    return _Group(weights, names, "Linear" in targets, encoding, bits, packed, block, order in ("group", "dynamic") and group is not None)
+    mixed = order in ("group", "dynamic") and group is not None
+    return _Group(weights, names, "Linear" in targets, Encoding(scheme, group, zeros, ordered=mixed), bits, packed, block)
 
 
 def _packed(options: Options, layout: object, kind: str, bits: int) -> bool:

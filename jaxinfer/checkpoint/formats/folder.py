@@ -85,10 +85,13 @@ def _no_weights(folder: Path) -> str:
     if not folder.is_dir():
         return f"{folder}: expected a model folder, found none"
     there = sorted(path.name for path in folder.iterdir())
+    single = [name for name in there if name.endswith(".safetensors")]
     pickled = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     why = (
         f"{pickled[0]} is a pickle, which can run code: convert it to safetensors"
         if pickled
         else f"it holds {', '.join(there[:12]) or 'nothing'}"
     )
+    if len(single) == 1:
+        why = f"if {single[0]} holds all of its weights, rename it to {SINGLE}"
     return f"{folder}: expected {SINGLE} or {INDEX}, found neither; {why}"

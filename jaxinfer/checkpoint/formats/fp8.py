@@ -1,8 +1,9 @@
 """fp8 weights as Hugging Face's quant_method "fp8" stores them: e4m3 values with scales per tensor, per output, or per block.
 
-X.weight float8_e4m3fn [out, in] with X.weight_scale (one number, or one for each output) or, where weight_block_size is given,
-X.weight_scale_inv [ceil(out / rows), ceil(in / columns)]. Both multiply: weight = value * scale (the second was named for the
-quantiser, which divides by it). Activations are not quantised here, whatever activation_scheme says of them.
+X.weight float8_e4m3fn [out, in] with X.weight_scale (one number, or one for each output) or X.weight_scale_inv: where weight_block_size
+is given [ceil(out / rows), ceil(in / columns)], as DeepSeek and transformers write it, else one number, as transformers does. Both
+multiply: weight = value * scale (the second was named for the quantiser, which divides by it). Scales are floating, or powers of two as
+float8_e8m0fnu where scale_fmt is "ue8m0". Activations are not quantised here, whatever activation_scheme says of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from jaxinfer.models.weights import Source
 
 QUANT_METHOD = "fp8"
 VALUES = ("float8_e4m3fn",)
-KNOWN = "quant_method activation_scheme fmt weight_block_size modules_to_not_convert ignored_layers dequantize is_checkpoint_fp8_serialized"
+KNOWN = (
+    "quant_method activation_scheme fmt scale_fmt weight_block_size modules_to_not_convert modules_to_convert ignored_layers dequantize"
+    " expert_dtype is_checkpoint_fp8_serialized"
+)
 
 Block = tuple[int, int]
 
@@ -31,6 +35,9 @@ def read(options: Options) -> Format:
     """
     options.one_of("activation_scheme", ("dynamic", "static"), default="dynamic")
     options.one_of("fmt", ("e4m3", "float8_e4m3fn"), default="e4m3")
+    options.one_of("scale_fmt", (None, "float", "ue8m0"))
+    options.one_of("expert_dtype", (None, "fp8"))
+    options.one_of("modules_to_convert", (None, []), remedy="use a checkpoint with nothing but its linear modules in fp8")
     options.finish(KNOWN)
     plain = ModuleNames((*options.words("modules_to_not_convert"), *options.words("ignored_layers")))
     return _Fp8(options, block_of(options, "weight_block_size"), plain)
@@ -70,7 +77,8 @@ class _Fp8:
     options: Options
     block: Block | None
     plain: ModuleNames
-    unused: tuple[str, ...] = ("*.input_scale",)
+    unused: tuple[str, ...] = ("*.input_scale", "*.activation_scale")
+    empty: tuple[str, ...] = ()
 
     def encoding(self, module: str) -> Encoding | None:
         """fp8 for all but the head and the modules that the config excludes."""
@@ -78,12 +86,16 @@ class _Fp8:
 
     def needs(self, module: str, shape: tuple[int, int]) -> dict[str, Need]:
         """The values and their scales."""
-        return {f"{module}.weight": Need((shape,), VALUES), self._scale(module): Need(scale_shapes(shape, self.block), SCALE_DTYPES)}
+        first, second = self._scale_names(module)
+        scale = Need(scale_shapes(shape, self.block), (*SCALE_DTYPES, "float8_e8m0fnu"), second)
+        return {f"{module}.weight": Need((shape,), VALUES), first: scale}
 
     def stored(self, module: str, shape: tuple[int, int], tensors: Mapping[str, LazyTensor]) -> Stored:
         """The matrix as it is stored."""
-        values = tensors[f"{module}.weight"]
-        return Stored(Within(values, values), rows_of_scales(tensors[self._scale(module)], shape, self.block))
+        values, scale = tensors[f"{module}.weight"], next(tensors[name] for name in self._scale_names(module) if name in tensors)
+        return Stored(Within(values, values), rows_of_scales(scale, shape, self.block))
 
-    def _scale(self, module: str) -> str:
-        return f"{module}.weight_scale" if self.block is None else f"{module}.weight_scale_inv"
+    def _scale_names(self, module: str) -> tuple[str, str]:
+        """The usual name and the other one."""
+        plain, inverse = f"{module}.weight_scale", f"{module}.weight_scale_inv"
+        return (plain, inverse) if self.block is None else (inverse, plain)

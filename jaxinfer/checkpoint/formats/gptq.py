@@ -1,8 +1,10 @@
-"""GPTQ int4 (Frantar et al., arXiv 2210.17323), as AutoGPTQ and GPTQModel write it.
+"""GPTQ int4 and int8 (Frantar et al., arXiv 2210.17323), as AutoGPTQ and GPTQModel write it.
 
-qweight int32 [in / 8, out]: eight inputs to a word, low bits first; qzeros int32 [groups, out / 8]: eight outputs to a word; scales
-float16 [groups, out]; g_idx int32 [in]: the group of each input. weight = (q - z) * s with q and z in 0..15, here both less 8. Checkpoints
-of format "gptq" hold z - 1 in place of z (so z reaches 16), those of format "gptq_v2" hold z.
+qweight int32 [in * bits / 32, out]: eight inputs of 4 bits, or four of 8, to a word, low bits first; qzeros int32
+[groups, out * bits / 32]: outputs in the same way; scales [groups, out]; g_idx int32 [in]: the group of each input, where desc_act is
+true in any order. weight = (q - z) * s with q and z from 0, here both less half of their range. Checkpoints of format "gptq" hold z - 1
+in place of z (so z of 4 bits reaches 16), those of format "gptq_v2" hold z. AutoGPTQ gives every matrix a bias, of zeros where the model
+has none.
 """
 
 from __future__ import annotations
@@ -11,18 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxinfer.checkpoint.errors import broken
-from jaxinfer.checkpoint.formats.quantised import SCALE_DTYPES, Encoding, Format, ModuleNames, Need, Options, Stored, group_order
+from jaxinfer.checkpoint.formats.quantised import SCALE_DTYPES, Encoding, Format, ModuleNames, Need, Options, Stored, column_order
+from jaxinfer.checkpoint.formats.rules import BITS, Rules, Way, check_tools, read_rules
 from jaxinfer.checkpoint.formats.safetensors import LazyTensor
 from jaxinfer.checkpoint.formats.views import Picked, Scales, Shifted, Transposed, Unpacked, Within
+from jaxinfer.models.weights import Source
 
 QUANT_METHOD = "gptq"
-EACH = 8
-KNOWN = (
-    "quant_method bits group_size desc_act sym checkpoint_format static_groups true_sequential damp_percent damp_auto_increment dataset"
-    " tokenizer model_name_or_path model_file_base_name model_seqlen block_name_to_quantize module_name_preceding_first_block batch_size"
-    " pad_token_id use_exllama use_cuda_fp16 disable_exllama exllama_config max_input_length cache_block_outputs backend meta lm_head"
-    " pack_dtype dynamic mse quant_block_list format modules_in_block_to_quantize act_group_aware hyb_act"
-)
+WORD = 32
 
 
 def read(options: Options) -> Format:
@@ -31,60 +29,76 @@ def read(options: Options) -> Format:
     Raises:
         CheckpointError: an option that is not implemented, by name.
     """
-    options.one_of("bits", (4,))
-    options.one_of("desc_act", (True, False), default=False)
-    options.one_of("lm_head", (True, False), default=False)
-    options.one_of("pack_dtype", ("int32",), default="int32")
-    options.one_of("dynamic", (None, {}), remedy="modules quantised each in its own way are not implemented")
-    named = "checkpoint_format" if "checkpoint_format" in options.values else "format"
+    check_tools(options, QUANT_METHOD)
+    options.one_of("lm_head", (None, True, False))
+    named = "checkpoint_format" if options.values.get("checkpoint_format") is not None else "format"
     version = options.one_of(named, ("gptq", "gptq_v2"), default="gptq", remedy="use a checkpoint in the format gptq")
-    options.finish(KNOWN)
-    symmetric = options.one_of("sym", (True, False), default=True)
+    usual = Way(
+        options.one_of("bits", BITS), options.group_size("group_size"), options.one_of("sym", (True, False), default=True),
+        options.one_of("desc_act", (True, False), default=False),
+    )  # fmt: skip
     blocks = options.values.get("modules_in_block_to_quantize")
     inside = [name for names in blocks for name in names] if isinstance(blocks, list) and blocks else None
     if inside is not None and not all(isinstance(name, str) for name in inside):
         raise broken(options.file, "quantization_config.modules_in_block_to_quantize = lists of names", blocks)
     chosen = None if inside is None else ModuleNames(tuple(inside))
-    return _Gptq(options, options.group_size("group_size"), bool(symmetric), int(version == "gptq"), chosen)
+    return _Gptq(options, read_rules(options, usual), int(version == "gptq"), chosen)
 
 
 @dataclass(frozen=True)
 class _Gptq:
     options: Options
-    group: int | None
-    symmetric: bool
+    rules: Rules
     less: int
     chosen: ModuleNames | None
     unused: tuple[str, ...] = ("*.g_idx",)
+    empty: tuple[str, ...] = ("*.bias",)
 
     def encoding(self, module: str) -> Encoding | None:
-        """int4 for every linear module of the layers, and for the head where lm_head is true."""
-        quantised = bool(self.options.values.get("lm_head")) if module == "lm_head" else self.chosen is None or self.chosen.has(module)
-        return Encoding("int4", self.group, zeros=not self.symmetric) if quantised else None
+        """int4 or int8 for every linear module of the layers, and for the head where lm_head is true."""
+        found = bool(self.options.values.get("lm_head")) if module == "lm_head" else self.chosen is None or self.chosen.has(module)
+        way = self.rules.of(module) if found else None
+        if way is None:
+            return None
+        if way.bits == 8 and not way.symmetric:
+            raise broken(self.options.file, f"{module} symmetric, as numbers of 8 bits have to be", "sym = False")
+        return Encoding(f"int{way.bits}", way.group, zeros=not way.symmetric, ordered=way.ordered and way.group is not None)
+
+    def _way(self, module: str) -> Way:
+        way = self.rules.of(module)
+        if way is None:
+            raise KeyError(f"{module} is not quantised")
+        return way
 
     def needs(self, module: str, shape: tuple[int, int]) -> dict[str, Need]:
         """qweight, qzeros and scales; g_idx where the order may be another one."""
-        (out, inputs), group = shape, self.group or shape[1]
-        if out % EACH or inputs % EACH or inputs % group:
+        way, (out, inputs) = self._way(module), shape
+        each, group = WORD // way.bits, way.group or inputs
+        if out % each or inputs % each or inputs % group:
             found = f"{module} of [{out}, {inputs}]"
-            raise broken(self.options.file, f"sizes in eights, inputs in groups of {group} (quantization_config.group_size)", found)
+            raise broken(self.options.file, f"sizes in whole words of {each}, inputs in groups of {group} (group_size)", found)
         needed = {
-            f"{module}.qweight": Need(((inputs // EACH, out),), ("int32",)),
-            f"{module}.qzeros": Need(((inputs // group, out // EACH),), ("int32",)),
+            f"{module}.qweight": Need(((inputs // each, out),), ("int32",)),
+            f"{module}.qzeros": Need(((inputs // group, out // each),), ("int32",)),
             f"{module}.scales": Need(((inputs // group, out),), SCALE_DTYPES),
         }
-        return needed | ({f"{module}.g_idx": Need(((inputs,),), ("int32",))} if self.options.values.get("desc_act") else {})
+        return needed | ({f"{module}.g_idx": Need(((inputs,),), ("int32",))} if way.ordered else {})
 
     def stored(self, module: str, shape: tuple[int, int], tensors: Mapping[str, LazyTensor]) -> Stored:
         """The matrix, unpacked and turned; zeros of a symmetric one are checked as they are read, with the scales."""
-        name, group = f"{module}.g_idx", self.group or shape[1]
-        order = group_order(tensors[name], group) if name in tensors else None
-        values = Transposed(Unpacked(tensors[f"{module}.qweight"], 0, shape[1], offset=8))
+        way, name = self._way(module), f"{module}.g_idx"
+        middle = 1 << (way.bits - 1)
+        values: Source = Transposed(Unpacked(tensors[f"{module}.qweight"], 0, shape[1], way.bits, middle))
         scales, packed = tensors[f"{module}.scales"], tensors[f"{module}.qzeros"]
-        zeros = Transposed(Shifted(Unpacked(packed, 1, shape[0]), self.less - 8))
-        found = Scales(Transposed(scales), scales)
-        if self.symmetric:
+        zeros: Source = Transposed(Shifted(Unpacked(packed, 1, shape[0], way.bits), self.less - middle))
+        found: Source = Scales(Transposed(scales), scales)
+        if way.symmetric:
             zeros = Within(zeros, packed, 0, 0)
+        order = column_order(tensors[name], way.group or shape[1]) if name in tensors else None
         if order is None:
             return Stored(values, found, zeros)
-        return Stored(values, Picked(found, order), Picked(zeros, order))
+        if not way.ordered and order.columns is not None:
+            raise broken(tensors[name].file.path, "inputs in their order, as desc_act is false", "another one", tensor=name)
+        if order.columns is not None:
+            return Stored(Picked(values, order.columns), found, zeros, order.columns)
+        return Stored(values, Picked(found, order.groups), Picked(zeros, order.groups))

@@ -4,7 +4,7 @@ A format is a file of this folder with `QUANT_METHOD`, the word by which config.
 of each linear module whether it is quantised and how (`Encoding`), which tensors must be there for it (`needs`), and gives the matrix that
 they mean (`Stored`): whole numbers or fp8 values, scales and zeros as [out, in], [out, groups] and [out, groups], with
 
-    weight = (values - zeros) * scales,  column i belonging to group i // encoding.group
+    weight[:, order] = (values - zeros) * scales,  column i belonging to group i // encoding.group
 
 exactly: nothing is quantised again. Modules are named as in the checkpoint, without ".weight".
 """
@@ -28,26 +28,33 @@ SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Encoding(NamedTuple):
-    """How one module is quantised: the scheme (a file of jaxinfer/quant), the inputs that share a scale (None: all of a row), zeros."""
+    """How one module is quantised: the scheme (a file of jaxinfer/quant), the inputs that share a scale (None: all of a row), zeros,
+    and whether its columns may lie in another order than the inputs."""
 
     scheme: str
     group: int | None = None
     zeros: bool = False
+    ordered: bool = False
 
 
 class Need(NamedTuple):
-    """A tensor that must be there: in one of these shapes, in one of these dtypes."""
+    """A tensor that must be there: in one of these shapes, in one of these dtypes, under its own name or the other one."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
+    other: str = ""
 
 
 class Stored(NamedTuple):
-    """A quantised matrix in its file; every view's first dimension is the module's outputs."""
+    """A quantised matrix in its file; every view's first dimension is the module's outputs.
+
+    order: which input each column of the views multiplies, where it is not the one in its place.
+    """
 
     values: Source
     scales: Source
     zeros: Source | None = None
+    order: tuple[int, ...] | None = None
 
 
 @runtime_checkable
@@ -57,6 +64,11 @@ class Format(Protocol):
     @property
     def unused(self) -> tuple[str, ...]:
         """Patterns of tensors that may be there and are not needed."""
+        ...
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """Patterns of tensors that may be there if all their numbers are 0."""
         ...
 
     def encoding(self, module: str) -> Encoding | None:
@@ -166,23 +178,32 @@ class ModuleNames:
         return module == entry or f".{module}.".find(f".{entry}.") >= 0
 
 
-def group_order(tensor: LazyTensor, group: int) -> tuple[int, ...] | None:
-    """Which group each run of `group` columns belongs to, from the tensor that says it of each column; None if in ascending order.
+class Order(NamedTuple):
+    """How the columns of a matrix lie: whole groups in another order, or else columns, which are put side by side by group.
+
+    groups: the row of scales of each run of columns. columns: the input that each column multiplies, once groups are side by side.
+    """
+
+    groups: tuple[int, ...] = ()
+    columns: tuple[int, ...] | None = None
+
+
+def column_order(tensor: LazyTensor, group: int) -> Order | None:
+    """The order of columns, from the tensor that says the group of each; None where groups follow one another.
 
     Raises:
-        CheckpointError: the tensor holds numbers that are no group's, or columns of one group do not lie together: to multiply by such a
-            matrix the activations would have to be put in its order first, for which there is no place here.
+        CheckpointError: the tensor holds numbers that are no group's, or too many or too few of one.
     """
     found: Int[np.ndarray, " columns"] = tensor.read((slice(0, tensor.shape[0]),))
     groups = -(-len(found) // group)
     if found.min() < 0 or found.max() >= groups:
         wrong = found[(found < 0) | (found >= groups)][0]
         raise broken(tensor.file.path, f"groups in 0..{groups - 1}", int(wrong), tensor=tensor.name)
+    if (counts := np.bincount(found, minlength=groups)).max() > group or len(found) != groups * group:
+        raise broken(tensor.file.path, f"{group} columns in each group", f"{counts.max()} in group {counts.argmax()}", tensor=tensor.name)
     first = found[::group]
-    if not np.array_equal(np.repeat(first, group)[: len(found)], found) or len(set(first.tolist())) != groups:
-        raise broken(
-            tensor.file.path, "columns of a group side by side", "columns in the order of their activations (desc_act, actorder)",
-            tensor=tensor.name, remedy="use a checkpoint made with desc_act false, static groups, or actorder weight",
-        )  # fmt: skip
-    order = tuple(int(it) for it in first)
-    return None if order == tuple(range(groups)) else order
+    if np.array_equal(first, np.arange(groups)) and np.array_equal(np.repeat(first, group), found):
+        return None
+    if np.array_equal(np.repeat(first, group), found):
+        return Order(groups=tuple(first.tolist()))
+    return Order(columns=tuple(np.argsort(found, kind="stable").tolist()))

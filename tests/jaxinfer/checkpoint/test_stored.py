@@ -8,6 +8,11 @@ import pytest
 
 from jaxinfer.checkpoint import read
 from jaxinfer.checkpoint.errors import CheckpointError
+from jaxinfer.checkpoint.formats.find import format_of
+from jaxinfer.checkpoint.formats.folder import WeightFiles
+from jaxinfer.checkpoint.json_files import read_json
+from jaxinfer.checkpoint.stored import module_of
+from jaxinfer.models.weights import transform_of
 from jaxinfer.quant.qarray import PACKED, QArray, QSpec, check
 from jaxinfer.sharding import make_mesh, named
 from tests import quantised_files as files
@@ -146,6 +151,39 @@ def test_what_the_compressed_tensors_library_writes_is_what_it_reads(scheme):
     assert np.abs(found - wanted).max() < (0.05 if scheme == "w8a8" else 5e-6) * np.abs(wanted).max()
 
 
+FOREIGN = sorted(folder.name for folder in (GOLDEN / "foreign").iterdir())
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_matrices_are_those_that_the_library_unpacks_from_its_own_files(name):
+    """Each matrix times a vector, which the expected file has by the matrix's name."""
+    folder, shapes = GOLDEN / "foreign" / name, {}
+    graph, form = golden_graph(f"foreign/{name}"), format_of(read_json(folder / "config.json"), folder / "config.json")
+    assert form is not None
+    for weight, spec, contracting in zip(graph.names, graph.specs, graph.contracting, strict=True):
+        transform, layer = transform_of(weight, graph.module.WEIGHTS)
+        needs = transform.needs(graph.config, spec.shape, layer) if contracting else {}
+        shapes |= {tensor: shape for tensor, shape in needs.items() if form.encoding(module_of(tensor))}
+    with np.load(folder / "expected.npz") as expected, WeightFiles(folder) as weights:
+        assert set(expected.files) == {"tokens", "logits", *shapes}
+        for tensor, shape in shapes.items():
+            module = module_of(tensor)
+            found = files.meant(form.stored(module, shape, weights.tensors), shape, form.encoding(module).group or shape[1])
+            product = found.astype(np.float64) @ np.cos(np.arange(1, shape[1] + 1, dtype=np.float64) ** 2)
+            assert np.abs(product - expected[tensor]).max() < 2e-7 * np.abs(expected[tensor]).max(), tensor
+
+
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("name", ["gptq_order", *(pytest.param(it, marks=pytest.mark.ci) for it in FOREIGN if it != "gptq_order")])
+def test_logits_are_those_of_the_library(name, tensor):
+    folder, mesh = GOLDEN / "foreign" / name, make_mesh({"tensor": tensor})
+    graph, expected = read.as_stored(folder, golden_graph(f"foreign/{name}")), np.load(folder / "expected.npz")
+    assert any(isinstance(spec, QSpec) and spec.order is not None for spec in graph.specs) == name.endswith("_order")
+    driver = Driver(graph, graph.leaves(read.load(folder, graph, mesh)), mesh)
+    found = driver.logits([expected["tokens"].tolist()], [[len(expected["tokens"])]])[0]
+    assert np.abs(found - expected["logits"]).max() < 5e-6 * np.abs(expected["logits"]).max()
+
+
 def broken_by(case, change, tmp_path):
     folder, _ = folders(case, tmp_path)
     tensors = read_all(folder / "model.safetensors")
@@ -163,7 +201,7 @@ BROKEN = {
     "no scheme": ("w8a8", lambda t, c: c.clear(), "proj.weight': expected a floating dtype, found int8; config.json has no"),
     "no word": ("gptq", lambda t, c: c.clear(), "found no such tensor; config.json has no quantization_config that says how to read"),
     "another group": ("awq", lambda t, c: c.update(group_size=16), "qzeros': expected shape [4, 8] as config.json asks for, found [2, 8]"),
-    "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "a group size of quantization_config that divides 64 inputs"),
+    "group of no size": ("gptq", lambda t, c: c.update(group_size=48), "expected sizes in whole words of 8, inputs in groups of 48"),
     "misshapen": ("fp8 blocks", lambda t, c: t.update({f"{UP}.weight_scale_inv": np.ones((3, 1), np.float32)}), "expected shape [3, 2]"),
     "dtype": ("gptq", lambda t, c: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].astype(np.int64)}), "expected dtype int32, found int64"),
     "floats": ("w8a8", lambda t, c: t.update({f"{UP}.weight": np.ones((96, 64), np.float32)}), "expected dtype int8, found float32"),
@@ -177,6 +215,8 @@ BROKEN = {
     "scale NaN": ("fp8 tensor", lambda t, c: t[f"{UP}.weight_scale"].fill(np.nan), "finite and above 0, found nan"),
     "scale negative": ("gptq", lambda t, c: np.negative(t[f"{UP}.scales"], out=t[f"{UP}.scales"]), "finite and above 0, found -0.0"),
     "NaN": ("fp8 rows", lambda t, c: t[f"{UP}.weight"].view(np.uint8).fill(127), f"tensor '{UP}.weight': expected numbers that are finite"),
+    "bias": ("gptq", lambda t, c: t.update({f"{UP}.bias": np.eye(96, dtype=np.float16)[0]}), "up_proj.bias': expected only tensors"),
+    "order": ("gptq", lambda t, c: t.update({f"{KEY}.g_idx": np.roll(t[f"{KEY}.g_idx"], 1)}), "in one order, as they are one matrix here"),
     "method": ("awq", lambda t, c: c.update(quant_method="hqq"), "quant_method = 'awq' or"),
 }  # fmt: skip
 

@@ -10,9 +10,9 @@ import pytest
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
-from jaxinfer.models.graph import Graph, Quantization, arrays_of, random_weights
+from jaxinfer.models.graph import Graph, Quantization, _recipes, arrays_of, random_weights
 from jaxinfer.models.weights import transform_of
-from jaxinfer.quant.qarray import QArray, QSpec, check, dequantize
+from jaxinfer.quant.qarray import PACKED, QArray, QSpec, check, dequantize, describe
 from jaxinfer.sharding import ArraySpec, make_mesh, named
 from tests.driving import GOLDEN, Chunk, Driver, golden_graph, pack
 
@@ -52,6 +52,12 @@ def test_leaves_and_weights_are_inverse():
         assert all(one is two for one, two in zip(leaves, again, strict=True))
         with pytest.raises(ValueError, match=f"has {len(leaves)} arrays, found {len(leaves) - 1}"):
             graph.weights(leaves[1:])
+
+
+def test_a_random_order_of_columns_is_that_of_the_inputs():
+    spec = describe(ArraySpec((4, 8), np.dtype(np.float32), ("mlp", "embed")), 1, (1, 4), PACKED, scheme="int4", extras=("zeros", "order"))
+    made = [np.asarray(recipe.fill(jnp.uint32(1))) for recipe in _recipes("a.kernel", spec, 1)]
+    assert [it.shape for it in made] == [array.shape for array in spec.arrays] and np.array_equal(made[-1], np.arange(8))
 
 
 def test_random_weights_are_sharded_and_depend_on_the_seed_alone():

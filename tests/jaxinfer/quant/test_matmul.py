@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -55,6 +56,17 @@ def test_a_quantised_weight_computes_what_its_oracle_says(case):
     sharded = sharded_matmul(x, quantised, CASES[case][1], mesh=mesh, rules=DEFAULT_RULES, out_dtype=jnp.dtype("float32"))
     for found in (matmul(x, quantised, out_dtype=jnp.dtype("float32")), sharded):
         assert np.allclose(found, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_are_taken_in_the_order_of_the_columns():
+    """On shards of the inputs; `tests/jaxinfer/checkpoint/test_stored.py` has it on one device."""
+    x, weight, _ = arrays("rows")
+    order = jnp.asarray(RANDOM.permutation(math.prod(x.shape[1:])), jnp.int32)
+    ordered = replace(quantise(np.asarray(weight), CASES["rows"][2], "int8"), order=order)
+    exact = np.tensordot(np.asarray(x), np.asarray(dequantize(ordered)), ((1, 2, 3), (1, 2, 3)))
+    placing = {"mesh": make_mesh({"tensor": 2}), "rules": DEFAULT_RULES, "out_dtype": jnp.dtype("float32")}
+    run = jax.jit(lambda x, weight: sharded_matmul(x, weight, CASES["rows"][1], **placing))
+    assert np.allclose(run(x, ordered), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_the_result_has_the_dtype_asked_for():

@@ -7,7 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.quant.qarray import FP8, INT8, PACKED, QArray, check, dequantize, describe, relative_error, shape_of, stored_shape, unpack
+from jaxinfer.quant.qarray import (
+    FIELDS,
+    FP8,
+    INT8,
+    PACKED,
+    QArray,
+    check,
+    dequantize,
+    describe,
+    relative_error,
+    shape_of,
+    stored_shape,
+    unpack,
+)
 from jaxinfer.sharding import ArraySpec, make_mesh, named
 
 P = jax.sharding.PartitionSpec
@@ -33,6 +46,13 @@ def test_dequantize_of_four_bits_with_everything():
     assert np.array_equal(dequantize(replace(FOUR, zeros=None, smooth=None)), [[-8, -7, 0, 3.5]])
 
 
+def test_columns_go_back_to_their_inputs():
+    ordered = replace(FOUR, smooth=None, order=jnp.asarray([2, 0, 3, 1], jnp.int32))
+    check(ordered)
+    assert np.array_equal(dequantize(replace(ordered, order=None)), [[0, 1, -4, -0.5]])
+    assert np.array_equal(dequantize(ordered), [[1, -0.5, 0, -4]])
+
+
 @pytest.mark.parametrize(
     ("values", "scales", "words"),
     [
@@ -49,7 +69,7 @@ def test_dequantize_of_four_bits_with_everything():
 )
 def test_check_names_what_is_broken(values, scales, words):
     with pytest.raises(ValueError, match=words):
-        check(QArray.tree_unflatten("float", [values, scales, None, None]))
+        check(QArray.tree_unflatten("float", [values, scales, None, None, None]))
 
 
 @pytest.mark.parametrize(
@@ -60,10 +80,14 @@ def test_check_names_what_is_broken(values, scales, words):
         (FOUR, {"zeros": jnp.zeros((1, 1), jnp.uint8)}, "zeros belong"),
         (FOUR, {"smooth": jnp.ones(2)}, "smooth is"),
         (GOOD, {"smooth": jnp.asarray([1.0, 0.0])}, "smooth is"),
+        (FOUR, {"order": jnp.asarray([1, 0, 3, 2], jnp.int32)}, "comes without smooth"),
+        (FOUR, {"smooth": None, "order": jnp.asarray([1, 0, 3, 3], jnp.int32)}, "each input"),
+        (FOUR, {"smooth": None, "order": jnp.arange(3, dtype=jnp.int32)}, "each input"),
+        (GOOD, {"order": jnp.asarray([1.0, 0.0])}, "order is int32"),
     ],
 )
 def test_check_looks_at_the_rest(good, change, words):
-    leaves = {name: getattr(good, name) for name in ("values", "scales", "zeros", "smooth")} | change
+    leaves = {name: getattr(good, name) for name in FIELDS} | change
     with pytest.raises(ValueError, match=words):
         check(QArray.tree_unflatten("float", list(leaves.values())))
 
@@ -98,6 +122,10 @@ def test_a_description_counts_and_makes_what_there_is():
     assert (spec.nbytes, spec.shape, spec.blocks) == (16 + 32 + 8 + 32, (4, 8), (1, 4))
     made = spec.make([jnp.zeros(array.shape, array.dtype) for array in spec.arrays])
     assert made.smooth is not None and made.shape == spec.shape and made.blocks == spec.blocks
+    order = describe(
+        ArraySpec((4, 2, 4), np.dtype(np.float32), ("embed", "heads", None)), 2, (1, 1, 4), PACKED, scheme="int4", extras=("order",)
+    ).order
+    assert order == ArraySpec((8,), np.dtype(np.int32), (None,))
     plain = describe(weight, 1, (1, 8), INT8, scheme="w8a8", activations="int8")
     assert len(plain.arrays) == 2 and plain.make([jnp.zeros((4, 8), jnp.int8), jnp.ones((4, 1))]).activations == "int8"
     with pytest.raises(ValueError, match="cut bytes"):

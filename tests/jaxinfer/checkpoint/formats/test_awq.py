@@ -21,20 +21,38 @@ def test_values_are_those_of_the_definition(tmp_path):
     assert np.array_equal(meant(form.stored("a.q_proj", (24, 64), tensors), (24, 64), 32), matrix.exact)
 
 
+def test_a_symmetric_checkpoint_has_no_zeros_but_8(tmp_path):
+    form, words = (
+        awq.read(options(tmp_path, CONFIG | {"zero_point": False, "format": "gemm"})),
+        r"tensor 'a.qzeros': expected numbers in 0\.\.0",
+    )
+    assert form.encoding("a") == Encoding("int4", 32)
+    matrix = Matrix.random(np.random.default_rng(0), 24, 64, 32, symmetric=True)
+    assert np.array_equal(meant(form.stored("a", (24, 64), opened(tmp_path, written("a", matrix))), (24, 64), 32), matrix.exact)
+    matrix.zeros[3, 1] = 7
+    with pytest.raises(CheckpointError, match=words):
+        meant(form.stored("a", (24, 64), opened(tmp_path, written("a", matrix))), (24, 64), 32)
+
+
 def test_which_modules_are_quantised(tmp_path):
     form = awq.read(options(tmp_path, CONFIG))
     assert form.encoding("model.layers.0.mlp.up_proj") == Encoding("int4", 32, zeros=True)
     assert form.encoding("lm_head") is None and form.encoding("model.layers.0.mlp.gate") is None
     assert form.encoding("model.layers.0.mlp.gate_proj") is not None
+    some = awq.read(options(tmp_path, CONFIG | {"dynamic": {"-:.*up_proj": {}, "+:.*down_proj": {"bits": 8}}}))
+    assert some.encoding("model.layers.0.mlp.up_proj") is None and some.encoding("model.layers.0.mlp.gate_proj") is not None
+    with pytest.raises(CheckpointError, match="down_proj of 4 bits and in the order of its inputs, as AWQ's are, found bits = 8"):
+        some.encoding("model.layers.0.mlp.down_proj")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"bits": 8}, "quantization_config.bits = 4, found 8"),
-        ({"version": "gemv"}, "version = 'gemm' or 'GEMM', found gemv; use a checkpoint packed for version gemm"),
-        ({"zero_point": False}, "zero_point = True, found False"),
-        ({"zero_point": 1}, "zero_point = True, found 1"),
+        ({"version": "gemv"}, "version = None or 'gemm' or 'GEMM', found gemv; use a checkpoint packed for version gemm"),
+        ({"format": "gemv_fast"}, "format = None or 'gemm' or 'GEMM', found gemv_fast"),
+        ({"zero_point": 1}, "zero_point = True or False, found 1"),
+        ({"desc_act": True}, "desc_act = None or False, found True"),
         ({"group_size": 0}, "group_size = a whole number above 0, or -1, found 0"),
         ({"modules_to_not_convert": "gate"}, "modules_to_not_convert = a list of strings"),
         ({"sparse": 2}, "options of quantization_config that are implemented, found sparse = 2"),

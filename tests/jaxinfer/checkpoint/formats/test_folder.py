@@ -120,3 +120,9 @@ def test_files_are_closed_when_one_is_broken(tmp_path):
     with pytest.raises(CheckpointError):
         WeightFiles(tmp_path)
     assert open_files() == before
+
+
+def test_a_file_by_another_name_is_no_guess(tmp_path):
+    (tmp_path / "gptq_model-4bit-32g.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"if gptq_model-4bit-32g\.safetensors holds all .* rename it to model\.safetensors$"):
+        WeightFiles(tmp_path)

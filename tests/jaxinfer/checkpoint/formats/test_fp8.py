@@ -29,6 +29,23 @@ def test_scales_of_outputs_and_of_the_tensor(shape, dtype, tmp_path):
     assert np.array_equal(meant(form.stored("q", SHAPE, tensors), SHAPE, 48), exact)
 
 
+def test_one_scale_under_the_name_that_transformers_gives_it(tmp_path):
+    form = fp8.read(options(tmp_path, CONFIG | {"scale_fmt": "float", "expert_dtype": "fp8", "modules_to_convert": None}))
+    tensors = opened(tmp_path, {"q.weight": values(), "q.weight_scale_inv": np.full((1, 1), 0.25, np.float32)})
+    assert form.needs("q", SHAPE)["q.weight_scale"].other == "q.weight_scale_inv"
+    assert np.array_equal(meant(form.stored("q", SHAPE, tensors), SHAPE, 48), values().astype(np.float32) / 4)
+
+
+def test_scales_that_are_powers_of_two(tmp_path):
+    form = fp8.read(options(tmp_path, CONFIG | {"scale_fmt": "ue8m0", "weight_block_size": [20, 24]}))
+    scale = np.asarray([[0.25, 2.0], [1.0, 2.0**-9]], ml_dtypes.float8_e8m0fnu)
+    tensors = opened(tmp_path, {"q.weight": values(), "q.weight_scale_inv": scale})
+    need = form.needs("q", SHAPE)["q.weight_scale_inv"]
+    assert tensors["q.weight_scale_inv"].dtype.name in need.dtypes
+    wide = np.repeat(np.repeat(scale.astype(np.float32), 20, 0), 24, 1)
+    assert np.array_equal(meant(form.stored("q", SHAPE, tensors), SHAPE, 24), values().astype(np.float32) * wide)
+
+
 @pytest.mark.parametrize("block", [(16, 16), (32, 48), (128, 128)], ids=str)
 def test_scales_of_blocks(block, tmp_path):
     count = tuple(-(-size // step) for size, step in zip(SHAPE, block, strict=True))
@@ -58,10 +75,12 @@ def test_bad_numbers_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"scale_fmt": "e5m3"}, "scale_fmt = None or 'float' or 'ue8m0', found e5m3"),
+        ({"expert_dtype": "fp4"}, "expert_dtype = None or 'fp8', found fp4"),
+        ({"modules_to_convert": ["embed"]}, "modules_to_convert = None or []"),
         ({"fmt": "e5m2"}, "fmt = 'e4m3' or 'float8_e4m3fn', found e5m2"),
         ({"weight_block_size": [128]}, "weight_block_size = [rows, columns], found [128]"),
         ({"weight_block_size": [128, 0]}, "weight_block_size = [rows, columns]"),
-        ({"scale_fmt": "ue8m0"}, "found scale_fmt = 'ue8m0'"),
     ],
 )
 def test_other_options_are_refused_by_name(change, words, tmp_path):
