@@ -128,7 +128,7 @@ def kernels_of(case: Any, sizes: dict[str, int]) -> int:
     if isinstance(case, flash_cases.Case):
         return 1
     merged = "sinks" in case.extras or case.decode_rows < 100
-    written = sizes["write"] == gpu.BY_KERNEL
+    written = case.decode_rows * case.decode_tokens + case.prefill_tokens >= sizes["write_from"]
     return written + (1 + merged) * (case.decode_rows > 0) + (1 + written) * (case.prefill_rows > 0)
 
 
@@ -158,8 +158,8 @@ def candidates(module: Any, case: Any) -> Iterator[Planned]:
     yield Planned(case.name, case, first, kernels_of(case, first))
     for sizes in others:
         changed = {name for name in sizes if sizes[name] != first[name]}
-        if changed == {"decode_longest_many"}:
-            continue  # how rows are cut where they are many: "many decode rows", not this case
+        if changed == {"decode_longest_many"} or (changed == {"write_from"} and kernels_of(case, sizes) == kernels_of(case, first)):
+            continue  # the same program: rows are not many, and the same one writes
         part = case
         if module is gpu and all(name.startswith("decode") for name in changed):
             part = replace(case, prefill_rows=0, prefill_tokens=0)

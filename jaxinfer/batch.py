@@ -31,7 +31,7 @@ class Row(NamedTuple):
     request: Request
     slot: int
     start: int
-    tokens: tuple[int, ...]
+    tokens: Sequence[int]
     pages: Sequence[int]
     samples: bool
     replica: int = 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import numbers
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -29,6 +30,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 16
 MAX_PRIORITY = 2**31 - 1
+MAX_TOKEN = 2**31 - 1
 MAX_SALT = 256
 SEED_BITS = 64
 
@@ -264,10 +266,11 @@ class SamplingParams(Drawing):
 class Request:
     """One sequence to generate: `prompt` token ids, how to sample, and which choice of its call it is (`index`).
 
-    priority: smaller is more urgent. cache_salt: only requests with the same salt share cached prefixes.
+    priority: smaller is more urgent. cache_salt: only requests with the same salt share cached prefixes. ids: the prompt again, packed as
+    the engine copies, hashes and sends it.
 
     Raises:
-        RequestError: an empty prompt, a token that is not a plain non-negative integer, a salt that is no string or too long.
+        RequestError: an empty prompt, a token that is not a plain integer from 0 to 2**31 - 1, a salt that is no string or too long.
     """
 
     id: str
@@ -276,6 +279,7 @@ class Request:
     index: int = 0
     priority: int = 0
     cache_salt: str = ""
+    ids: array[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -283,8 +287,10 @@ class Request:
         _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if not isinstance(self.cache_salt, str) or len(self.cache_salt) > MAX_SALT:
             raise RequestError(f"cache_salt must be a string of at most {MAX_SALT} characters", "cache_salt")
-        for token in self.prompt:
-            _check_int("prompt", token, 0, None)
+        if set(map(type, self.prompt)) != {int} or min(self.prompt) < 0 or max(self.prompt) > MAX_TOKEN:  # a long one in one go
+            for token in self.prompt:
+                _check_int("prompt", token, 0, MAX_TOKEN)
+        object.__setattr__(self, "ids", array("i", self.prompt))
 
     @property
     def key(self) -> tuple[str, int]:

@@ -123,10 +123,10 @@ def interpretation() -> Any:
     return plgpu.InterpretGPUParams() if interpreting() else None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory in the form that TMA writes and wgmma reads without bank conflicts."""
+def swizzled(shape: tuple[int, ...], dtype: Any, *, like: int | None = None) -> Any:
+    """Shared memory in the form that TMA writes and wgmma reads without bank conflicts; like: as rows of so many are."""
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = plgpu.find_swizzle((like or shape[-1]) * bits)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)))
 
 

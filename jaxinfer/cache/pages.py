@@ -16,6 +16,7 @@ after the last step that read it is committed.
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from jaxinfer.cache.prefix import Chain, Node, PrefixIndex
@@ -38,7 +39,7 @@ class PagePool:
         self.index = index
         self._free = list(range(size - 1, GUARD_PAGE, -1))
         self._owners = [0] * size
-        self._cached: dict[int, None] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # a dict would pass over all that it let go before its first entry
 
     @property
     def free(self) -> int:
@@ -175,8 +176,7 @@ class PagePool:
 
     def _evict(self) -> int:
         """Take the cached page that was used longest ago."""
-        page = next(iter(self._cached))
-        del self._cached[page]
+        page, _ = self._cached.popitem(last=False)
         if self.index is not None:
             self.index.drop(page)
         return page

@@ -5,9 +5,9 @@ This file does not know what becomes of a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import jax
+import numpy as np
 
 from jaxinfer.request import TokenLogprob
 from jaxinfer.sampling import Sampled
@@ -15,8 +15,7 @@ from jaxinfer.step.inputs import Packed
 from jaxinfer.step.verify import Verified
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """One token that a step drew for one row."""
 
     token: int
@@ -27,22 +26,25 @@ class Drawn:
 
 def fetch(packed: Packed, sampled: Sampled | Verified) -> dict[int, list[Drawn]]:
     """What was drawn by the row's index among the program's rows; a row with drafts has as many tokens as count."""
-    rows = [(index, row) for index, row in packed.rows if row.samples]
+    rows = [(index, row.request.params.logprobs) for index, row in packed.rows if row.samples]
     verified = isinstance(sampled, Verified)
-    found, counts = (sampled.drawn, jax.device_get(sampled.counts)) if verified else (sampled, None)
+    found, counts = (sampled.drawn, np.asarray(sampled.counts).tolist()) if verified else (sampled, None)
     width = packed.shapes.bucket.decode_tokens if verified else 1
-    tokens, finite, possible = jax.device_get((found.token, found.finite, found.possible))
-    wanted = any(row.request.params.logprobs is not None for _, row in rows)
-    scores = jax.device_get((found.logprob, found.top_tokens, found.top_logprobs)) if wanted else None
+    tokens, finite, possible = (np.asarray(values).tolist() for values in (found.token, found.finite, found.possible))
+    scores = None
+    if any(asked is not None for _, asked in rows):
+        scores = [np.asarray(values) for values in (found.logprob, found.top_tokens, found.top_logprobs)]
 
-    def drawn(at: int, asked: int | None) -> Drawn:
-        logprob = None
-        if scores is not None and asked is not None:
-            top = tuple(zip(scores[1][at, :asked].tolist(), scores[2][at, :asked].tolist(), strict=True))
-            logprob = TokenLogprob(int(tokens[at]), float(scores[0][at]), top)
-        return Drawn(int(tokens[at]), logprob, bool(finite[at]), bool(possible[at]))
+    def logprob(at: int, asked: int | None) -> TokenLogprob | None:
+        if scores is None or asked is None:
+            return None
+        top = tuple(zip(scores[1][at, :asked].tolist(), scores[2][at, :asked].tolist(), strict=True))
+        return TokenLogprob(tokens[at], float(scores[0][at]), top)
 
     return {
-        index: [drawn(index * width + place, row.request.params.logprobs) for place in range(1 if counts is None else int(counts[index]))]
-        for index, row in rows
+        index: [
+            Drawn(tokens[at], logprob(at, asked), finite[at], possible[at])
+            for at in range(index * width, index * width + (1 if counts is None else counts[index]))
+        ]
+        for index, asked in rows
     }

@@ -150,10 +150,11 @@ class Engine:
         flight = None if batch is None else self._launch(batch)
         outputs += self._take_pending()
         if flight is not None:
-            if any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows):
+            guided = any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows)
+            if guided:
                 outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
             draw = self.program.verify if flight.packed.shapes.bucket.decode_tokens > 1 else self.program.sample
-            flight.sampled = draw(flight.computed, self._demand(flight.packed), self._masks(flight.packed))
+            flight.sampled = draw(flight.computed, self._demand(flight.packed), self._masks(flight.packed) if guided else None)
             self._flights.append(flight)
         outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
@@ -291,22 +292,24 @@ class Engine:
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
 
     def _emit(self, active: _Active, drawn: Drawn) -> Output:
-        params = active.sequence.request.params
-        count = active.sequence.drawn
+        params, count = active.sequence.request.params, active.sequence.drawn
         stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
         if stop_token and not params.stop.include_in_output:
             piece = active.text.flush()
         else:
             piece = active.text.push(drawn.token, may_stop=count > params.min_tokens)
-        text, reason = piece.text, _reason(active, stopped=bool(stop_token or piece.stopped_by))
+        text, reason = piece.text, _reason(active, count, stopped=bool(stop_token or piece.stopped_by))
         if reason is not None and piece.stopped_by is None:
             rest = active.text.flush()
             text, piece = text + rest.text, rest
             reason = FinishReason.STOP if rest.stopped_by else reason
-        stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
-        output = self._output(active, text=text, token_ids=(drawn.token,), **_logprobs(active, drawn))
+        output = self._output(
+            active, text=text, token_ids=(drawn.token,), logprobs=() if drawn.logprob is None else (drawn.logprob,),
+            prompt_logprobs=active.scores.entries() if active.scores is not None and count == 1 else (),
+        )  # fmt: skip
         if reason is None:
             return output
+        stop_reason = piece.stopped_by or (drawn.token if stop_token and drawn.token in params.stop.token_ids else None)
         self._forget(active, reason)
         return replace(output, finish_reason=reason, stop_reason=stop_reason)
 
@@ -347,12 +350,12 @@ class Engine:
             raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
         if request.key in self._active:
             raise RequestError("a request with this id is running already", "id")
-        for name, ids in (
-            ("prompt", request.prompt), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop.token_ids),
-            ("allowed_token_ids", params.allowed_token_ids),
+        for name, largest in (
+            ("prompt", int(np.max(request.ids))), ("logit_bias", max(params.logit_bias, default=0)),
+            ("stop_token_ids", max(params.stop.token_ids, default=0)), ("allowed_token_ids", max(params.allowed_token_ids or (0,))),
         ):  # fmt: skip
-            if ids and max(ids) >= vocab:
-                raise RequestError(f"{name} holds token id {max(ids)}, but the vocabulary ends at {vocab - 1}", name)
+            if largest >= vocab:
+                raise RequestError(f"{name} holds token id {largest}, but the vocabulary ends at {vocab - 1}", name)
         length = len(request.prompt)
         if length >= longest:
             raise RequestError(f"the prompt has {length} tokens, but the context holds {longest}, output included; shorten it", "prompt")
@@ -384,17 +387,8 @@ class Engine:
         self.metrics.kv_usage, self.metrics.preemptions = self.scheduler.usage, self.scheduler.preemptions
 
 
-def _logprobs(active: _Active, drawn: Drawn) -> dict[str, Any]:
-    """What an output says about probabilities: those of the prompt come with the first token."""
-    first = active.sequence.drawn == 1
-    return {
-        "logprobs": () if drawn.logprob is None else (drawn.logprob,),
-        "prompt_logprobs": active.scores.entries() if active.scores is not None and first else (),
-    }
-
-
-def _reason(active: _Active, *, stopped: bool) -> FinishReason | None:
-    """Why a sequence ends with the token that it just got, if it does."""
+def _reason(active: _Active, count: int, *, stopped: bool) -> FinishReason | None:
+    """Why a sequence ends with the token that it just got, its `count`th, if it does."""
     if stopped or (active.matcher is not None and active.matcher.finished):
         return FinishReason.STOP
-    return FinishReason.LENGTH if active.sequence.drawn >= active.limit else None
+    return FinishReason.LENGTH if count >= active.limit else None

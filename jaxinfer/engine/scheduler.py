@@ -88,7 +88,7 @@ class Scheduler:
     def add(self, request: Request, limit: int = NEVER) -> Sequence:
         """Put a request that may produce `limit` tokens in the line. The caller has checked that it can ever fit."""
         known = Chain((request.cache_salt,), self._indexes)
-        sequence = Sequence(request, list(request.prompt), limit, next(self._arrivals), known)
+        sequence = Sequence(request, request.ids[:], limit, next(self._arrivals), known)
         family = self._families.setdefault(request.id, Family())
         first = family.members[0] if family.members else None
         family.members.append(sequence)
@@ -251,9 +251,9 @@ class Scheduler:
             return
         step.tokens[replica] -= tokens
         step.rows[replica] -= 1
-        self._row(sequence, tuple(sequence.tokens[sequence.computed : sequence.computed + tokens]), step, 1)
+        self._row(sequence, sequence.tokens[sequence.computed : sequence.computed + tokens], step, 1)
 
-    def _row(self, sequence: Sequence, tokens: tuple[int, ...], step: Step, kind: int) -> None:
+    def _row(self, sequence: Sequence, tokens: Values[int], step: Step, kind: int) -> None:
         start, request = sequence.computed, sequence.request
         sequence.computed = end = start + len(tokens)
         sequence.in_flight += 1

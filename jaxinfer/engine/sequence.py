@@ -40,7 +40,7 @@ class Sequence:
     """
 
     request: Request
-    tokens: list[int]
+    tokens: array[int]
     limit: int
     arrival: int
     chain: Chain
@@ -58,7 +58,7 @@ class Sequence:
     @property
     def output(self) -> list[int]:
         """Tokens generated so far, as far as they are known."""
-        return self.tokens[len(self.request.prompt) :]
+        return list(self.tokens[len(self.request.prompt) :])
 
     @property
     def drawn(self) -> int:

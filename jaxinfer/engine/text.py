@@ -40,6 +40,8 @@ class OutputText:
         return Piece(text, piece.stopped_by)
 
     def _release(self, text: str, may_stop: bool) -> Piece:
+        if not self._stop.strings:
+            return Piece(text)
         found = _first(text, self._stop.strings) if may_stop else None
         if found is not None:
             at, stop = found

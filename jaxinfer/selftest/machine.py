@@ -193,7 +193,7 @@ class Machine:
         sequence = life.sequence
         for token in tokens:
             self.scheduler.append(sequence, token)
-            if sequence.tokens != life.tokens[: len(sequence.tokens)]:
+            if list(sequence.tokens) != life.tokens[: len(sequence.tokens)]:
                 raise Broken("a sequence's tokens are not those that were drawn")
             if token == STOP or len(sequence.output) >= life.limit:
                 self._end(sequence.request.key, "done")

@@ -9,7 +9,7 @@ checks are jax's own. Nothing is pickled. The only file that knows how jax keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -31,12 +31,14 @@ NODES: dict[str, Any] = {cls.__name__: cls for cls in (Computed, DraftRows, Quan
 
 @dataclass(frozen=True)
 class Call:
-    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over."""
+    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over. options: of XLA, by
+    name, for this program alone."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     out_shardings: Any
     donated: tuple[int, ...] = ()
+    options: Mapping[str, str | bool] = field(default_factory=dict)
 
     def lower(self) -> Any:
         """Trace it."""
@@ -71,24 +73,24 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Compiler:
-    """Programs are traced and compiled here. options: of XLA, by name."""
+    """Programs are traced and compiled here. options: of XLA, by name, for all programs; a program's own come on top."""
 
     options: Mapping[str, str | bool] | None = None
     stage: str = "compile"
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
-        """Trace; the returned function compiles, and raises ConfigError where XLA refuses with `options`."""
-        lowered = call.lower()
+        """Trace; the returned function compiles, and raises ConfigError where XLA refuses with the options."""
+        lowered, options = call.lower(), {**(self.options or {}), **call.options}
 
         def compiled() -> Made:
-            made = lowered.compile() if self.options is None else self._with_options(lowered, self.options)
+            made = self._with_options(lowered, options) if options else lowered.compile()
             return Made(made, ProgramSize.of(made))
 
         return compiled
 
-    def _with_options(self, lowered: Any, options: Mapping[str, str | bool]) -> Any:
+    def _with_options(self, lowered: Any, options: dict[str, str | bool]) -> Any:
         try:
-            return lowered.compile(dict(options))
+            return lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"XLA refuses {options}: {str(error)[:1000]}") from None
 

@@ -10,7 +10,7 @@ not know about compilation, buffers on the host or requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -121,13 +121,14 @@ class Demand(IntEnum):
     @classmethod
     def of(cls, params: SamplingParams) -> Demand:
         """The least that serves a request."""
-        plain = SamplingParams(
-            temperature=params.temperature, seed=params.seed, prompt_logprobs=params.prompt_logprobs, max_tokens=params.max_tokens,
-            stop=params.stop, n=params.n, skip_special_tokens=params.skip_special_tokens,
-        )  # fmt: skip
-        if replace(plain, top_k=params.top_k) != params or params.top_k > 0:
+        if params.top_k > 0 or any(getattr(params, name) != usual for name, usual in _USUAL):
             return cls.FULL
         return cls.GREEDY if params.greedy else cls.DRAWN
+
+
+# the settings that want the full sampler when they are not as usual
+_PLAIN = {"temperature", "seed", "top_k", "prompt_logprobs", "max_tokens", "stop", "n", "skip_special_tokens"}
+_USUAL = tuple((field.name, getattr(SamplingParams(), field.name)) for field in fields(SamplingParams) if field.name not in _PLAIN)
 
 
 @dataclass(frozen=True)

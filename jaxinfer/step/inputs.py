@@ -7,6 +7,8 @@ running program. Unused rows are empty, unused tokens have position -1, unused p
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -86,25 +88,16 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     """
     batch = batch if shapes.bucket.decode_rows else batch.folded()
     buffer = np.zeros(shapes.buffer, np.int32)
-    parts = [_views(buffer[r], shapes) for r in range(shapes.replicas)]
-    for part in parts:
-        part["positions"].fill(PADDING_POSITION)
-        part["page_tables"].fill(GUARD_PAGE)
-        part["slots"].fill(shapes.spare_slot)
-    placed: list[tuple[int, Row]] = []
-    decodes, prefills, tokens = [0] * shapes.replicas, [0] * shapes.replicas, [0] * shapes.replicas
-    for row in batch.decodes:
-        index = decodes[row.replica]
-        decodes[row.replica] += 1
-        _place(parts[row.replica], row, index, index * shapes.bucket.decode_tokens, page_size=shapes.page_size)
-        placed.append((row.replica * shapes.bucket.rows + index, row))
-    for row in batch.prefills:
-        index = shapes.bucket.decode_rows + prefills[row.replica]
-        prefills[row.replica] += 1
-        _place(parts[row.replica], row, index, shapes.bucket.decode_size + tokens[row.replica], page_size=shapes.page_size)
-        tokens[row.replica] += len(row.tokens)
-        placed.append((row.replica * shapes.bucket.rows + index, row))
-    return Packed(shapes, buffer, tuple(placed))
+    parts = _views(buffer, shapes)
+    parts["positions"].fill(PADDING_POSITION)
+    parts["page_tables"].fill(GUARD_PAGE)
+    parts["slots"].fill(shapes.spare_slot)
+    rows = batch.rows
+    places = np.array(list(_places(batch, shapes)), np.int64).reshape(-1, 3).T
+    if rows:
+        _write(parts, rows, places, shapes.page_size)
+    indices = (places[0] * shapes.bucket.rows + places[1]).tolist()
+    return Packed(shapes, buffer, tuple(zip(indices, rows, strict=True)))
 
 
 def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
@@ -115,20 +108,48 @@ def unpack(buffer: Int[Array, "replicas words"], shapes: Shapes) -> StepInputs:
     })  # fmt: skip
 
 
-def _views(part: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
+def _places(batch: Batch, shapes: Shapes) -> Iterator[tuple[int, int, int]]:
+    """For each row of the batch its replica, which of the replica's rows it is, and where its tokens begin there."""
+    bucket = shapes.bucket
+    decodes, prefills, tokens = [0] * shapes.replicas, [bucket.decode_rows] * shapes.replicas, [bucket.decode_size] * shapes.replicas
+    for row in batch.decodes:
+        replica = row.replica
+        yield replica, decodes[replica], decodes[replica] * bucket.decode_tokens
+        decodes[replica] += 1
+    for row in batch.prefills:
+        replica = row.replica
+        yield replica, prefills[replica], tokens[replica]
+        prefills[replica] += 1
+        tokens[replica] += len(row.tokens)
+
+
+def _views(buffer: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Each field of the buffer in its own shape behind the replicas; writing there writes to the buffer."""
     offsets = shapes.offsets()
-    return {name: part[slice(*offsets[name])].reshape(shape) for name, shape in shapes.fields().items()}
+    return {name: buffer[:, slice(*offsets[name])].reshape(-1, *shape) for name, shape in shapes.fields().items()}
 
 
-def _place(part: dict[str, np.ndarray], row: Row, index: int, first_token: int, *, page_size: int) -> None:
-    count = len(row.tokens)
-    if len(row.pages) * page_size < row.kv_length or GUARD_PAGE in row.pages:
-        raise ValueError(f"row {index} has {row.kv_length} tokens in pages {row.pages}: too few, or the guard page")
-    part["tokens"][first_token : first_token + count] = row.tokens
-    part["positions"][first_token : first_token + count] = range(row.start, row.start + count)
-    part["page_tables"][index, : len(row.pages)] = row.pages
-    part["query_starts"][index] = first_token
-    part["query_lengths"][index] = count
-    part["kv_lengths"][index] = row.kv_length
-    part["slots"][index] = row.slot
-    part["samples"][index] = row.samples
+def _write(parts: dict[str, np.ndarray], rows: tuple[Row, ...], places: np.ndarray, page_size: int) -> None:
+    """Fill in the rows, each at its place: what is one number a row for all rows at once, only longer ones' tokens row by row."""
+    replicas, indices, firsts = places
+    counts, starts = np.array([len(row.tokens) for row in rows]), np.array([row.start for row in rows])
+    ends = starts + counts
+    for name, values in (
+        ("query_starts", firsts), ("query_lengths", counts), ("kv_lengths", ends), ("slots", [row.slot for row in rows]),
+        ("samples", [row.samples for row in rows]),
+    ):  # fmt: skip
+        parts[name][replicas, indices] = values
+    parts["tokens"][replicas, firsts] = [row.tokens[0] for row in rows]
+    parts["positions"][replicas, firsts] = starts
+    for number in np.flatnonzero(counts > 1):
+        row, replica, first, count = rows[number], replicas[number], firsts[number], counts[number]
+        parts["tokens"][replica, first : first + count] = row.tokens
+        parts["positions"][replica, first : first + count] = np.arange(row.start, row.start + count)
+    pages, held = array("i"), np.array([len(row.pages) for row in rows])
+    for row in rows:
+        pages.extend(row.pages)
+    owners, ids = np.repeat(np.arange(len(rows)), held), np.asarray(pages)
+    parts["page_tables"][replicas[owners], indices[owners], np.arange(len(ids)) - (np.cumsum(held) - held)[owners]] = ids
+    for wrong in (*np.flatnonzero(held * page_size < ends), *owners[ids == GUARD_PAGE]):
+        found = list(rows[wrong].pages)
+        raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, or the guard page")

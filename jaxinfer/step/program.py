@@ -165,6 +165,12 @@ class ProgramConfig:
         return self.shapes(choose(self.buckets, occupancy(laid, self.pool.replicas)))
 
 
+def options_for(bucket: Bucket, platform: str) -> dict[str, str]:
+    """XLA's options for a forward program. A command buffer is written anew before a GPU starts on it, as every step brings other arrays;
+    prompts keep a GPU busy for long enough that kernels are launched one by one meanwhile."""
+    return {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" and bucket.prefill_tokens else {}
+
+
 class Program:
     """Compiled steps over the arrays they need. One thread uses it."""
 
@@ -264,6 +270,7 @@ class Program:
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
         if drafting is not None:
+            buffer = jax.device_put(buffer, self._by_replica)  # once for two programs
             extra = (self._propose(bucket, buffer, drafting),)
         self._kv, computed = self._compiled[bucket](self._leaves, self._kv, self._slots, buffer, *extra)
         return computed
@@ -325,7 +332,8 @@ class Program:
         step = Forward(config.graph, shapes, config.placement, config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
-        return Call(step, (leaves, self._pool_structs, self._slot_structs, buffer, *drafts), out, donated=(1,))
+        arguments = (leaves, self._pool_structs, self._slot_structs, buffer, *drafts)
+        return Call(step, arguments, out, donated=(1,), options=options_for(shapes.bucket, config.placement.mesh.devices.flat[0].platform))
 
     def _proposer_call(self, key: ProposeKey) -> Call:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
@@ -360,9 +368,10 @@ class Program:
         step = Score(config.graph, shapes, config.placement)
         return Call(step, (leaves, hidden, targets), self._replicated)
 
-    def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array:
-        """A copy of host memory on the devices: what the host does to its own afterwards does not matter."""
-        return jax.device_put(values.copy(), sharding)
+    def _send(self, values: np.ndarray, sharding: NamedSharding) -> Array | np.ndarray:
+        """A copy of host memory for the devices: what the host does to its own afterwards does not matter. To a single device jax sends it
+        with the call, which is sooner."""
+        return values.copy() if sharding.mesh.size == 1 else jax.device_put(values.copy(), sharding)
 
     def _empty_pool(self) -> tuple[Any, ...]:
         return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), self._pool_structs)

@@ -24,7 +24,7 @@ HELD = 2 * MAX_STOP_TOKENS
 BANNED, BANNED_LENGTH = 2 * MAX_BAD_WORDS, 8  # token sequences (a word has one inside and one between words), tokens of each
 RECENT = BANNED_LENGTH - 1
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-INTEGERS = ("slot", "prompt_length", "length", "min_position", "top_k", "logprobs", "seed_low", "seed_high", "last_token")
+INTEGERS = ("slot", "prompt_length", "min_position", "top_k", "logprobs", "seed_low", "seed_high", "last_token")
 NO_TOKEN = np.int32(2**31 - 1)  # an index past any vocabulary: scatters drop it
 ANY_TOKEN = np.int32(-1)  # in front of a banned sequence that is shorter than the table's
 
@@ -107,29 +107,29 @@ def admission_words(max_tokens: int) -> int:
 def pack_admission(admission: Admission, draws: Draws, max_tokens: int) -> np.ndarray:
     """One sequence's settings and (where a penalty needs them) its tokens as int32 words."""
     request, params = admission.request, admission.request.params
-    tokens = (*request.prompt, *admission.generated)
+    prompt, generated = request.ids, admission.generated
     integers = {
-        "slot": admission.slot, "min_position": len(request.prompt) + params.min_tokens, "top_k": max(params.top_k, 0),
+        "slot": admission.slot, "min_position": len(prompt) + params.min_tokens, "top_k": max(params.top_k, 0),
         "logprobs": -1 if params.logprobs is None else params.logprobs,
-        "seed_low": _signed(draws.seed), "seed_high": _signed(draws.seed >> 32), "last_token": tokens[-1],
+        "seed_low": _signed(draws.seed), "seed_high": _signed(draws.seed >> 32), "last_token": (generated or prompt)[-1],
     }  # fmt: skip
     words = np.zeros(admission_words(max_tokens), np.int32)
     parts, text = _cut(words)
-    for name in ("bias_tokens", "held_tokens", "recent", "banned", "allowed"):
-        parts[name].fill(NO_TOKEN)
+    for tokens in (text, *(parts[name] for name in ("bias_tokens", "held_tokens", "recent", "banned", "allowed"))):
+        tokens.fill(NO_TOKEN)
     parts["numbers"][:] = np.array([getattr(params, name) for name in NUMBERS], np.float32).view(np.int32)
     parts["bias_tokens"][: len(params.logit_bias)] = list(params.logit_bias)
     parts["bias_values"][: len(params.logit_bias)] = np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
     parts["held_tokens"][: len(draws.held)] = draws.held
-    recent, allowed = admission.generated[-RECENT:], params.allowed_token_ids or ()
+    recent, allowed = generated[-RECENT:], params.allowed_token_ids or ()
     parts["recent"][RECENT - len(recent) :] = recent
     parts["allowed"][: len(allowed)] = allowed
     for row, sequence in zip(parts["banned"].reshape(BANNED, BANNED_LENGTH), draws.banned, strict=False):
         row.fill(ANY_TOKEN)
         row[BANNED_LENGTH - len(sequence) :] = sequence
     if _penalised(params):
-        integers |= {"prompt_length": len(request.prompt), "length": len(tokens)}
-        text[: len(tokens)] = tokens
+        integers["prompt_length"] = len(prompt)
+        text[: len(prompt)], text[len(prompt) : len(prompt) + len(generated)] = prompt, generated
     words[: len(INTEGERS)] = [integers.get(name, 0) for name in INTEGERS]
     return words
 
@@ -140,10 +140,9 @@ def admit(slots: Slots, words: Int[Array, " words"]) -> Slots:
     integers = words[: len(INTEGERS)]
     named = dict(zip(INTEGERS, integers, strict=True))
     place = jnp.arange(text.shape[0], dtype=jnp.int32)
-    generated = (place >= named["prompt_length"]) & (place < named["length"])
-    vocab = slots.counts.shape[1]
-    counts = jnp.zeros((vocab,), jnp.int32).at[text].add(generated.astype(jnp.int32), mode="drop")
-    in_prompt = jnp.zeros((vocab,), jnp.bool_).at[text].max(place < named["prompt_length"], mode="drop")
+    given, vocab = place < named["prompt_length"], slots.counts.shape[1]
+    counts = jnp.zeros((vocab,), jnp.int32).at[jnp.where(given, NO_TOKEN, text)].add(1, mode="drop")
+    in_prompt = jnp.zeros((vocab,), jnp.bool_).at[jnp.where(given, text, NO_TOKEN)].set(True, mode="drop")
     for name in ("numbers", "bias_values"):
         parts[name] = jax.lax.bitcast_convert_type(parts[name], jnp.float32)
     parts["banned"] = parts["banned"].reshape(BANNED, BANNED_LENGTH)

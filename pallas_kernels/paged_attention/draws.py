@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels import attention
+from pallas_kernels import attention, dispatch, tuning
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.api import PagedMetadata
 from pallas_kernels.paged_attention.cases import BOTH, NOTHING, SINKS, Case
@@ -231,11 +231,13 @@ class Checked(NamedTuple):
         return f"{name:34}{step:10.2e}{vector:10.2e}{written:8.2f}{wrong:8.0f}  {'ok' if self.good else 'WRONG'}"
 
 
-def check(case: Case, implementation: str, seeds: Array) -> Checked:
-    """Play and judge a shape's steps, one program for each of the two."""
+def check(case: Case, implementation: str, seeds: Array, changed: tuning.Sizes | None = None) -> Checked:
+    """Play and judge a shape's steps, one program for each of the two; changed: block sizes other than the implementation's own."""
     # XLA may make a kernel part of the slice update around it, which moves what it writes (see gpu_write)
     options = {"xla_gpu_enable_dynamic_slice_fusion": False} if jax.default_backend() == "gpu" else None
-    steps = jax.jit(lambda seeds: lax.map(partial(play, case, implementation), seeds), compiler_options=options)(seeds)
+    key, target = case.tuning_key(), dispatch.target()
+    with tuning.forced(tuning.sizes("paged_attention", implementation, target, key) | changed) if changed else nullcontext():
+        steps = jax.jit(lambda seeds: lax.map(partial(play, case, implementation), seeds), compiler_options=options)(seeds)
     with jax.enable_x64(True):
         errors = jax.jit(lambda steps: jax.tree.map(partial(jnp.max, axis=0), lax.map(partial(judge, case), steps)))(steps)
     return Checked(case, Errors(*(jax.device_get(x) for x in errors)))
@@ -248,13 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=62, help="steps of each shape [62]")
     parser.add_argument("--only", default="", help="shapes whose name or dtype contains this")
     parser.add_argument("--threads", type=int, default=8, help="shapes compiled at once [8]")
+    parser.add_argument("--sizes", type=_sizes, metavar="NAME=N,...", help="block sizes other than the usual ones, write_from=1 for one")
     args = parser.parse_args(arguments)
     found = [case for case in shapes() if args.only in f"{case.name}, {case.kv_dtype or case.dtype}"]
     _say(f"{len(found)} shapes x {args.draws} draws of {args.implementation} on {jax.devices()[0].device_kind}, jax {jax.__version__}")
     _say(f"{'':34}{'step':>10}{'vector':>10}{'written':>8}{'wrong':>8}")
     bad = 0
     with ThreadPoolExecutor(args.threads) as pool:
-        jobs = [pool.submit(check, case, args.implementation, jnp.arange(args.draws) + 1000 * n) for n, case in enumerate(found)]
+        drawn = [jnp.arange(args.draws) + 1000 * number for number in range(len(found))]
+        jobs = [pool.submit(check, case, args.implementation, seeds, args.sizes) for case, seeds in zip(found, drawn, strict=True)]
         for case, job in zip(found, jobs, strict=True):
             try:
                 checked = job.result()
@@ -266,6 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(str(checked))
     _say(f"{len(found) * args.draws} draws, {bad} of {len(found)} shapes wrong")
     return int(bad > 0)
+
+
+def _sizes(text: str) -> tuning.Sizes:
+    """Raises ValueError for anything but numbers by name."""
+    return {name: int(number) for name, _, number in (part.partition("=") for part in text.split(","))}
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
-"""Paged attention on Hopper GPUs: the XLA implementation's pool and writes, kernels of our own (Pallas Mosaic GPU) for the reads.
+"""Paged attention on Hopper GPUs: the XLA implementation's pool, kernels of our own (Pallas Mosaic GPU).
 
-The new keys and values go into the donated pool and queries are laid out as the kernels read them, by XLA (`gpu_lines`) or by a kernel
-(`gpu_write`). Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
+The new keys and values go into the donated pool and queries are laid out as the kernels read them, by XLA for a few tokens (`gpu_lines`),
+by a kernel for more (`gpu_write`). Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
 `gpu_combine` merges; the tokens of the other rows are cut into tiles for `gpu_prefill`. The lists of work are made here, in plain jnp,
 from the metadata alone: all layers of a program ask for the same ones and XLA computes them once. How a row is cut depends on its
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
@@ -26,21 +26,21 @@ MAX_TOKENS = 8  # of a decode row
 MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
 LEAST_CODES_PAGE = 32  # tokens whose scales fill the 128 bytes at which a copy into shared memory may begin
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
-BY_XLA, BY_KERNEL = 0, 1  # the kernel is by name, in a tuned row: no whole step has been timed with it
+WRITE_FROM = 16  # tokens of a step; fewer are rotated, written and laid out by XLA in fewer microseconds
 
 kv_layout = xla.kv_layout
 
 
 class Sizes(NamedTuple):
-    """Block sizes, and who rotates, writes and lays out (`write`). Decode: most keys of a chunk when rows are few and when they are many,
-    blocks of 64 keys in shared memory at once (per stream). Prefill: keys of a block, blocks in shared memory at once."""
+    """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once (per
+    stream). Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step that `gpu_write` takes."""
 
     decode_longest: int
     decode_longest_many: int
     decode_stages: int
     prefill_keys: int
     prefill_stages: int
-    write: int = BY_XLA
+    write_from: int = WRITE_FROM
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
@@ -56,7 +56,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
-    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(write=BY_KERNEL)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(write_from=1), base._replace(write_from=1 << 20)]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
@@ -109,7 +109,7 @@ def paged_attention(  # noqa: PLR0913
     sizes = Sizes(**tuning.sizes("paged_attention", "gpu", dispatch.target(), packing.tuning_key(kv, q)))
     decode, group = metadata.decode_size, q.shape[1] // k.shape[1]
     work = gpu_lines.layout(positions, metadata, group)
-    way = gpu_lines if sizes.write == BY_XLA else gpu_write
+    way = gpu_write if len(positions) >= sizes.write_from else gpu_lines
     placed = way.place(q, k, v, positions, kv, metadata, lines=work, spec=spec, rope=rope)
     parts = []
     if decode:
@@ -179,18 +179,19 @@ def _decode(
     wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
     items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=row.tokens)
+    codes = kv.values.dtype if isinstance(kv, QuantizedKV) else None
     plan = gpu_plan.Plan(
         spec=spec,
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
         padded=row.padded,
-        stages=sizes.decode_stages,
+        stages=gpu_plan.stages_that_fit(sizes.decode_stages, head_dim, row.padded, codes=codes is not None),
         streams=streams,
         blocks=hopper.cores(),
         group=row.group,
         tokens=row.per_tile,
         tiles=row.tiles,
-        codes=kv.values.dtype if isinstance(kv, QuantizedKV) else None,
+        codes=codes,
     )
     scales = kv.scales.reshape(-1) if isinstance(kv, QuantizedKV) else None
     given = placed.q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, scales

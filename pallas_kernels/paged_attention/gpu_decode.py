@@ -3,7 +3,8 @@
 A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, head) pairs
 in turn; a head is a tile of lines of one kv head: some tokens' groups of queries. Each block has `streams` pairs of warpgroups: a
 producer copies blocks of keys and values, a consumer attends with the lines and leaves the chunk's normalised output and the logarithm
-of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes tiles of numbers of them.
+of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes numbers of the keys, and a third
+warpgroup of the values.
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
@@ -18,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper, hopper_codes
-from pallas_kernels.hopper import TILE
+from pallas_kernels import hopper, hopper_codes, hopper_columns
+from pallas_kernels.hopper_columns import Room, State
 from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, Feed, Item, Plan, Refs, Scratch, scratch_of
 
 
@@ -58,7 +59,7 @@ def decode(
             jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
         ),
         grid={"block": plan.blocks},
-        warpgroups=2 * plan.streams,
+        warpgroups=plan.warpgroups,
     )(*given)
 
 
@@ -80,7 +81,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
         lax.fori_loop(0, mine, lambda turn, used: _consume(plan, refs, scratch, stream, item(turn), used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup >= plan.streams)
+    @pl.when((warpgroup >= plan.streams) & (warpgroup < 2 * plan.streams))
     def _producer() -> None:
         plgpu.set_max_registers(plan.registers[1], action="decrease")
 
@@ -101,13 +102,27 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
         pl.when(mine > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
         hopper.drain(lambda slot: scratch.free.at[stream, slot], used, plan.stages)
 
+    if plan.codes is not None:
+
+        @pl.when(warpgroup >= 2 * plan.streams)
+        def _converter() -> None:
+            plgpu.set_max_registers(plan.registers[1], action="decrease")
+
+            def block(block: Any, _: None) -> None:
+                _convert(plan, scratch, stream, block, 1)
+                plgpu.barrier_arrive(scratch.free.at[stream, lax.rem(block, jnp.int32(plan.stages))])
+
+            blocks = lax.fori_loop(0, mine, lambda turn, blocks: blocks + item(turn).blocks, jnp.int32(0))
+            lax.fori_loop(0, blocks, block, None)
+            pl.when(mine > 0)(lambda: plgpu.barrier_wait(scratch.tile.v_free.at[stream]))
+
 
 def _copy_queries(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item) -> None:
     tiles = jnp.int32(plan.tiles)
     first = (item.row * tiles + lax.rem(item.head, tiles)) * plan.padded
     plgpu.copy_gmem_to_smem(
         refs.q.at[lax.div(item.head, tiles), pl.ds(pl.multiple_of(first, plan.padded), plan.padded)],
-        scratch.q.at[stream].at[pl.ds(0, plan.padded)],
+        scratch.q.at[stream],
         scratch.q_full.at[stream],
     )
 
@@ -144,7 +159,8 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
 
 
 def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callable[[Any], Item], mine: Any) -> None:
-    """A producer of codes: it copies blocks ahead, across items, and converts each when the consumer is done with the one before.
+    """A producer of codes: it copies blocks ahead, across items, and converts the keys of each when the consumer is done with those before.
+    Another warpgroup converts the values; when it is done with a block, its memory takes the next.
 
     What is copied next is looked up one block early, so that nobody waits for the tables.
     """
@@ -160,99 +176,105 @@ def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callabl
         done = number + 1 >= blocks
         return look(jnp.where(done, turn + 1, turn), jnp.where(done, 0, number + 1))
 
+    def wait_free(block: Any) -> None:
+        plgpu.barrier_wait(scratch.free.at[stream, lax.rem(block, jnp.int32(plan.stages))])
+
     def turn(turn: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
         pl.when(turn > 0)(lambda: plgpu.barrier_wait(scratch.q_free.at[stream]))
         _copy_queries(plan, refs, scratch, stream, item(turn))
 
         def block(_: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
             used, *ahead = state
-            _convert(plan, scratch, stream, used)
-            return used + 1, *copy_next(used + plan.stages, tuple(ahead))
+            pl.when(used > 0)(lambda: wait_free(used - 1))
+            ahead = copy_next(used - 1 + plan.stages, tuple(ahead))
+            _convert(plan, scratch, stream, used, 0)
+            return used + 1, *ahead
 
         return lax.fori_loop(0, item(turn).blocks, block, state)
 
     ahead = look(jnp.int32(0), jnp.int32(0))
-    for count in range(plan.stages):
+    for count in range(plan.stages - 1):
         ahead = copy_next(jnp.int32(count), ahead)
-    lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
-    for free in (scratch.q_free, scratch.tile.k_free, scratch.tile.v_free):
+    used, *_ = lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
+    wait_free(used - 1)
+    for free in (scratch.q_free, scratch.tile.k_free):
         plgpu.barrier_wait(free.at[stream])
 
 
-def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any) -> None:
-    """A block of codes becomes the tile, keys first: the consumer may still be at the values of the block before."""
+def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any, which: int) -> None:
+    """The keys (0) or values (1) of a block of codes become the tile's; who makes keys brings the scales of both."""
     tile, slot = scratch.tile, lax.rem(block, jnp.int32(plan.stages))
+    full, free = ((tile.k_full, tile.k_free), (tile.v_full, tile.v_free))[which]
+    half = pl.ds(which * KEYS, KEYS)
     plgpu.barrier_wait(scratch.full.at[stream, slot])
-    for which, full, free in ((0, tile.k_full, tile.k_free), (1, tile.v_full, tile.v_free)):
-        half = pl.ds(which * KEYS, KEYS)
-        pl.when(block > 0)(lambda free=free: plgpu.barrier_wait(free.at[stream]))
-        hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
-        if which == 0:
-            hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(full.at[stream])
+    pl.when(block > 0)(lambda: plgpu.barrier_wait(free.at[stream]))
+    hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
+    if which == 0:
+        hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(full.at[stream])
 
 
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
     """Attend to an item's blocks and write its result; `used` counts the blocks that the stream has had."""
     q, sums, feed = scratch.q.at[stream], scratch.sums.at[stream], Feed(plan, scratch, stream, used)
-    spilled = None if scratch.spill is None else scratch.spill.at[stream]
+    room = scratch.room.of(stream)
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
-    def absorb(number: Any, state: hopper.State, *, last: bool) -> hopper.State:
+    def absorb(number: Any, state: State, *, last: bool) -> State:
         both, first = feed.block(number), (item.first + number) * KEYS
         feed.wait(number, 0)
-        products = feed.scaled(hopper.products(q, both.at[pl.ds(0, KEYS)]), number, 0)
+        products = feed.scaled(hopper_columns.products(both.at[pl.ds(0, KEYS)], q), number, 0)
         if last:
             plgpu.barrier_arrive(scratch.q_free.at[stream])
         else:
             feed.free(number, 0)
-        state = _weigh(feed, item, number, first, products, state, spilled)
+        state = _weigh(feed, item, number, first, products, state, room)
         if not last:
             feed.free(number, 1)
         return state
 
-    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper.start(q.shape[1]))
+    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper_columns.start(q.shape[1], KEYS, plan.padded))
     state = absorb(item.blocks - 1, state, last=True)
-    out = feed.block(item.blocks - 1).at[pl.ds(0, TILE)]  # the last block's keys have been used: the output leaves from their memory
-    total = state.total
+    out = feed.block(item.blocks - 1).at[pl.ds(0, plan.padded)]  # the last block's keys have been used: the output leaves from their memory
+    total = hopper_columns.total(state, room)
+    sums[...] = state.top + jnp.log2(total)
     if plan.tokens > 1:  # a token may see nothing of a chunk
         total = jnp.where(total > 0, total, jnp.ones_like(total))
-    out[...] = (state.weighted / hopper.spread(total, state.weighted.shape)).astype(q.dtype)
-    sums[...] = state.top + jnp.log2(state.total)
+    hopper_columns.mean(state, total, out)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out.at[pl.ds(0, plan.padded)], refs.out.at[item.slot])
-    plgpu.copy_smem_to_gmem(sums.at[pl.ds(0, plan.padded)], refs.sums.at[item.slot])
+    plgpu.copy_smem_to_gmem(out, refs.out.at[item.slot])
+    plgpu.copy_smem_to_gmem(sums, refs.sums.at[item.slot])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     feed.free(item.blocks - 1, 0)
     feed.free(item.blocks - 1, 1)
     return used + item.blocks
 
 
-def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: hopper.State, spilled: Any) -> hopper.State:
+def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: State, room: Room) -> State:
     """A block's products enter the softmax, and its values what is weighted."""
     plan = feed.plan
     floor = None if plan.spec.window is None else item.sees - plan.spec.window
     values = feed.block(number).at[pl.ds(KEYS, KEYS)]
     scores, factor = hopper.shape_scores(products, plan.spec)
     seen = _seen(plan, item, first, floor)
-    share, decay, state = hopper.weights(state, jnp.where(seen, scores, -jnp.inf), factor)
+    share, decay, state = hopper_columns.weights(state, jnp.where(seen, scores, -jnp.inf), factor, room)
     feed.wait(number, 1)
     if plan.codes is not None:  # scales of no row may be NaN
         share = jnp.where(seen, feed.scaled(share, number, 1), jnp.zeros_like(share))
     if plan.codes != jnp.int8:  # 0 times an integer is 0
         hopper.clear(values, first, floor, item.stop)
-    weighted = state.weighted * hopper.spread(decay, state.weighted.shape)
-    return state._replace(weighted=hopper.weigh(weighted, share.astype(values.dtype), values, spilled))
+    return hopper_columns.weigh(state, share, decay, values, room)
 
 
 def _seen(plan: Plan, item: Item, first: Any, floor: Any) -> Any:
-    """Which keys of the block from key `first` on each line sees; floor: below what the row's first token sees."""
-    key = hopper.index((TILE, KEYS), 1, first)
+    """Which lines see each key of the block from key `first` on; floor: below what the row's first token sees."""
+    shape = (KEYS, plan.padded)
+    key = hopper.index(shape, 0, first)
     if plan.tokens * plan.tiles == 1:
         seen = key < item.stop
         return seen if floor is None else seen & (key >= floor)
-    line = hopper.index((TILE, KEYS), 0, 0)
+    line = hopper.index(shape, 1, 0)
     power = plan.group & (plan.group - 1) == 0
     token = line >> (plan.group.bit_length() - 1) if power else lax.div(line, jnp.full_like(line, plan.group))
     token = token + lax.rem(item.head, jnp.int32(plan.tiles)) * plan.tokens

@@ -7,12 +7,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, hopper_codes
+from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.hopper import TILE
+from pallas_kernels.hopper import ROWS
+from pallas_kernels.hopper_columns import Room
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 KEYS = 64  # of a block
+ALIGNMENT = 1024  # bytes at whose multiples an array in shared memory may begin
 ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of an item; stop, sees: keys of the row's last, first token
 
 
@@ -39,10 +41,15 @@ class Plan(NamedTuple):
 
     @property
     def registers(self) -> tuple[int, int]:
-        """Of a thread of a stream's consumer and of its producer."""
+        """Of a thread of a stream's consumer, and of those that feed it."""
         if self.codes is None:
             return (208, 40) if self.streams == 2 else (232, 40)
-        return (160, 96)
+        return (96, 80) if self.streams == 2 else (232, 96)
+
+    @property
+    def warpgroups(self) -> int:
+        """Of a block of threads: each stream's consumer, its producer and, for codes, who converts values."""
+        return self.streams * (2 if self.codes is None else 3)
 
     @property
     def together(self) -> bool:
@@ -75,7 +82,7 @@ class Tile(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers, each once per stream; scales and tile belong to codes."""
+    """Shared memory and barriers, each once per stream; room: the consumer's; scales and tile belong to codes."""
 
     q: Any
     kv: Any
@@ -84,7 +91,7 @@ class Scratch(NamedTuple):
     q_free: Any
     full: Any
     free: Any
-    spill: Any = None
+    room: Any
     scales: Any = None
     tile: Any = None
 
@@ -106,11 +113,19 @@ def streams(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def shared_bytes(head_dim: int, stages: int, *, codes: bool = False) -> int:
-    """Shared memory of a block of threads: queries and blocks in 16 bits, or blocks of codes and one in 16 bits, with their scales."""
+def shared_bytes(head_dim: int, stages: int, *, padded: int = 8, codes: bool = False) -> int:
+    """Shared memory of a block of threads: queries, their weights and blocks in 16 bits, or blocks of codes and one in 16 bits, with their
+    scales. padded: lines of a tile of queries."""
     tiles, itemsize = (1, 1) if codes else (0, 2)
     blocks = 2 * KEYS * (tiles * 2 * head_dim + stages * itemsize * head_dim + 4 * tiles * (stages + 2))
-    return streams(head_dim) * (2 * head_dim * TILE + blocks + 4 * TILE + 16 * (stages + 1) + 32 * tiles) + hopper.REDUCTION_BYTES
+    lines = padded * (2 * head_dim + 4) + Room.nbytes(padded, KEYS)
+    aligned = ALIGNMENT * (4 + 2 * tiles)
+    return streams(head_dim) * (lines + blocks + 16 * (stages + 1) + 32 * tiles) + aligned + hopper.REDUCTION_BYTES
+
+
+def stages_that_fit(wanted: int, head_dim: int, padded: int, *, codes: bool) -> int:
+    """As many blocks as are wanted in shared memory at once, fewer where many lines leave less room."""
+    return next(n for n in range(wanted, 0, -1) if n == 1 or shared_bytes(head_dim, n, padded=padded, codes=codes) <= hopper.SHARED_BYTES)
 
 
 def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:
@@ -121,14 +136,14 @@ def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=(plan.streams, *more) if more else plan.streams)
 
     found = Scratch(
-        q=hopper.swizzled((plan.streams, TILE, head_dim), dtype),
+        q=hopper.swizzled((plan.streams, plan.padded, head_dim), dtype),
         kv=hopper.swizzled((plan.streams, plan.stages, 2 * KEYS, head_dim), plan.codes or dtype),
-        sums=plgpu.SMEM((plan.streams, TILE), jnp.float32),
+        sums=plgpu.SMEM((plan.streams, plan.padded), jnp.float32),
         q_full=barriers(),
         q_free=barriers(),
         full=barriers(plan.stages, arrivals=arrivals),
         free=barriers(plan.stages),
-        spill=next(iter(hopper.spill(plan.streams, KEYS, dtype)), None),
+        room=Room.scratch(plan.streams, (plan.padded, KEYS), dtype, head_dim=head_dim),
     )
     if plan.codes is None:
         return found
@@ -173,7 +188,7 @@ class Feed(NamedTuple):
         if self.plan.codes is None:
             return tile
         scales = self.scratch.tile.scales.at[self.stream].at[lax.rem(self.used + number, jnp.int32(2))]
-        return tile * hopper_codes.columns(scales.at[pl.ds(which * KEYS, KEYS)], (TILE, KEYS))
+        return tile * hopper.spread(hopper.load(scales.at[pl.ds(which * KEYS, KEYS)], ROWS, coalesced=False), tile.shape)
 
     def _slot(self, number: Any) -> Any:
         return lax.rem(self.used + number, jnp.int32(self.plan.stages))

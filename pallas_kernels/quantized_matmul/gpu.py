@@ -28,7 +28,6 @@ from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
 from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
 
-BY_NAME = "it has been timed alone but not in whole steps; ask for it by name"
 MOST = 64  # tokens
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
 STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups of 64

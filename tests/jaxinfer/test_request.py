@@ -1,5 +1,6 @@
 """What a user may ask: every field checked when it is made, with the field's name in the error."""
 
+from array import array
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -106,11 +107,18 @@ def test_a_request_cannot_change_after_it_was_checked():
         params.temperature = -1.0
 
 
-@pytest.mark.parametrize("prompt", [(), (-1,), (1, True)], ids=clean)
+@pytest.mark.parametrize("prompt", [(), (-1,), (1, True), (1, 2**31), (1, 2.0)], ids=clean)
 def test_prompts_are_checked(prompt):
     with pytest.raises(RequestError) as caught:
         Request("r", prompt)
     assert caught.value.param == "prompt"
+
+
+def test_a_prompt_is_packed_once_and_no_part_of_what_a_request_is():
+    request = Request("r", (3, 2**31 - 1))
+    assert request.ids == array("i", request.prompt) and request.ids.itemsize == 4
+    assert request == Request("r", (3, 2**31 - 1)) and "ids=array" not in repr(request)
+    assert replace(request, prompt=(4,)).ids == array("i", [4])
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.engine import engine as engine_module
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.grammar import Matcher
 from jaxinfer.engine.scheduler import Limits
 from jaxinfer.grammar import Grammar
 from jaxinfer.request import FinishReason, QueueFull, Request, RequestError, SamplingParams, StopRules, choices
+from jaxinfer.step.program import Program
+from tests.counting import work
 from tests.driving import Driver
 from tests.jaxinfer.conftest import scheduler, settings
 
@@ -121,6 +124,40 @@ def test_however_it_is_scheduled(reschedule, reference, chunk, pages, policy):
 def test_in_chunks_and_preempted(cramped, reference):
     assert_same(run(cramped, *VARIETY), reference)
     assert cramped.metrics.preemptions == cramped.scheduler.preemptions > 0
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """What an engine does with the devices: "admit", "send" an array, launch so many tokens, "read" what was drawn."""
+    found: list[object] = []
+
+    def noted(owner, name, what):
+        usual = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (found.append(what(*given)), usual(*given))[1])
+
+    noted(Program, "admit", lambda *_: "admit")
+    noted(Program, "_send", lambda *_: "send")
+    noted(Program, "forward", lambda _, packed, *rest: sum(len(row.tokens) for _, row in packed.rows))
+    noted(engine_module, "fetch", lambda *_: "read")
+    return found
+
+
+def test_no_chunk_waits_for_the_one_before(reschedule, events):
+    """Each step is launched before the one before it is read: between chunks, and from the last of them to the first decode."""
+    engine = reschedule(Limits(4, 11, 2), 17)
+    run(engine, Request("a", tuple(range(30)), replace(GREEDY, max_tokens=3)))
+    assert [event for event in events if event not in ("send", "admit")] == [11, 11, "read", 8, "read", 1, "read", 1, "read", "read"]
+
+
+def test_a_step_sends_one_array_and_each_new_sequence_one(plain, events):
+    run(plain, *(Request(str(number), (5, 6, 7), replace(GREEDY, max_tokens=4)) for number in range(3)))
+    assert events.count("admit") == 3 and events.count("send") == 3 + sum(isinstance(event, int) for event in events)
+
+
+def test_the_work_of_handing_in_does_not_grow_with_the_prompt(plain, monkeypatch):
+    monkeypatch.setattr(plain, "info", replace(plain.info, max_model_len=9000))
+    long, short = (Request(name, (5,) * length, replace(GREEDY, top_k=1)) for name, length in (("long", 8000), ("short", 40)))
+    assert abs(work(lambda: plain.add(long)) - work(lambda: plain.add(short))) < 50
 
 
 def test_one_step_at_a_time(plain, reference, monkeypatch):

@@ -12,7 +12,8 @@ from jaxinfer.request import Request
 
 
 def sequence(arrival, priority=0):
-    return Sequence(Request(str(arrival), (1,), priority=priority), [1], 1, arrival, Chain(("",)))
+    request = Request(str(arrival), (1,), priority=priority)
+    return Sequence(request, request.ids[:], 1, arrival, Chain(("",)))
 
 
 def by_priority(waiting):

@@ -1,6 +1,5 @@
 """The scheduler's decisions one by one; `tests/jaxinfer/selftest` drives it with random traffic."""
 
-import sys
 from array import array
 
 import pytest
@@ -11,6 +10,7 @@ from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.engine import policies
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.request import Request, SamplingParams
+from tests.counting import work
 
 PAGE = 4
 
@@ -70,7 +70,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_decodes():
 def test_the_last_token_of_a_prompt_alone_has_a_decode_row():
     line = scheduler(prefill_tokens=4)
     line.add(Request("a", (10, 11, 12, 13, 14)))
-    assert [row.tokens for row in step(line).prefills] == [(10, 11, 12, 13)]
+    assert [tuple(row.tokens) for row in step(line).prefills] == [(10, 11, 12, 13)]
     batch = step(line)
     assert [(row.start, row.tokens, row.samples) for row in batch.decodes] == [(4, (14,), True)]
     assert batch.prefills == ()
@@ -332,20 +332,18 @@ def test_rows_name_the_sequences_own_pages_instead_of_copying_them():
     assert isinstance(row.pages, array) and row.pages is sequence.pages
 
 
-def work(act):
-    """How many function calls something takes."""
-    calls = 0
+def test_the_work_of_admitting_a_prompt_grows_with_its_pages_not_with_its_tokens():
+    def admitted(tokens):
+        line = Scheduler(Limits(4, 8192, 4), [PagePool(200, 64, PrefixIndex(64))])
+        request = prompt("a", tokens)
 
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
+        def admit():
+            line.add(request)
+            line.schedule()
 
-    sys.setprofile(count)
-    try:
-        act()
-    finally:
-        sys.setprofile(None)
-    return calls
+        return work(admit)
+
+    assert 0 < admitted(64 * 101) - admitted(64) < 100 * 40
 
 
 def turn(line):

@@ -1,5 +1,7 @@
 """A sequence's clocks, and who keeps its pages longest."""
 
+from array import array
+
 import pytest
 
 from jaxinfer.cache.prefix import Chain, PrefixIndex
@@ -8,7 +10,7 @@ from jaxinfer.request import Request, SamplingParams
 
 
 def sequence(arrival=0, priority=0, limit=3, preemptions=0, **changes):
-    made = Sequence(Request("r", (1, 2, 3), priority=priority), [1, 2, 3], limit, arrival, Chain(("",)))
+    made = Sequence(Request("r", (1, 2, 3), priority=priority), array("i", [1, 2, 3]), limit, arrival, Chain(("",)))
     made.preemptions = preemptions
     for name, value in changes.items():
         setattr(made, name, value)
@@ -27,7 +29,7 @@ def test_what_is_drawn_counts_before_it_is_known():
     ("known", "pending", "last"), [(0, 1, False), (1, 1, False), (2, 0, False), (2, 1, True), (1, 2, True), (3, 0, True)]
 )
 def test_the_last_token_is_on_its_way_when_the_limit_is_reached(known, pending, last):
-    assert sequence(tokens=[1, 2, 3] + [7] * known, pending=pending).last == last
+    assert sequence(tokens=array("i", [1, 2, 3] + [7] * known), pending=pending).last == last
 
 
 def test_the_cached_length_is_looked_up_when_it_is_read():

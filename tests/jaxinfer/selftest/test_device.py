@@ -13,7 +13,7 @@ TEXT = (1, 2, 3, 4, 5, 6)
 
 def life(name="a", prompt=TEXT, limit=5, salt=""):
     request = Request(name, prompt, cache_salt=salt)
-    return Life.of(Sequence(request, list(prompt), limit, 0, Chain((salt,))), limit)
+    return Life.of(Sequence(request, request.ids[:], limit, 0, Chain((salt,))), limit)
 
 
 def row(who, start, tokens, pages, samples=True, slot=0):

@@ -115,3 +115,5 @@ def test_what_a_description_does_not_hold_is_refused(small, monkeypatch):
 def test_options_that_xla_refuses(small):
     with pytest.raises(ConfigError, match=r"XLA refuses \{'no_such_option': '1'\}"):
         Compiler({"no_such_option": "1"}).begin("key", small[1])()
+    with pytest.raises(ConfigError, match=r"XLA refuses \{'one': '1', 'other': '3'\}"):
+        Compiler({"one": "1", "other": "2"}).begin("key", replace(small[1], options={"other": "3"}))()

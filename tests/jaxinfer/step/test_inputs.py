@@ -1,5 +1,7 @@
 """Packing and unpacking: what a batch says is what the program sees, and padding is what it should be."""
 
+from array import array
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxinfer.cache.pages import GUARD_PAGE
 from jaxinfer.request import Request
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, pack, unpack
+from tests.counting import work
 
 SHAPES = Shapes(Bucket(prefill_tokens=8, prefill_rows=2, decode_rows=3), replicas=2, pages_per_row=4, page_size=4, spare_slot=10)
 
@@ -93,6 +96,12 @@ def test_every_step_gets_a_fresh_buffer_of_one_shape():
 def test_a_row_without_its_pages_is_refused(pages):
     with pytest.raises(ValueError, match="too few, or the guard page"):
         pack(Batch((row(0, 4, (1,), pages),), ()), SHAPES)
+
+
+def test_the_work_of_packing_does_not_grow_with_a_rows_tokens():
+    shapes = Shapes(Bucket(2048, 2, 0), replicas=1, pages_per_row=64, page_size=64, spare_slot=10)
+    long, short = (Batch((), (row(0, 0, array("i", range(count)), array("i", range(1, 33))),)) for count in (2048, 8))
+    assert abs(work(lambda: pack(long, shapes)) - work(lambda: pack(short, shapes))) < 50
 
 
 def test_inputs_pass_through_jit():

@@ -12,7 +12,7 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey
+from jaxinfer.step.program import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey, options_for
 from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
@@ -50,6 +50,13 @@ def test_the_smallest_bucket_that_holds_the_batch_runs(plain):
 def test_a_batch_that_fits_no_bucket_is_an_error_and_no_compilation(plain, batch):
     with pytest.raises(LookupError, match="no compiled program holds"):
         plain.program.config.bucket_for(batch)
+
+
+def test_prompts_on_gpus_do_without_command_buffers(plain):
+    mixed, decode = Bucket(32, 4, 4), Bucket(0, 0, 4)
+    assert options_for(mixed, "gpu") == {"xla_gpu_enable_command_buffer": ""}
+    assert options_for(decode, "gpu") == options_for(mixed, "cpu") == options_for(mixed, "tpu") == {}
+    assert all(plain.program.call(key).options == options_for(key, "cpu") for key in (mixed, decode))
 
 
 def test_one_shape_of_everything(plain):

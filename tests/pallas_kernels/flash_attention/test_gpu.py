@@ -1,4 +1,5 @@
 import re
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -65,15 +66,12 @@ def close(case, seeds):
         assert error <= TOLERANCE[case.dtype], f"seed {seed}: {error}"
 
 
-@pytest.mark.parametrize("case", SOON, ids=lambda case: case.name)
+LONGER = [pytest.param(case, marks=(pytest.mark.ci, pytest.mark.interpreter)) for case in LATER]  # for CI's pass with the newest jax
+
+
+@pytest.mark.parametrize("case", [*SOON, *LONGER], ids=attrgetter("name"))
 def test_close_to_float64(interpreted, case):
-    close(case, range(1))
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_float64_many_draws(interpreted, case):
-    close(case, range(4))
+    close(case, range(3))
 
 
 def test_an_entry_depends_on_itself_alone(interpreted):

@@ -11,6 +11,9 @@ def test_shared_memory_suffices():
         stages = heuristic("gpu", {"head_dim": head_dim})["decode_stages"]
         assert gpu_plan.shared_bytes(head_dim, stages) <= hopper.SHARED_BYTES
         assert head_dim > MAX_CODES_DIM or gpu_plan.shared_bytes(head_dim, stages, codes=True) <= hopper.SHARED_BYTES
+        for padded in (8, 16, 64):
+            found = gpu_plan.stages_that_fit(stages, head_dim, padded, codes=False)
+            assert 2 <= found <= stages and gpu_plan.shared_bytes(head_dim, found, padded=padded) <= hopper.SHARED_BYTES
     assert [gpu_plan.streams(head_dim) for head_dim in (64, 128, 256)] == [2, 2, 1]
 
 

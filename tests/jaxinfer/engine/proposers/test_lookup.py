@@ -73,9 +73,9 @@ def sequence_of(*prompt):
 def test_a_proposer_follows_a_sequence():
     proposer, sequence = LookupProposer(), sequence_of(1, 2, 3, 4)
     assert proposer.propose(sequence, 3) is None
-    sequence.tokens += [9, 1, 2]
+    sequence.tokens.extend([9, 1, 2])
     assert proposer.propose(sequence, 3) == ((3, 4, 9), "lookup 2")
-    sequence.tokens += [3, 4]
+    sequence.tokens.extend([3, 4])
     assert proposer.propose(sequence, 2) == ((9, 1), "lookup 3-4")
     proposer.forget(sequence.request.key)
     assert proposer.propose(sequence, 1) is not None
