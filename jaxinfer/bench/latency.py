@@ -135,18 +135,22 @@ def _device_seconds(engine: Any, steps: int) -> float:
 
 
 def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
-    """Time from handing prompts in to the last of their first tokens; no run finds what another computed."""
-    runs = []
+    """Time from handing prompts in to the last of their first tokens, and to the return of the first step (the host's share: what an idle
+    device waits for, and the launches that it overlaps with); no run finds what another computed."""
+    runs, launches = [], []
     for _ in range(args.repeat + 1):
         requests = _requests(engine, load, 1)
         start = time.perf_counter()
         for request in requests:
             engine.add(request)
+        engine.step()
+        launches.append(time.perf_counter() - start)
         while engine.has_work:
             engine.step()
         runs.append(time.perf_counter() - start)
     seconds, floor = median(runs[1:]), ceiling.compute_floor(_prefill_operations(engine, load)) / engine.info.device_count
-    return {"context": load.tokens, "tokens_per_second": load.batch * load.tokens / seconds, **_timed(seconds, floor, runs[1:])}
+    launched = {"launch_milliseconds": median(launches[1:]) * 1e3}  # with overlap off the first step is awaited in it
+    return {"context": load.tokens, "tokens_per_second": load.batch * load.tokens / seconds, **_timed(seconds, floor, runs[1:]), **launched}
 
 
 def _timed(seconds: float, floor: float, runs: list[float]) -> dict[str, Any]:

@@ -292,7 +292,8 @@ class Engine:
             return self._end(active, FinishReason.ERROR, error="the text of this request could not be made")
 
     def _emit(self, active: _Active, drawn: Drawn) -> Output:
-        params, count = active.sequence.request.params, active.sequence.drawn
+        request, count = active.sequence.request, active.sequence.drawn
+        params = request.params
         stop_token = self._stops_at(params.stop.token_ids, drawn.token, params.stop.ignore_eos)
         if stop_token and not params.stop.include_in_output:
             piece = active.text.flush()
@@ -303,9 +304,10 @@ class Engine:
             rest = active.text.flush()
             text, piece = text + rest.text, rest
             reason = FinishReason.STOP if rest.stopped_by else reason
-        output = self._output(
-            active, text=text, token_ids=(drawn.token,), logprobs=() if drawn.logprob is None else (drawn.logprob,),
+        output = Output(
+            request.id, request.index, text, (drawn.token,), logprobs=() if drawn.logprob is None else (drawn.logprob,),
             prompt_logprobs=active.scores.entries() if active.scores is not None and count == 1 else (),
+            prompt_tokens=len(request.prompt), output_tokens=count,
         )  # fmt: skip
         if reason is None:
             return output
@@ -320,14 +322,11 @@ class Engine:
     def _eos(self) -> tuple[int, ...]:
         return self.tokenizer.eos_ids if self.tokenizer else ()
 
-    def _output(self, active: _Active, **values: Any) -> Output:
-        request = active.sequence.request
-        return Output(
-            request.id, request.index, prompt_tokens=len(request.prompt), output_tokens=active.sequence.drawn, **values
-        )  # fmt: skip
-
     def _end(self, active: _Active, reason: FinishReason, error: str | None = None) -> Output:
-        output = self._output(active, finish_reason=reason, error=error)
+        request, count = active.sequence.request, active.sequence.drawn
+        output = Output(
+            request.id, request.index, finish_reason=reason, prompt_tokens=len(request.prompt), output_tokens=count, error=error
+        )
         self._forget(active, reason)
         return output
 

@@ -8,11 +8,15 @@ folder. What is in a bundle and how it is read says step/bundle.py.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxinfer.checkpoint import atomic, manifest
 from jaxinfer.config import ConfigError, EngineConfig
@@ -27,6 +31,10 @@ SETTINGS = (
     "implementation", "deterministic", "speculate", "draft_model", "draft_tokens",
 )  # fmt: skip
 AUTOTUNE = "autotune"
+COMPLETE = "xla_gpu_require_complete_aot_autotune_results"
+ONE_KERNEL = re.compile(r"^NOT_FOUND: No cached config found for HLO instr: %((?:input|loop)_[\w.]+) = ")  # XLA's words when one is missing
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,25 @@ class Order:
     folder: Path
     autotune: Path | None
     about: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Choosing(Compiler):
+    """Programs are compiled with XLA's choices from a file, all of which must be there. A card makes none for a fusion that has one kernel
+    alone; where nothing but one such loop or reduction is missing from a program, XLA takes that kernel."""
+
+    def _with_options(self, lowered: Any, options: dict[str, str | bool]) -> Any:
+        try:
+            return lowered.compile(options)
+        except jax.errors.JaxRuntimeError as error:
+            found = ONE_KERNEL.search(str(error))
+            if found is None:
+                raise ConfigError(
+                    "the file of --autotune does not have XLA's choices for these programs: it was made for other settings, another version"
+                    f" or another card; make it anew with a bundle of these settings. XLA says: {str(error)[:600]}"
+                ) from None
+            logger.info("XLA's choices: none for %s, which has one kernel alone", found[1])
+        return lowered.compile(options | {COMPLETE: False})
 
 
 def compiler(autotune: str | None, platform: str) -> Compiler:
@@ -51,7 +78,7 @@ def compiler(autotune: str | None, platform: str) -> Compiler:
     if not Path(autotune).is_file():
         raise ConfigError(f"--autotune {autotune}: no such file; see `jaxinfer plan --help` for how a card writes it")
     whole = str(Path(autotune).resolve())
-    return Compiler({"xla_gpu_load_autotune_results_from": whole, "xla_gpu_require_complete_aot_autotune_results": True})
+    return Choosing({"xla_gpu_load_autotune_results_from": whole, COMPLETE: True})
 
 
 def complete(sizing: Sizing, made: Program, needed: int, source: Compiler, progress: Callable[[str, int, int], None]) -> Program:

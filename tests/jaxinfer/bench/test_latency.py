@@ -63,6 +63,7 @@ def test_rows(capsys):
     decode = rows[1]
     assert decode["context"] == 20 + 1 + 4 + 6 - 1 and len(decode["runs"]) == 2 and decode["milliseconds"] > 0
     assert decode["device_milliseconds"] > 0 and 0 <= decode["host_gap_share"] < 1
+    assert 0 < rows[2]["launch_milliseconds"] <= rows[2]["milliseconds"]
     assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
 
 

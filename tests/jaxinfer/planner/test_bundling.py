@@ -62,6 +62,37 @@ def test_choices_from_a_card(tmp_path):
     assert options["xla_gpu_load_autotune_results_from"] == str(tmp_path / "file") and len(options) == 2
 
 
+class Refusing:
+    """A traced program for which choices must be complete, and are not."""
+
+    def __init__(self, words):
+        self.words, self.asked = words, []
+
+    def compile(self, options):
+        self.asked.append(options)
+        if options.get(bundling.COMPLETE):
+            raise jax.errors.JaxRuntimeError(f"NOT_FOUND: {self.words}")
+        return "made"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Failed to get configs for: 50 out of 50 instructions. Example failure: No cached config found for HLO instr: %gemm_fusion_dot = x",
+        "No cached config found for HLO instr: %gemm_fusion_dot_1 = bf16[2]",
+    ],
+)
+def test_a_program_without_its_choices_is_refused(words):
+    with pytest.raises(ConfigError, match="does not have XLA's choices"):
+        bundling.Choosing({bundling.COMPLETE: True})._with_options(Refusing(words), {bundling.COMPLETE: True})
+
+
+def test_a_fusion_of_one_kernel_needs_no_choice():
+    lowered = Refusing("No cached config found for HLO instr: %input_reduce_fusion.4 = pred[] fusion(%x), kind=kInput")
+    assert bundling.Choosing()._with_options(lowered, {bundling.COMPLETE: True, "a": "b"}) == "made"
+    assert lowered.asked[-1] == {bundling.COMPLETE: False, "a": "b"}
+
+
 def test_programs_are_compiled_anew_for_another_pool_only(sizing, plain, monkeypatch):
     compiled = []
     monkeypatch.setattr(Program, "compile", lambda self, progress, keys=None: compiled.append((self, keys)))
