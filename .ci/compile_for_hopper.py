@@ -10,13 +10,15 @@ does not compile ends the run. What this does not show is that the numbers are r
 does.
 """
 
+import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -130,54 +132,81 @@ def kernels_of(case: Any, sizes: dict[str, int]) -> int:
     return written + (1 + merged) * (case.decode_rows > 0) + (1 + written) * (case.prefill_rows > 0)
 
 
-def compile_quantized(compiled: Callable[[Any, Any], int]) -> None:
-    """The quantised matmuls with the first sizes, one shape of each format with every candidate."""
+class Planned(NamedTuple):
+    """A program: a case, its sizes (none: those that are looked up), and how many kernels of ours it has."""
+
+    name: str
+    case: Any
+    sizes: dict[str, int] | None
+    kernels: int
+
+
+def attention() -> Iterator[Planned]:
+    """All cases with the sizes of the heuristic, then one case per head dimension, and one of codes, with every candidate."""
+    for module, found, base in ((gpu, cases(), MIXED), (flash_gpu, flash(), FLASH)):
+        for case in found:
+            sizes = module.heuristic("gpu", case.tuning_key())
+            yield Planned(case.name, case, sizes, kernels_of(case, sizes))
+        for head_dim in hopper.HEAD_DIMS:
+            yield from candidates(module, replace(base, name=f"{base.name}, candidates {head_dim}", head_dim=head_dim))
+    yield from candidates(gpu, replace(MIXED, name="candidates int8", kv_dtype="int8"))
+
+
+def candidates(module: Any, case: Any) -> Iterator[Planned]:
+    """The case with the first sizes; then, for each candidate, the kernels whose sizes are others, without those compiled already."""
+    first, *others = module.candidates("gpu", case.tuning_key())
+    yield Planned(case.name, case, first, kernels_of(case, first))
+    for sizes in others:
+        changed = {name for name in sizes if sizes[name] != first[name]}
+        if changed == {"decode_longest_many"} or (changed == {"write_from"} and kernels_of(case, sizes) == kernels_of(case, first)):
+            continue  # the same program: rows are not many, and the same one writes
+        part = case
+        if module is gpu and all(name.startswith("decode") for name in changed):
+            part = replace(case, prefill_rows=0, prefill_tokens=0)
+        elif module is gpu and all(name.startswith("prefill") for name in changed):
+            part = replace(case, decode_rows=0)
+        yield Planned(case.name, part, sizes, kernels_of(part, sizes))
+
+
+def products() -> Iterator[Planned]:
+    """Matmuls with the sizes that are looked up; quantised ones with the first sizes, one shape of each format with every candidate."""
+    for case in matmuls():
+        yield Planned(f"matmul {case.tokens} x {case.features} x {case.outputs}", case, None, 1)
     for case in quantized():
         every = quantized_gpu.candidates("gpu", case.tuning_key())[:-1]
         for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[:1]:
-            with tuning.forced(sizes):
-                if compiled(case, jax.eval_shape(lambda case=case: case.make(0))) != 1:
-                    raise SystemExit(f"{case}: there should be one kernel of ours")
-            print(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs} {tuple(sizes.values())}", flush=True)
+            yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, 1)
+
+
+def kernels_in(case: Any, mesh: Mesh) -> int:
+    """Compile a case and count its kernels of ours."""
+    if isinstance(case, MatmulCase):
+        shapes = {"x": (case.tokens, case.features), "weight": (case.outputs, case.features)}
+        given = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}
+    else:
+        given = jax.eval_shape(lambda: case.make(0))
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), given)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
+    return text.count('custom_call_target="mosaic_gpu')
 
 
 def main() -> None:
-    """Compile all cases with the sizes of the heuristic, then one case per head dimension with every candidate."""
+    """Compile all programs, or every second one, third one, ..."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--part", default="1/1", help="as in 1/2 and 2/2: the first and the second of two processes")
+    part, parts = map(int, parser.parse_args().part.split("/"))
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H200, topology="1x1x1")
     mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-
-    def compiled(case: Any, given: Any) -> int:
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), given)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            text = jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(given).compile().as_text()
-        return text.count('custom_call_target="mosaic_gpu')
-
-    def compile_case(case: Any, sizes: dict[str, int]) -> None:
+    mine = list((*attention(), *products()))[part - 1 :: parts]
+    for name, case, sizes, wanted in mine:
         begin = time.perf_counter()
-        with tuning.forced(sizes):
-            kernels = compiled(case, case.make(0))
-        wanted = kernels_of(case, sizes)
-        print(f"{case.name} {tuple(sizes.values())}: {kernels} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
-        if kernels != wanted:
-            raise SystemExit(f"{case.name}: {kernels} kernels of ours in the program, there should be {wanted}")
-
-    for module, found, base in ((gpu, cases(), MIXED), (flash_gpu, flash(), FLASH)):
-        for case in found:
-            compile_case(case, module.heuristic("gpu", case.tuning_key()))
-        for head_dim in hopper.HEAD_DIMS:
-            case = replace(base, name=f"{base.name}, candidates {head_dim}", head_dim=head_dim)
-            for sizes in module.candidates("gpu", case.tuning_key()):
-                compile_case(case, sizes)
-    quantised = replace(MIXED, name="candidates int8", kv_dtype="int8")
-    for sizes in gpu.candidates("gpu", quantised.tuning_key()):
-        compile_case(quantised, sizes)
-    for case in matmuls():
-        shapes = {"x": (case.tokens, case.features), "weight": (case.outputs, case.features)}
-        if compiled(case, {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}) != 1:
-            raise SystemExit(f"matmul {case}: there should be one kernel of ours")
-        print(f"matmul {case.tokens} x {case.features} x {case.outputs}", flush=True)
-    compile_quantized(compiled)
-    print(f"compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
+        with tuning.forced(sizes) if sizes else nullcontext():
+            found = kernels_in(case, mesh)
+        print(f"{name} {tuple((sizes or {}).values())}: {found} kernels, {time.perf_counter() - begin:.1f} s", flush=True)
+        if found != wanted:
+            raise SystemExit(f"{case}: {found} kernels of ours in the program, there should be {wanted}")
+    print(f"{len(mine)} programs compiled for {topology.devices[0].device_kind} with jax {jax.__version__}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in (
     "planner/test_bundling", "selftest/test_r5", "step/test_bundle", "step/test_executable", "step/test_program", "train/test_acceptance",
 ))  # fmt: skip
 SCHOOL = tuple(f"tests/jaxinfer/train/test_{name}.py" for name in ("distill", "draft", "learner", "student"))
+LONG = tuple(f"tests/{name}.py" for name in ("notebooks/test_run", "checkpoints/test_train_demo", "e2e/test_serve"))  # begun first
+APART = ("tests/notebooks/test_run.py", *(f"tests/pallas_kernels/{op}_attention/test_gpu.py" for op in ("paged", "flash")))
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -49,13 +51,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file's tests run on one worker, and so do files that share what the conftests have compiled."""
+    """A file's tests run on one worker, and so do files that share what the conftests have compiled; tests of some files share nothing.
+    What takes long is begun first, so that no worker ends long before the others."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
             shared = {"engines": ENGINES, "school": SCHOOL}
-            return next((name for name, files in shared.items() if file in files), file)
+            return nodeid if file in APART else next((name for name, files in shared.items() if file in files), file)
+
+        def _assign_work_unit(self, node):
+            for scope in [scope for scope in reversed(self.workqueue) if scope.startswith(LONG)]:
+                self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper, hopper_codes
+from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.hopper import ROWS
 from pallas_kernels.hopper_columns import Room

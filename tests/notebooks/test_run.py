@@ -1,5 +1,5 @@
-"""The notebooks run: in the suite most of them with the small draft model and one sequence at once, so that little is compiled; in `ci`
-all of them as they are."""
+"""The notebooks run: in the suite two of them, one with the small draft model and one sequence at once, so that little is compiled; in `ci`
+all as they are (one has no engine: it ran so in the suite)."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def run(notebook, **environment):
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-LONGER = ("02_a_kernel_by_hand", "05_speculation")
+LONGER = ("01_generate", "02_a_kernel_by_hand", "05_speculation")
 ALL = sorted(FOLDER.glob("*.ipynb"))
 
 
@@ -39,6 +39,6 @@ def test_with_small_engines(notebook, tmp_path):
 
 @pytest.mark.ci
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [path for path in ALL if path.stem != "03_plan_a_slice"], ids=lambda path: path.stem)
 def test_as_it_is(notebook):
     run(notebook)

@@ -1,4 +1,5 @@
 import re
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -41,34 +42,36 @@ def run_of(case):
     return jax.jit(lambda inputs: case.run(inputs, "gpu")).lower(case.make(0)).compile()
 
 
-def float64(case, inputs):
-    """The reference on the same 16-bit numbers."""
+def float64(case):
+    """The reference, on the same 16-bit numbers."""
     names = dict.fromkeys(("kv_lengths", "query_offsets", "sinks", "segment_ids"))
-    kinds = {name: np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else np.float64 for name, x in inputs.items() if name != "segment_ids"}
-    with jax.enable_x64(True):
-        wide = inputs | {name: jnp.asarray(np.asarray(inputs[name]).astype(kind)) for name, kind in kinds.items()}
-        return np.asarray(jax.jit(lambda inputs: reference.flash_attention(**names | inputs, spec=case.spec, causal=case.causal))(wide))
+    meaning = jax.jit(lambda inputs: reference.flash_attention(**names | inputs, spec=case.spec, causal=case.causal))
+
+    def run(inputs):
+        arrays = {name: x for name, x in inputs.items() if name != "segment_ids"}
+        kinds = {name: np.int32 if jnp.issubdtype(x.dtype, jnp.integer) else np.float64 for name, x in arrays.items()}
+        with jax.enable_x64(True):
+            return np.asarray(meaning(inputs | {name: jnp.asarray(np.asarray(inputs[name]).astype(kind)) for name, kind in kinds.items()}))
+
+    return run
 
 
 def close(case, seeds):
-    run = run_of(case)
+    run, oracle = run_of(case), float64(case)
     for seed in seeds:
         inputs = case.make(seed)
-        found, wanted = run(inputs), float64(case, inputs)
+        found, wanted = run(inputs), oracle(inputs)
         assert found.dtype == case.dtype
         error = np.linalg.norm(np.asarray(found, np.float64) - wanted) / max(np.linalg.norm(wanted), 1e-30)
         assert error <= TOLERANCE[case.dtype], f"seed {seed}: {error}"
 
 
-@pytest.mark.parametrize("case", SOON, ids=lambda case: case.name)
+LONGER = [pytest.param(case, marks=(pytest.mark.ci, pytest.mark.interpreter)) for case in LATER]  # for CI's pass with the newest jax
+
+
+@pytest.mark.parametrize("case", [*SOON, *LONGER], ids=attrgetter("name"))
 def test_close_to_float64(interpreted, case):
-    close(case, range(1))
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_float64_many_draws(interpreted, case):
-    close(case, range(4))
+    close(case, range(3))
 
 
 def test_an_entry_depends_on_itself_alone(interpreted):

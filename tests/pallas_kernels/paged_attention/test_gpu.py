@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,13 @@ LATER = [
     Case("tokens_window", 4, 1, 20, page_size=32, pages_per_row=9, group=5, dtype="float16", decode_tokens=3, window=70, soft_cap=8.0),
     Case("one_page", 2, 1, 20, page_size=256, pages_per_row=1, group=2, dtype="bfloat16"),
 ]
+name_of = attrgetter("name")
 BY_XLA, BY_KERNEL = 1 << 30, 1  # who rotates and writes: steps of so many tokens are the kernel's
+
+
+def longer(cases):
+    """For CI's pass with the newest jax."""
+    return [pytest.param(case, marks=(pytest.mark.ci, pytest.mark.interpreter)) for case in cases]
 
 
 @pytest.fixture
@@ -67,21 +74,14 @@ def close(case, seeds, write_from=BY_XLA):
         assert not found[padding].any()
 
 
-@pytest.mark.parametrize("case", SOON, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SOON, *longer(LATER)], ids=name_of)
 def test_close_to_xla(interpreted, case):
-    close(case, range(2))
+    close(case, range(3))
 
 
-@pytest.mark.parametrize("case", SOON[3:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SOON[3:], *longer(SOON[:3] + LATER)], ids=name_of)
 def test_close_to_xla_where_a_kernel_writes(interpreted, case):
-    close(case, range(1), BY_KERNEL)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("write_from", [BY_XLA, BY_KERNEL])
-@pytest.mark.parametrize("case", SOON + LATER, ids=lambda case: case.name)
-def test_close_to_xla_many_draws(interpreted, case, write_from):
-    close(case, range(6), write_from)
+    close(case, range(2), BY_KERNEL)
 
 
 def without(inputs, rows):
