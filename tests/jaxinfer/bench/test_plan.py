@@ -57,6 +57,7 @@ def test_rows_say_how_far_off_a_prediction_is(asked, capsys):
     assert found.pop("decode 2x20 ms")[1] is None and "9x20 is left out" in err
     assert found == {
         "weights, bytes a device": (1.02, True), "programs, bytes a device": (1.035, False), "KV pool, bytes a device": (1.0, True),
+        "weights, programs and KV pool, bytes a device": (1.015, True),
         "KV tokens": (1.0, True),
     }  # fmt: skip
     assert code == 1 and len(rows) == 10 and rows[-1]["weights"] == "int8" and rows[-1]["predicted"] > 0
