@@ -7,7 +7,7 @@ consumers keep a tile of 64 queries and its online softmax in registers and feed
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ DEVICES = re.compile(r"\bG?H(100|200|800|20)\b")  # device kinds of compute capa
 HEAD_DIMS = (64, 96, 128, 256)
 TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
+REGISTERS = 65536  # of a multiprocessor
 REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -77,12 +78,19 @@ def cores() -> int:
 
 
 def kernel(
-    body: Callable[..., None], scratch: tuple[Any, ...], *, out_type: Any, grid: dict[str, int], warpgroups: int
+    body: Callable[..., None], scratch: tuple[Any, ...], *, out_type: Any, grid: dict[str, int], registers: Sequence[int | None] = (None,)
 ) -> Callable[..., Any]:
-    """`body(*refs, scratch)` over a grid of named dimensions, in `warpgroups` warpgroups (axis "wg") that share the scratch memory.
+    """`body(*refs, scratch)` over a grid of named dimensions, in warpgroups (axis "wg") that share the scratch memory. registers: for each
+    warpgroup what its `set_max_registers` asks for, None if it does not ask.
 
     Call the result with the kernel's arrays.
+
+    Raises:
+        ValueError: they ask for more than a block has; on a card one of them would wait for ever.
     """
+    wanted, there = sum(number or 0 for number in registers), len(registers) * registers_of(len(registers))
+    if wanted > there:
+        raise ValueError(f"{len(registers)} warpgroups ask for {wanted} registers a thread in all, and begin with {there}")
 
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *made: body(*refs, made), *scratch, collective_axes="wg")
@@ -92,11 +100,16 @@ def kernel(
         out_type=out_type,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=warpgroups,
+        num_threads=len(registers),
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
         interpret=interpretation(),
     )
+
+
+def registers_of(warpgroups: int) -> int:
+    """Registers that each thread of a block begins with, at most."""
+    return min(REGISTERS // (128 * warpgroups) // 8 * 8, 255)
 
 
 def start_runtime() -> None:
@@ -115,7 +128,7 @@ def smallest() -> Callable[..., Any]:
         plgpu.wait_smem_to_gmem(0)
 
     numbers = jax.ShapeDtypeStruct((TILE, 64), jnp.float32)
-    return kernel(copy, (plgpu.SMEM(numbers.shape, numbers.dtype), plgpu.Barrier()), out_type=numbers, grid={"block": 1}, warpgroups=1)
+    return kernel(copy, (plgpu.SMEM(numbers.shape, numbers.dtype), plgpu.Barrier()), out_type=numbers, grid={"block": 1})
 
 
 def interpretation() -> Any:

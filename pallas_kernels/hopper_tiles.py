@@ -25,6 +25,7 @@ from pallas_kernels.hopper import COLUMNS, LOG2E, ROWS, TILE
 from pallas_kernels.hopper_places import Keys, Queries, Tile
 
 CONSUMERS = 2  # warpgroups that attend
+PRODUCER, CONVERTER = 40, 72  # registers of a thread of the others
 LINES = CONSUMERS * TILE  # of a tile of queries
 TILE_FIELDS = ("place", "row", "first position", "tokens", "stop")  # the integers of a tile; stop: keys of the row
 
@@ -44,6 +45,11 @@ class Plan(NamedTuple):
     blocks: int  # of threads
     codes: Any = None
     raw_stages: int = 0
+
+    @property
+    def registers(self) -> int:
+        """Of a consumer's thread."""
+        return 232 if self.codes is None else 200
 
     def slots(self, head_dim: int) -> int:
         """Tiles whose queries are in shared memory at once."""
@@ -147,7 +153,7 @@ def attend(inputs: Inputs, *, head_dim: int, plan: Plan) -> Float[Array, "..."]:
         tuple(scratch),
         out_type=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
         grid={"block": plan.blocks},
-        warpgroups=CONSUMERS + (1 if plan.codes is None else 2),
+        registers=[plan.registers] * CONSUMERS + [PRODUCER] + ([] if plan.codes is None else [CONVERTER]),
     )(*given)
 
 
@@ -205,13 +211,13 @@ def _body(kernel: Kernel) -> None:
 
     @pl.when(warpgroup < CONSUMERS)
     def _consumer() -> None:
-        plgpu.set_max_registers(232 if plan.codes is None else 200, action="increase")
+        plgpu.set_max_registers(plan.registers, action="increase")
         lax.fori_loop(0, mine, lambda turn, used: _consume(kernel, tile(turn), turn, used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == CONSUMERS)
     def _producer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(PRODUCER, action="decrease")
         used = lax.fori_loop(0, mine, lambda turn, used: _produce(kernel, tile(turn), turn, used), jnp.int32(0))
 
         for consumer in range(CONSUMERS):
@@ -224,7 +230,7 @@ def _body(kernel: Kernel) -> None:
 
         @pl.when(warpgroup == CONSUMERS + 1)
         def _converter() -> None:
-            plgpu.set_max_registers(72, action="decrease")
+            plgpu.set_max_registers(CONVERTER, action="decrease")
             used = lax.fori_loop(0, mine, lambda turn, used: used + tile(turn).end - tile(turn).begin, jnp.int32(0))
             lax.fori_loop(0, used, lambda number, _: _convert(kernel, number), None)
             for free in (scratch.k_free, scratch.v_free):

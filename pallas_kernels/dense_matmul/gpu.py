@@ -25,6 +25,7 @@ from pallas_kernels.hopper import TILE
 
 BY_NAME = "in whole steps it was no faster than XLA; ask for it by name"
 FEWEST, MOST = 2, 128  # tokens
+CONSUMER, PRODUCER = 200, 40  # registers of a thread
 BLOCKS = (256, 128, 64)  # inputs of a block, best first
 
 
@@ -115,7 +116,7 @@ def _parts(
     out = jax.ShapeDtypeStruct((int(plan.parts().max()), plan.tokens, weight.shape[0]), jnp.float32)
     run = hopper.kernel(
         lambda x, weight, out, made: _body(plan, x, weight, out, Scratch(*made)),
-        scratch, out_type=out, grid={"worker": plan.workers}, warpgroups=plan.consumers + 1,
+        scratch, out_type=out, grid={"worker": plan.workers}, registers=[*[CONSUMER] * plan.consumers, PRODUCER],
     )  # fmt: skip
     return run(x, weight)
 
@@ -126,13 +127,13 @@ def _body(plan: Plan, x: Any, weight: Any, out: Any, scratch: Scratch) -> None:
 
     @pl.when(warpgroup < plan.consumers)
     def _consumer() -> None:
-        plgpu.set_max_registers(200, action="increase")
+        plgpu.set_max_registers(CONSUMER, action="increase")
         first, last = lax.div(begin, jnp.int32(plan.length)), lax.div(end - 1, jnp.int32(plan.length))
         lax.fori_loop(first, last + 1, lambda tile, _: _consume(plan, out, scratch, tile, begin, end), None)
 
     @pl.when(warpgroup == plan.consumers)
     def _producer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(PRODUCER, action="decrease")
         lax.fori_loop(begin, end, lambda number, _: _produce(plan, x, weight, scratch, number, number - begin), None)
         hopper.drain(lambda slot: scratch.free.at[slot], end - begin, plan.stages)
 

@@ -58,7 +58,7 @@ def decode(
             jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
         ),
         grid={"block": plan.blocks},
-        warpgroups=2 * plan.streams,
+        registers=[number for number in plan.registers for _ in range(plan.streams)],
     )(*given)
 
 

@@ -141,7 +141,7 @@ def rotate_and_write(
     out = jax.ShapeDtypeStruct((heads.kv_heads, room, heads.head_dim), qkv.dtype)
     pool = jax.new_ref(kv.reshape(-1, heads.head_dim))  # plain rows: a copy's window is then what it seems to be
     run = hopper.kernel(
-        lambda *refs: _body(heads, _Refs(*refs[:-1]), *refs[-1]), scratch, out_type=out, grid={"token": qkv.shape[0]}, warpgroups=1
+        lambda *refs: _body(heads, _Refs(*refs[:-1]), *refs[-1]), scratch, out_type=out, grid={"token": qkv.shape[0]}
     )
     return Placed(run(qkv, waves, slots, lines, pool), pool[...].reshape(kv.shape))
 
@@ -166,7 +166,7 @@ def collect(
         plgpu.wait_smem_to_gmem(0)
 
     out = jax.ShapeDtypeStruct((line.shape[0] - first, kv_heads, group, head_dim), lines.dtype)
-    run = hopper.kernel(body, scratch, out_type=out, grid={"token": out.shape[0]}, warpgroups=1)
+    run = hopper.kernel(body, scratch, out_type=out, grid={"token": out.shape[0]})
     return run(lines, line, jnp.zeros((kv_heads, group, head_dim), lines.dtype))
 
 

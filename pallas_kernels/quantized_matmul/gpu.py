@@ -29,6 +29,7 @@ from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_
 from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
 
 MOST = 64  # tokens
+CONSUMER, PRODUCER = {1: 240, 2: 208, 4: 104}, 40  # registers of a thread: of a consumer, by how many there are; of the producer
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
 STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups of 64
 
@@ -205,7 +206,8 @@ def _parts(
         *arrays, out, made = refs
         _body(plan, arrays[0], arrays[1], arrays[2] if len(arrays) > 2 else None, out, Scratch(*made))
 
-    run = hopper.kernel(body, scratch, out_type=out, grid={"worker": plan.deal.workers}, warpgroups=plan.consumers + 1)
+    registers = [*[CONSUMER[plan.consumers]] * plan.consumers, PRODUCER]
+    run = hopper.kernel(body, scratch, out_type=out, grid={"worker": plan.deal.workers}, registers=registers)
     return run(*given)
 
 
@@ -221,13 +223,13 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
 
     @pl.when(warpgroup < plan.consumers)
     def _consumer() -> None:
-        plgpu.set_max_registers({1: 240, 2: 208, 4: 112}[plan.consumers], action="increase")
+        plgpu.set_max_registers(CONSUMER[plan.consumers], action="increase")
         first, last = deal.tile(begin), deal.tile(end - 1)
         lax.fori_loop(first, last + 1, lambda tile, _: _consume(plan, scales, out, scratch, tile, begin, end), None)
 
     @pl.when(warpgroup == plan.consumers)
     def _producer() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(PRODUCER, action="decrease")
         lax.fori_loop(begin, end, lambda number, _: _produce(plan, x, weight, scratch, number, number - begin), None)
         hopper.drain(lambda slot: scratch.free.at[slot], end - begin, plan.stages)
 

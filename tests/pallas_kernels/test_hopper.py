@@ -56,7 +56,7 @@ def attend(spec, floor, stop):
         *hopper.spill(1, KEYS, jnp.bfloat16),
     )
     out = jax.ShapeDtypeStruct((hopper.TILE, DIM), jnp.bfloat16)
-    return hopper.kernel(body, scratch, out_type=out, grid={"block": 1}, warpgroups=1)
+    return hopper.kernel(body, scratch, out_type=out, grid={"block": 1})
 
 
 @pytest.mark.parametrize(("soft_cap", "floor", "stop"), [(None, 0, KEYS), (3.0, 70, 101)])
@@ -76,3 +76,17 @@ def test_the_runtime_is_started_by_a_kernel(interpreted):
     hopper.start_runtime()
     numbers = np.arange(64 * 64, dtype=np.float32).reshape(64, 64)
     np.testing.assert_array_equal(np.asarray(hopper.smallest()(numbers)), numbers)
+
+
+@pytest.mark.parametrize(
+    ("registers", "good"), [((208, 208, 40, 40), True), ((96, 96, 80, 80, 80, 80), False), ((96, 96, 72, 72, 72, 72), True)]
+)
+def test_warpgroups_ask_for_no_more_registers_than_there_are(registers, good):
+    def made():
+        return hopper.kernel(print, (), out_type=(), grid={"block": 1}, registers=registers)
+
+    if good:
+        assert made() is not None
+        return
+    with pytest.raises(ValueError, match="6 warpgroups ask for 512 registers a thread in all, and begin with 480"):
+        made()

@@ -35,7 +35,7 @@ def convert(dtype):
         plgpu.Barrier(num_arrivals=2),
     )
     out = jax.ShapeDtypeStruct((KEYS, DIM), jnp.bfloat16), jax.ShapeDtypeStruct((hopper.TILE, KEYS), jnp.bfloat16)
-    return hopper.kernel(body, scratch, out_type=out, grid={"block": 1}, warpgroups=1)
+    return hopper.kernel(body, scratch, out_type=out, grid={"block": 1})
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])

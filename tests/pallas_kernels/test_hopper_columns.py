@@ -42,7 +42,7 @@ def test_attention_of_a_few_queries(interpreted):
     room = Room.scratch(1, (QUERIES, KEYS), jnp.bfloat16, head_dim=DIM)
     scratch = (hopper.swizzled((QUERIES, DIM), jnp.bfloat16), block, block, *room, plgpu.Barrier())
     out = jax.ShapeDtypeStruct((QUERIES, DIM), jnp.bfloat16)
-    run = hopper.kernel(body, scratch, out_type=out, grid={"block": 1}, warpgroups=1)
+    run = hopper.kernel(body, scratch, out_type=out, grid={"block": 1})
     found = np.asarray(jax.jit(run)(q, k, v), np.float64)
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     weights = np.exp2(q @ k[:seen].T * 0.3)
