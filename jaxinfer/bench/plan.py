@@ -113,7 +113,10 @@ def _predictor(engine: Any, plan: Any) -> Any:
     tokens = max(bucket.prefill_tokens for bucket in config.buckets)
     per_token = plan.memory["kv_token"]
     chip = devices.find_chip(engine.info.device) or CPU
-    return Predictor(graph=config.graph, placement=config.placement, chip=chip, kernels=kernels, kv_token=per_token, step_tokens=tokens)
+    return Predictor(
+        graph=config.graph, placement=config.placement, chip=chip, kernels=kernels, kv_token=per_token, step_tokens=tokens,
+        codes=config.pool.codes is not None,
+    )  # fmt: skip
 
 
 def _row(what: str, predicted: float, measured: float, limit: float | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxinfer.cache.kv import CODES
 from jaxinfer.config import EngineConfig, MeshShape
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account
@@ -181,6 +182,7 @@ def estimate(choice: Choice, kernels: Kernels, programs: int | None = None, corr
     predictor = Predictor(
         graph=sizing.model.graph, placement=sizing.placement, chip=chip_of(choice.piece), kernels=kernels,
         kv_token=_read(sizing, account) / size, step_tokens=widest.tokens, correction=correction,
+        codes=CODES[sizing.config.cache.kv_dtype] is not None,
     )  # fmt: skip
     decode = predictor.decode(max(1, running / replicas), max(1, wish.context - wish.output / 2))
     return Estimate(

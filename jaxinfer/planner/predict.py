@@ -59,7 +59,8 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Times of one model on one mesh of one kind of chip. kv_token: bytes of keys and values of a token on one device, all layers."""
+    """Times of one model on one mesh of one kind of chip. kv_token: bytes of keys and values of a token on one device, all layers; codes:
+    they are 8-bit codes, which kernels may read at a rate of their own (`share_codes`)."""
 
     graph: Graph
     placement: Placement
@@ -67,6 +68,7 @@ class Predictor:
     kernels: Kernels
     kv_token: float
     step_tokens: int
+    codes: bool = False
     correction: float = 1.0  # communication in the compiled text over what the sharding implies
 
     def decode(self, rows: float, context: float) -> Phase:
@@ -78,7 +80,8 @@ class Predictor:
         )
         row = self._row("attention_decode", self.kernels.attention)
         of_rows = self.graph.config.layers * row.number("row_us") * rows * 1e-6
-        attention = self._launches() + of_rows + kv / (self.chip.bandwidth * row.number("share"))
+        share = row.number("share_codes" if self.codes and "share_codes" in row.values else "share")
+        attention = self._launches() + of_rows + kv / (self.chip.bandwidth * share)
         return self._phase(
             weights + kv, operations + attention_operations, self._matmul(weights, operations, rows), attention,
             self._small(rows), self._communication(rows, rows),

@@ -60,7 +60,7 @@ def test_rows_say_how_far_off_a_prediction_is(asked, capsys):
         "weights, programs and KV pool, bytes a device": (1.015, True),
         "KV tokens": (1.0, True),
     }  # fmt: skip
-    assert code == 1 and len(rows) == 10 and rows[-1]["weights"] == "int8" and rows[-1]["predicted"] > 0
+    assert code == 1 and len(rows) == 12 and rows[-1]["weights"] == "int8" and rows[-1]["predicted"] > 0
 
 
 def test_the_plan_is_for_this_machine_and_the_engines_settings(asked, capsys):
@@ -82,7 +82,8 @@ def test_contexts_are_no_longer_than_the_architecture_allows(asked, capsys, monk
 def test_what_is_in_use_is_held_against_what_lies_there(asked):
     made = planning.run("m", "h200x1", None, {})
     info = FakeInfo(kv_tokens=1000, weight_bytes=102, program_bytes=207, kv_bytes=300)
-    rows = list(plan._memory(made, info, 500))
+    rows = list(plan._memory(made, info, 500, chosen_there=True))
+    assert {row["row"].partition(",")[0]: row["within"] for row in rows[:2]} == {"weights": True, "programs": None}
     assert rows[-1] == {"row": "in use, bytes a device", "predicted": 407, "measured": 500, "ratio": 0.814, "limit": 0.03, "within": False}
     assert plan._row("decode", 1.16, 1.0, plan.TIME)["within"] is False is not plan._row("decode", 1.14, 1.0, plan.TIME)["within"]
 

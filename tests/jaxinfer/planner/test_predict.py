@@ -55,6 +55,15 @@ def test_bytes_and_operations_of_an_8b_model(h200):
     assert 0.5 < phase.utilisation < 1
 
 
+def test_codes_are_read_at_a_rate_of_their_own(h200):
+    """Half the bytes at little more than half the share of the bandwidth: a gain, and far from twice."""
+    halved = replace(h200, kv_token=h200.kv_token * 132 / 256)
+    plain, codes = halved.decode(64, 4096).attention, replace(halved, codes=True).decode(64, 4096).attention
+    assert plain < codes < h200.decode(64, 4096).attention
+    elsewhere = replace(predictor(chip="TPU v6e", attention="xla"), codes=True)
+    assert elsewhere.decode(8, 1000) == replace(elsewhere, codes=False).decode(8, 1000)
+
+
 def test_shards_share_the_work_and_talk(h200):
     eight = predictor(tensor=8)
     assert eight.weight_bytes == pytest.approx(h200.weight_bytes / 8, rel=0.01)
