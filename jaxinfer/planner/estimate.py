@@ -209,7 +209,10 @@ def kernels_for(sizing: Sizing) -> Kernels:
     quantize = sizing.config.model.quantize
     op = "quantized_matmul" if quantize else "dense_matmul"
     attention, matmul = dispatch.choose("paged_attention", wanted, target, key), dispatch.choose(op, wanted, target, {})
-    return Kernels(attention, matmul, stored_as(quantize) or graph.dtype.name)
+    own = sizing.machine.platform  # kernels are named after their platform
+    asked = wanted == "auto" and attention != own and own in dispatch.implementations("paged_attention")
+    reason = dispatch.refusal("paged_attention", own, target, key) if asked else None
+    return Kernels(attention, matmul, stored_as(quantize) or graph.dtype.name, reason)
 
 
 def stored_as(quantize: str | None) -> str | None:

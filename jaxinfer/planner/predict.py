@@ -50,11 +50,12 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which implementations run, and what the weights are stored in."""
+    """Which implementations run, and what the weights are stored in. passed_over: why attention is not the platform's own kernel."""
 
     attention: str
     matmul: str
     weights: str
+    passed_over: str | None = None
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from jaxinfer.planner.predict import Kernels, Phase
 from jaxinfer.step.program import Program
 from jaxinfer.step.sizes import ProgramSize, beside
 
+SLOW_NOTE = "attention is XLA's, which is several times slower than the kernels of this platform: {}"
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
-KV_NOTE = "attention over quantised keys and values is taken to be as efficient a reader as over others: not measured"
+KV_NOTE = "how fast attention reads quantised keys and values was measured on an H200 alone; elsewhere it is assumed"
 DRAFT_NOTE = "times are of steps without drafts; how often drafts stand is not predicted (python -m jaxinfer bench speculation measures it)"
 HEAD_NOTE = "the EAGLE-3 head is made up, of the shape that one would train for the model: name a real one in place of HEAD"
 HOPELESS_NOTE = "weights and one sequence are more than the memory, so nothing was compiled"
@@ -69,7 +70,7 @@ def tell(told: Told) -> Plan:
         model=model, target=_target(best), settings=_settings(told), fits=best.fits, memory=_memory(best, own), capacity=_capacity(best),
         phases={"decode": _phase(best.decode), "prefill": _phase(best.prefill)}, speed=_speed(best),
         meshes=[_mesh(each, each.choice.mesh in told.compiled) for each in told.weighed], programs=_programs(own),
-        advice=[_advice(change, best, model) for change in changes], notes=[*_notes(best, own), *best.predictor.sources],
+        advice=[_advice(change, best, model) for change in changes], notes=[*_notes(told), *best.predictor.sources],
         command=_command(told.request, best),
     )  # fmt: skip
 
@@ -79,12 +80,14 @@ def name_of(mesh: MeshShape) -> str:
     return f"data={mesh.data},tensor={mesh.tensor}"
 
 
-def _notes(best: Estimate, own: Compiled | None) -> list[str]:
+def _notes(told: Told) -> list[str]:
+    best, own, reason = told.best, told.own, told.kernels.passed_over
     quantised = best.choice.wish.config.cache.kv_dtype != "auto"
     drafts = best.choice.wish.config.speculation.speculate != "off"
     hopeless = own is None and best.hopeless
     return [
-        *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
+        *([SLOW_NOTE.format(reason)] if reason else []), *([HOPELESS_NOTE] if hopeless else []),
+        *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
         *([DRAFT_NOTE] if drafts else []), *([HEAD_NOTE] if best.choice.wish.needs_head else []),
     ]  # fmt: skip
 

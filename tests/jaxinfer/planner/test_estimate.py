@@ -71,9 +71,12 @@ def test_sequences_are_dealt_out_to_replicas():
     assert choice(max_sequences=3).wish.on(MeshShape(2, 2)).scheduler.max_sequences == 3
 
 
-def test_kernels_are_those_that_auto_takes_for_the_target():
+def test_kernels_are_those_that_auto_takes_for_the_target(monkeypatch):
     assert kernels_for(choice("cpu-4").sizing()) == Kernels("xla", "xla", "float32")
     assert kernels_for(choice("cpu-4", quantize="int8").sizing()).weights == "int8"
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "need jax 0.11" in str(kernels_for(choice("h200x1").sizing()).passed_over)
+    assert kernels_for(choice("h200x1", implementation="xla").sizing()).passed_over is None  # as asked
     assert (stored_as("int8,lm_head=keep"), stored_as("*.mlp.*=int4"), stored_as(None)) == ("int8", "mixed", None)
 
 
