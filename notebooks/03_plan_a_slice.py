@@ -22,9 +22,10 @@ if importlib.util.find_spec("jaxinfer") is None:
 
 # %% [markdown]
 # ## The plans
-# `compile=False` is arithmetic alone, some seconds a slice; what programs need beside weights and cache is then a guess. Leave it out and
-# the real compiler is asked (`pip install 'jax[tpu]'` for TPUs, the CUDA plugin for NVIDIA): minutes for 80 layers on a small machine.
-# Plans that lie beside the notebook in `plans/` are read and not made again; the command that made each stands in it.
+# The plans that lie beside the notebook in `plans/` were made with the real compilers of TPUs and GPUs on a machine that has neither
+# (`pip install 'jax[tpu]'` for TPUs, the CUDA plugin for NVIDIA): minutes for 80 layers on two cores; the command that made each stands
+# in it. A slice without a kept plan is planned here by arithmetic alone (`compile=False`), in seconds: what programs need beside weights
+# and cache is then a guess. Leave the argument out and the compiler is asked.
 
 # %%
 import json
@@ -55,7 +56,8 @@ for name, plan in plans.items():
 
 # %% [markdown]
 # ## One picture
-# On the left what a device's memory is spent on, on the right what a decode step's time is. The memory is arithmetic over described arrays;
+# On the left what a device's memory is spent on, on the right what a decode step's time is. The memory is arithmetic over described arrays,
+# and for programs what the compiler says;
 # the times are predictions, from efficiencies that were measured on an H200 and are assumptions for TPUs (`plan.notes` says which).
 
 # %%
