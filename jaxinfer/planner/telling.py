@@ -86,9 +86,9 @@ def _notes(told: Told) -> list[str]:
     drafts = best.choice.wish.config.speculation.speculate != "off"
     hopeless = own is None and best.hopeless
     return [
-        *([SLOW_NOTE.format(reason)] if reason else []), *([HOPELESS_NOTE] if hopeless else []),
-        *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
+        *([HOPELESS_NOTE] if hopeless else []), *([] if own else [GUESS_NOTE]), *([KV_NOTE] if quantised else []),
         *([DRAFT_NOTE] if drafts else []), *([HEAD_NOTE] if best.choice.wish.needs_head else []),
+        *([SLOW_NOTE.format(reason)] if reason else []),
     ]  # fmt: skip
 
 
