@@ -84,7 +84,7 @@ def weights(state: State, scores: Any, factor: float, room: Room) -> tuple[Any, 
 
     The state's `weighted` is left to `weigh`.
     """
-    top = jnp.maximum(state.top, _largest(scores, room) * factor)
+    top = jnp.maximum(state.top, _over_keys(scores, room, "max") * factor)
     decay = jnp.exp2(state.top - top)
     share = jnp.exp2(scores * factor - spread(top, scores.shape))
     return share, decay, State(state.weighted, top, state.total * spread(decay, scores.shape) + share)
@@ -120,10 +120,6 @@ def mean(state: State, total: Any, out: Any) -> None:
 def total(state: State, room: Room) -> Any:
     """The weights' sums [queries]."""
     return _over_keys(state.total, room, "add")
-
-
-def _largest(scores: Any, room: Room) -> Any:
-    return _over_keys(scores, room, "max")
 
 
 def _over_keys(values: Any, room: Room, operation: str) -> Any:

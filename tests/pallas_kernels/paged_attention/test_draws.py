@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.paged_attention import draws
 from pallas_kernels.paged_attention.cases import SINKS, Case
 from pallas_kernels.paged_attention.pool import QuantizedKV
@@ -30,6 +31,23 @@ def test_shapes_are_few_and_different():
     found = draws.shapes()
     assert len(set(found)) == len(found) <= 40
     assert {case.decode_tokens for case in found} == {1, 2, 4, 8} and {case.kv_dtype for case in found} == {None, "int8", "float8_e4m3fn"}
+
+
+def test_sizes_given_by_name_are_what_is_traced(monkeypatch):
+    """Those of the implementation with the given ones in their place; the first look at them ends the check."""
+    seen = []
+
+    def look(case, implementation, seed):
+        seen.append(tuning.sizes("paged_attention", implementation, dispatch.target(), case.tuning_key()))
+        raise LookupError("seen")
+
+    monkeypatch.setattr(draws, "play", look)
+    usual = tuning.sizes("paged_attention", "xla", dispatch.target(), CASE.tuning_key())
+    name = next(iter(usual))
+    for given in (draws._sizes(f"{name}=7"), None):
+        with pytest.raises(LookupError, match="seen"):
+            draws.check(CASE, "xla", jnp.arange(1), given)
+    assert seen == [usual | {name: 7}, usual] != [usual, usual]
 
 
 @pytest.mark.ci
