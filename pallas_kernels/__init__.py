@@ -5,6 +5,7 @@
     grouped_matmul      rows of several groups, each with a weight of its own
     paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
     quantized_matmul    weights in int8, float8 or 4 bits
+    residual_norm       a sum and its root mean square norm
 
 `dispatch` chooses the implementation, `tuning` its block sizes.
 """
@@ -23,3 +24,5 @@ from pallas_kernels.paged_attention.pool import Pool as Pool
 from pallas_kernels.paged_attention.pool import QuantizedKV as QuantizedKV
 from pallas_kernels.paged_attention.pool import code_dtype as code_dtype
 from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul
+from pallas_kernels.residual_norm.api import residual_norm as residual_norm
+from pallas_kernels.residual_norm.reference import rms_norm as rms_norm

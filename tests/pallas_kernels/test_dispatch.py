@@ -28,7 +28,7 @@ def picky(monkeypatch):
 
 
 def test_ops_and_implementations_are_found():
-    assert dispatch.ops() == ("dense_matmul", "flash_attention", "grouped_matmul", "paged_attention", "quantized_matmul")
+    assert dispatch.ops() == ("dense_matmul", "flash_attention", "grouped_matmul", "paged_attention", "quantized_matmul", "residual_norm")
     for op in dispatch.ops():
         assert dispatch.implementations(op)[:2] == ("reference", "xla")
 
