@@ -25,4 +25,5 @@ from pallas_kernels.paged_attention.pool import QuantizedKV as QuantizedKV
 from pallas_kernels.paged_attention.pool import code_dtype as code_dtype
 from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul
 from pallas_kernels.residual_norm.api import residual_norm as residual_norm
+from pallas_kernels.residual_norm.reference import Normed as Normed
 from pallas_kernels.residual_norm.reference import rms_norm as rms_norm

@@ -18,6 +18,7 @@ from jaxinfer.checkpoint import read
 from jaxinfer.models.find import find
 from jaxinfer.models.graph import Graph, Quantization
 from jaxinfer.models.layers import Placement, StepContext
+from jaxinfer.models.residual import Stream
 from jaxinfer.sharding import make_mesh, zeros
 from pallas_kernels import PagedMetadata
 
@@ -146,10 +147,10 @@ class Driver:
     def climb(self, leaves, kv, tokens, positions, metadata):
         """The residual stream after the embedding and after each layer."""
         model, context = self.graph.bind(leaves), StepContext(positions, metadata, self.placement)
-        streams = [model.embedding(tokens, self.placement)]
+        streams = [Stream(model.embedding(tokens, self.placement))]
         for block, pool in zip(model.layers, kv, strict=True):
-            streams.append(block(streams[-1], pool, context).hidden)
-        return jnp.stack(streams)
+            streams.append(block(streams[-1], pool, context).stream)
+        return jnp.stack([stream.total(self.placement) for stream in streams])
 
     def logits(self, prompts: Sequence[Sequence[int]], prefill: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Logits of every position. prefill[step][row]: tokens of the row in that packed step; what is left goes one by one."""

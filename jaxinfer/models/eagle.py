@@ -36,9 +36,9 @@ from jaxinfer.models.layers import (
     StepContext,
     describe,
 )
+from jaxinfer.models.residual import Stream
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Part, Transform
-from jaxinfer.sharding import constrain
 from pallas_kernels import Pool
 
 TAPS = 3
@@ -47,7 +47,7 @@ DRAFT_VOCAB = 32_000  # of heads that are made up
 
 @dataclass(frozen=True)
 class Config:
-    """The head's shape. vocab_size: the target's; target_size: features of its residual stream; tapped: see `layers.through`.
+    """The head's shape. vocab_size: the target's; target_size: features of its residual stream; tapped: see `residual.through`.
 
     own_embedding: the head has token vectors of its own instead of the target's.
     """
@@ -177,9 +177,9 @@ class Model(nnx.Module):
         placement = context.placement
         both = jnp.concatenate([self.token_norm(vectors), self.feature_norm(before)], axis=-1)
         attended = self.attention(both, kv, context)
-        x = constrain(before + attended.hidden, ("tokens", "embed"), placement.mesh, placement.rules)
-        x = constrain(x + self.mlp(self.mlp_norm(x), placement), ("tokens", "embed"), placement.mesh, placement.rules)
-        return HeadOutput(x, attended.kv)
+        between = Stream(before, attended.hidden).normed(self.mlp_norm, placement)
+        after = Stream(between.total, self.mlp(between.normed, placement))
+        return HeadOutput(after.total(placement), attended.kv)
 
     def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows drafts"]:
         """Float32 logits over the draft vocabulary of what `__call__` returned."""

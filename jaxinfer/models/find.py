@@ -4,8 +4,8 @@ A model file offers `Config.from_hf(config_json)`, `Model(config, dtype)`, `WEIG
 `ignored(config)` (patterns of tensors that may be left unread) and `TINY` (a config for tests). A config names each layer's heads
 (`attention_shapes`) and windows (`attention_windows`).
 
-A model whose layers run through `layers.through`, whose token vectors are `Model.embedding` and whose config has `hidden_size` may have an
-EAGLE-3 head beside it (`eagle.py`, which is no model of its own).
+A model whose layers run through `residual.through`, whose token vectors are `Model.embedding` and whose config has `hidden_size` may have
+an EAGLE-3 head beside it (`eagle.py`, which is no model of its own).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxinfer.config import ConfigError
 
-NOT_MODELS = frozenset({"__init__", "eagle", "experts", "find", "graph", "hf", "layers", "rope", "weights"})
+NOT_MODELS = frozenset({"__init__", "eagle", "experts", "find", "graph", "hf", "layers", "residual", "rope", "weights"})
 SHAPES = Path(__file__).with_name("shapes.json")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
@@ -21,7 +20,6 @@ from jaxinfer.models.hf import Fields
 from jaxinfer.models.layers import (
     Attention,
     AttentionForm,
-    AttentionResult,
     Embedding,
     GatedMLP,
     Head,
@@ -31,9 +29,9 @@ from jaxinfer.models.layers import (
     StepContext,
     gelu_tanh,
 )  # fmt: skip
+from jaxinfer.models.residual import LayerResult, Stream
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Part, Transform
-from jaxinfer.sharding import constrain
 from pallas_kernels import Pool
 
 KINDS = ("sliding_attention", "full_attention")
@@ -98,13 +96,15 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(size, config.intermediate_size, dtype, activation=gelu_tanh)
         self.fed_norm = RMSNorm(size, epsilon, dtype, offset=1.0)
 
-    def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
+    def __call__(self, stream: Stream, kv: Pool, context: StepContext) -> LayerResult:
         """The residual stream after this layer. Writes to kv, which the caller donates."""
         placement = context.placement
-        attended = self.attention(self.attention_norm(x), kv, context)
-        x = constrain(x + self.attended_norm(attended.hidden), ("tokens", "embed"), placement.mesh, placement.rules)
-        x = constrain(x + self.fed_norm(self.mlp(self.mlp_norm(x), placement)), ("tokens", "embed"), placement.mesh, placement.rules)
-        return AttentionResult(x, attended.kv)
+        before = stream.normed(self.attention_norm, placement)
+        attended = self.attention(before.normed, kv, context)
+        added = Stream(attended.hidden).normed(self.attended_norm, placement).normed
+        between = Stream(before.total, added).normed(self.mlp_norm, placement)
+        fed = Stream(self.mlp(between.normed, placement)).normed(self.fed_norm, placement).normed
+        return LayerResult(Stream(between.total, fed), attended.kv)
 
 
 class Model(llama.Model):

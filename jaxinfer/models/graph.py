@@ -124,7 +124,7 @@ class Graph:
 
     @property
     def tapped(self) -> tuple[int, ...]:
-        """Where a head taps its target (see `layers.through`); () for a model that stands alone. The features of every token that a head
+        """Where a head taps its target (see `residual.through`); () for a model that stands alone. The features of every token that a head
         has seen are kept in a pool behind those of its layers: a token's own follow from the features of the one before."""
         return getattr(self.config, "tapped", ())
 

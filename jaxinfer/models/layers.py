@@ -35,6 +35,7 @@ from pallas_kernels import (
     flash_attention,
     kv_layout,
     paged_attention,
+    rms_norm,
 )
 from pallas_kernels.attention import rope_table, rotate
 
@@ -62,7 +63,7 @@ class StepContext:
     """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
 
     positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
-    is written from the replica's own point of view: token and page indices count within its share. tapped: see `through`.
+    is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`.
     """
 
     positions: Int32[Array, "tokens"]
@@ -79,33 +80,10 @@ class Dim(NamedTuple):
 
 
 class AttentionResult(NamedTuple):
-    """A layer's output for the packed tokens and its pool with this step's keys and values."""
+    """What attention adds to the residual stream, and its pool with this step's keys and values."""
 
     hidden: Float[Array, "tokens embed"]
     kv: Pool
-
-
-class ModelOutput(NamedTuple):
-    """Hidden states after the final norm, each layer's pool with this step's keys and values, and features if they were asked for."""
-
-    hidden: Float[Array, "tokens embed"]
-    kv: tuple[Pool, ...]
-    features: Float[Array, "tokens features"] | None = None
-
-
-def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], context: StepContext) -> ModelOutput:
-    """The residual stream after all layers (no norm yet), each of which is called as layer(x, pool, context) -> AttentionResult.
-
-    A model file that runs its layers through here and hands `features` on can be the target of a head (`eagle.py`): they are the residual
-    stream before each layer whose number is in `context.tapped` (the number of layers: after the last), side by side.
-    """
-    pools, streams = [], [x]
-    for block, pool in zip(layers, kv, strict=True):
-        x, pool = block(x, pool, context)
-        pools.append(pool)
-        streams.append(x)
-    features = jnp.concatenate([streams[number] for number in context.tapped], axis=-1) if context.tapped else None
-    return ModelOutput(x, tuple(pools), features)
 
 
 def describe(dims: Sequence[Dim], dtype: np.dtype, *, contracting: int = 0) -> nnx.Param[Any]:
@@ -154,12 +132,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens *heads features"]) -> Float[Array, "tokens *heads features"]:
         """x / rms(x) * (weight + offset) in x's dtype, for each token (and head)."""
-        wide = x.astype(jnp.float32)
-        scaled = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        weight = jnp.expand_dims(self.weight.get_value(), tuple(range(x.ndim - 1)))
-        if self.offset:
-            return (scaled * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
-        return scaled.astype(x.dtype) * weight
+        return rms_norm(x, self.weight.get_value(), epsilon=self.epsilon, offset=self.offset)
 
 
 class Embedding(nnx.Module):

@@ -20,21 +20,18 @@ from jaxinfer.models.layers import (
     PLAIN,
     Attention,
     AttentionForm,
-    AttentionResult,
     Embedding,
     GatedMLP,
     Head,
     HeadShape,
-    ModelOutput,
     Placement,
     RMSNorm,
     StepContext,
     logits,
-    through,
 )
+from jaxinfer.models.residual import LayerResult, ModelOutput, Stream, through
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
-from jaxinfer.sharding import constrain
 from pallas_kernels import Pool
 
 
@@ -87,13 +84,12 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_epsilon, dtype)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, dtype, bias=config.mlp_bias)
 
-    def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
+    def __call__(self, stream: Stream, kv: Pool, context: StepContext) -> LayerResult:
         """The residual stream after this layer. Writes to kv, which the caller donates."""
-        placement = context.placement
-        attended = self.attention(self.attention_norm(x), kv, context)
-        x = constrain(x + attended.hidden, ("tokens", "embed"), placement.mesh, placement.rules)
-        x = constrain(x + self.feed(self.mlp_norm(x), context), ("tokens", "embed"), placement.mesh, placement.rules)
-        return AttentionResult(x, attended.kv)
+        before = stream.normed(self.attention_norm, context.placement)
+        attended = self.attention(before.normed, kv, context)
+        between = Stream(before.total, attended.hidden).normed(self.mlp_norm, context.placement)
+        return LayerResult(Stream(between.total, self.feed(between.normed, context)), attended.kv)
 
     def feed(self, x: Float[Array, "tokens embed"], context: StepContext) -> Float[Array, "tokens embed"]:
         """The MLP's contribution to the residual stream."""
@@ -113,8 +109,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens: Int32[Array, "tokens"], kv: tuple[Pool, ...], context: StepContext) -> ModelOutput:
         """Run one step's packed tokens; kv holds one pool per layer and is donated by the caller."""
-        found = through(self.layers, self.embedding(tokens, context.placement), kv, context)
-        return found._replace(hidden=self.norm(found.hidden))
+        return through(self.layers, self.embedding(tokens, context.placement), kv, context, norm=self.norm)
 
     def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows vocab"]:
         """Float32 logits of hidden states that `__call__` returned."""
