@@ -132,14 +132,15 @@ def quantized_matmul(
     per_row = jnp.repeat(scales, outputs // scales.shape[0], axis=0)
     inputs, per_token = _inputs(x, kind)
     plan = plan_of(sizes, inputs.shape[0], outputs, x.shape[1], kind)
-    sums = add_up(_parts(inputs, weight, per_row if kind.inputs else None, plan=plan, interpreted=hopper.interpreting()), plan.deal)
+    parts = _parts(inputs, weight, per_row if kind.inputs else None, plan=plan, interpreted=hopper.interpreting())
+    sums = add_up(parts[:, : x.shape[0]], plan.deal)  # padding goes first: cut off last, XLA computes it
     if not kind.inputs:
         sums = sums * per_row.astype(jnp.float32).T
     if zeros is not None:
-        sums = sums - _shift(inputs, per_row, jnp.repeat(zeros, outputs // zeros.shape[0], axis=0))
+        sums = sums - _shift(inputs[: x.shape[0]], per_row, jnp.repeat(zeros, outputs // zeros.shape[0], axis=0))
     if per_token is not None:
-        sums = sums * per_token
-    return sums[: x.shape[0]].astype(x.dtype if out_dtype is None else out_dtype)
+        sums = sums * per_token[: x.shape[0]]
+    return sums.astype(x.dtype if out_dtype is None else out_dtype)
 
 
 def plan_of(sizes: Sizes, tokens: int, outputs: int, features: int, kind: Format) -> Plan:

@@ -55,8 +55,9 @@ class Case:
 
 CASES = (
     Case("one", tokens=1, features=256),
-    Case("few", tokens=5, features=384, dtype="float16", offset=1.0),
-    Case("alone", tokens=3, features=1024, added="nothing"),
+    Case("half", tokens=1, features=384, dtype="float16", offset=1.0),
+    Case("alone", tokens=1, features=1024, added="nothing"),
+    Case("none", tokens=0, features=128),
     Case("many", tokens=70, features=128, offset=1.0),
     Case("odd", tokens=7, features=100, dtype="float32"),
 )
