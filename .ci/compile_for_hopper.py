@@ -5,9 +5,9 @@ Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, or a matmul of few tokens. A case that
-does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter, and a card
-does.
+Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, a matmul of few tokens, or a norm.
+A case that does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter,
+and a card does.
 """
 
 import argparse
@@ -38,6 +38,8 @@ from pallas_kernels.paged_attention.cases import BOTH, ROPE, SINKS, Case
 from pallas_kernels.paged_attention.pool import LARGEST
 from pallas_kernels.quantized_matmul import gpu as quantized_gpu
 from pallas_kernels.quantized_matmul.cases import Case as QuantizedCase
+from pallas_kernels.residual_norm import gpu as norm_gpu
+from pallas_kernels.residual_norm.cases import Case as NormCase
 
 H200 = (Path(__file__).parents[1] / "jaxinfer" / "planner" / "targets" / "h200.txtpb").read_text()
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
@@ -132,6 +134,12 @@ def kernels_of(case: Any, sizes: dict[str, int]) -> int:
     return written + (1 + merged) * (case.decode_rows > 0) + (1 + written) * (case.prefill_rows > 0)
 
 
+def norms() -> list[NormCase]:
+    """One token and several, with and without what is added, and features that are loaded 8, 2 and 1 at a time."""
+    shapes = ({}, {"tokens": 8, "added": "nothing", "offset": 1.0}, {"features": 5376}, {"features": 384, "dtype": "float16"})
+    return [replace(NormCase("norm", 1, 4096), **changes) for changes in (*shapes, {"features": 8192, "offset": 1.0})]
+
+
 class Planned(NamedTuple):
     """A program: a case, its sizes (none: those that are looked up), and how many kernels of ours it has."""
 
@@ -169,13 +177,15 @@ def candidates(module: Any, case: Any) -> Iterator[Planned]:
 
 
 def products() -> Iterator[Planned]:
-    """Matmuls with the sizes that are looked up; quantised ones with the first sizes, one shape of each format with every candidate."""
+    """Matmuls with the sizes that are looked up; quantised ones with the first sizes, one shape of each format with all; norms."""
     for case in matmuls():
         yield Planned(f"matmul {case.tokens} x {case.features} x {case.outputs}", case, None, 1)
     for case in quantized():
         every = quantized_gpu.candidates("gpu", case.tuning_key())[:-1]
         for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[:1]:
             yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, 1)
+    for case in norms():
+        yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
 
 
 def kernels_in(case: Any, mesh: Mesh) -> int:
