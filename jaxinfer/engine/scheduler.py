@@ -4,8 +4,8 @@ Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a s
 cached already are taken as they are), computes its prompt in chunks beside the decodes of the others, then decodes one token a step;
 `append` takes the token that a step sampled; `finish` ends it at any moment. A decode may carry drafts: pages are planned for the case
 that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. Where limits allow it, a
-sequence goes on before that is known, planned for the same case (`Row.unsettled`). On a mesh with a data axis
-every replica has its own pages and slots, and a sequence stays where it was admitted.
+sequence goes on before that is known, planned for the same case (`Row.unsettled`). On a mesh with a data axis every replica has its own
+pages and slots, and a sequence stays where it was admitted.
 
 Steps overlap: `schedule` may be called while the batch before is not committed. What a launched step still uses (pages, a slot)
 comes free only when `commit` is told that the step is done, and a sequence whose last possible token is on its way rests until then.
@@ -110,7 +110,7 @@ class Scheduler:
         """The sequences that the next step decodes, if it is one without prompts as far as is known now; else none: it takes no drafts."""
         if any(sequence.missing > 1 for sequence in self._running) or (len(self._line) and any(self._slots)):
             return []
-        return [sequence for sequence in self._running if not sequence.last and self._may_go_on(sequence)]
+        return [sequence for sequence in self._running if sequence.goes_on(self.limits)]
 
     def schedule(self, drafts: Mapping[Key, Values[int]] = NO_DRAFTS) -> Batch | None:
         """Choose the rows of the next step and reserve their pages.
@@ -131,7 +131,7 @@ class Scheduler:
             missing = sequence.missing
             if missing > 1:
                 prefilling.append(sequence)
-            elif missing == 1 and sequence.running and not sequence.last and self._may_go_on(sequence) and self._room(sequence, step):
+            elif missing == 1 and sequence.running and sequence.goes_on(self.limits) and self._room(sequence, step):
                 self._decode(sequence, step, drafts.get(sequence.request.key, ()))
         for sequence in prefilling:
             if sequence.running:
@@ -210,10 +210,6 @@ class Scheduler:
         """
         sources = [source for launched in self._launched for source in launched.sources]
         check(Accounts(self.limits, self.pools, self._running, list(self._leaving), sources, list(chain(*self._slots))))
-
-    def _may_go_on(self, sequence: Sequence) -> bool:
-        """Whether it is known where its next token lies, or the device can tell: it knows what came of one step, the latest."""
-        return not sequence.drafts or (self.limits.unsettled and sequence.in_flight == 1)
 
     def _room(self, sequence: Sequence, step: Step) -> bool:
         """Make room for a sequence's next token, at the cost of those of lower standing.

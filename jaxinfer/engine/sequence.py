@@ -89,6 +89,10 @@ class Sequence:
         """Whether its last token is known or on its way: nothing of it is scheduled again."""
         return len(self.tokens) + self.pending - len(self.request.prompt) >= self.limit
 
+    def goes_on(self, limits: Limits) -> bool:
+        """Whether a further token may be decoded: it is known where, or the device can tell, which knows what came of one step, the latest."""
+        return not self.last and (not self.drafts or (limits.unsettled and self.in_flight == 1))
+
     @property
     def cached(self) -> int:
         """How many of its tokens are in the prefix cache now."""
