@@ -90,7 +90,7 @@ class Sequence:
         return len(self.tokens) + self.pending - len(self.request.prompt) >= self.limit
 
     def goes_on(self, limits: Limits) -> bool:
-        """Whether a further token may be decoded: it is known where, or the device can tell, which knows what came of one step, the latest."""
+        """Whether a further token may be decoded: it is known where, or the device can tell, which knows what came of the latest step."""
         return not self.last and (not self.drafts or (limits.unsettled and self.in_flight == 1))
 
     @property
