@@ -26,7 +26,7 @@ MAX_TOKENS = 8  # of a decode row
 MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
 LEAST_CODES_PAGE = 32  # tokens whose scales fill the 128 bytes at which a copy into shared memory may begin
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
-WRITE_FROM = 16  # tokens of a step; fewer are rotated, written and laid out by XLA in fewer microseconds
+WRITE_FROM = 1  # tokens of a step; fewer are rotated, written and laid out by XLA
 
 kv_layout = xla.kv_layout
 

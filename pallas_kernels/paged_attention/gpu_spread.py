@@ -1,0 +1,160 @@
+"""Where a step's few tokens go, on Hopper: as `gpu_write` says, by way of registers alone.
+
+A step of few tokens waits for memory and not for much of it. So a token's kv heads are dealt out to many blocks of one warpgroup each: all
+that a block needs leaves memory at once, is rotated in registers and goes straight to its places. Numbers are those of `gpu_write`, bit
+for bit.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import hopper
+from pallas_kernels.paged_attention.gpu_lines import Placed
+
+THREADS = 128
+
+
+class Piece(NamedTuple):
+    """Some rows of some kv heads, whose halves fill the threads: the first kv head (of a block's) and how many, the first row, how many."""
+
+    head: int
+    heads: int
+    row: int
+    rows: int
+
+
+class Heads(NamedTuple):
+    """Static shape of a token: each kv head has its group's queries as rows, then a key and a value."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+
+    @property
+    def half(self) -> int:
+        """Features that turn with as many others."""
+        return self.head_dim // 2
+
+    @property
+    def at_once(self) -> int:
+        """Rows whose halves fill the threads of a warpgroup; a power of two."""
+        return next(rows for rows in range(1, THREADS + 1) if rows * self.half % THREADS == 0)
+
+    @property
+    def dealt(self) -> int:
+        """Kv heads of a block: so many that rows of a kind, from each of them, fill the threads."""
+        return max(self.at_once // self._of_one(count) for count in (self.group, 2))
+
+    @property
+    def blocks(self) -> int:
+        """Of a token. 0: it has fewer kv heads than a block needs."""
+        return -(-self.kv_heads // self.dealt) if self.kv_heads >= self.dealt else 0
+
+    def _of_one(self, count: int) -> int:
+        """Rows of a piece out of `count` of a kv head."""
+        return min(1 << (count.bit_length() - 1), self.at_once)
+
+    def pieces(self, first: int, count: int) -> Iterator[Piece]:
+        """The rows from `first` on; where they do not come out even, the last piece has rows of the one before it again."""
+        rows = self._of_one(count)
+        heads = self.at_once // rows
+        for head in range(0, self.dealt, heads):
+            for row in range(0, count, rows):
+                yield Piece(head, heads, first + min(row, count - rows), rows)
+
+
+class _Refs(NamedTuple):
+    """The kernel's arrays."""
+
+    qkv: Any
+    waves: Any
+    slots: Any
+    lines: Any
+    kv: Any
+    out: Any
+
+
+def rotate_and_write(
+    qkv: Float[Array, "tokens kv_heads rows head_dim"],
+    waves: Float[Array, "tokens 2 at_once half"],
+    slots: Int32[Array, "tokens"],
+    lines: Int32[Array, "tokens"],
+    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    *,
+    room: int,
+) -> Placed:
+    """See `gpu_write.rotate_and_write`; for heads that have `blocks`."""
+    tokens, kv_heads, rows, head_dim = qkv.shape
+    heads, pool = Heads(kv_heads, rows - 2, head_dim), jax.new_ref(kv)
+    run = plgpu.kernel(
+        lambda *refs: _body(heads, _Refs(*refs)),
+        out_type=jax.ShapeDtypeStruct((kv_heads, room, head_dim), qkv.dtype),
+        grid=(heads.blocks, tokens),
+        grid_names=("block", "token"),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),  # threads share nothing
+        interpret=hopper.interpretation(),
+    )
+    return Placed(run(qkv, waves, slots, lines, pool), pool[...])
+
+
+def _body(heads: Heads, refs: _Refs) -> None:
+    """All loads, then all arithmetic, then all stores. The last block begins early where heads do not come out even: what two blocks write
+    is the same."""
+    token = lax.axis_index("token")
+    slot, line = refs.slots[token], refs.lines[token]
+    begin = jnp.minimum(lax.axis_index("block") * heads.dealt, heads.kv_heads - heads.dealt)
+    group, page_size = heads.group, refs.kv.shape[3]
+    waves = [hopper.load(refs.waves.at[token, number], _layout((heads.at_once, heads.half))) for number in range(2)]
+    queries = [(piece, _load(heads, refs.qkv.at[token], begin, piece)) for piece in heads.pieces(0, group)]
+    both = [(piece, _load(heads, refs.qkv.at[token], begin, piece)) for piece in heads.pieces(group, 2)]
+    queries = [(piece, _rotated(heads, piece, halves, waves)) for piece, halves in queries]
+    both = [(piece, _rotated(heads, piece, halves, waves)) for piece, halves in both]
+    page, place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
+
+    @pl.when(line >= 0)
+    def _tile() -> None:
+        for piece, halves in queries:
+            for number, half in enumerate(halves):
+                to = pl.ds(begin + piece.head, piece.heads), pl.ds(line + piece.row, piece.rows), _part(heads, number)
+                refs.out[to] = half.astype(refs.out.dtype)
+
+    @pl.when(slot >= 0)
+    def _pool() -> None:
+        for piece, halves in both:
+            for number, half in enumerate(halves):
+                to = pl.ds(begin + piece.head, piece.heads), pl.ds(piece.row - group, piece.rows), place, _part(heads, number)
+                refs.kv[page, *to] = half.astype(refs.kv.dtype)
+
+
+def _layout(shape: tuple[int, ...]) -> Any:
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+
+
+def _part(heads: Heads, number: int) -> Any:
+    return pl.ds(number * heads.half, heads.half)
+
+
+def _load(heads: Heads, token: Any, begin: Any, piece: Piece) -> list[Any]:
+    """Both halves of a piece."""
+    shape, at = (piece.heads, piece.rows, heads.half), (pl.ds(begin + piece.head, piece.heads), pl.ds(piece.row, piece.rows))
+    return [hopper.load(token.at[*at, _part(heads, number)], _layout(shape)) for number in range(2)]
+
+
+def _rotated(heads: Heads, piece: Piece, halves: list[Any], waves: list[Any]) -> tuple[Any, Any]:
+    """A piece, turned (Su et al., arXiv 2104.09864, in the half-split form); values stay as they are."""
+    value, (low, high) = heads.group + 1, (half.astype(jnp.float32) for half in halves)
+    if piece.row == value:
+        return low, high
+    cosine, sine = (wave.reshape(low.shape) for wave in waves)
+    turned = low * cosine - high * sine, high * cosine + low * sine
+    if piece.row + piece.rows <= value:
+        return turned
+    turns = plgpu.broadcasted_iota(jnp.int32, low.shape, 1, layout=_layout(low.shape)) + piece.row != value
+    return jnp.where(turns, turned[0], low), jnp.where(turns, turned[1], high)
