@@ -112,23 +112,23 @@ def _body(heads: Heads, refs: _Refs) -> None:
     begin = jnp.minimum(lax.axis_index("block") * heads.dealt, heads.kv_heads - heads.dealt)
     group, page_size = heads.group, refs.kv.shape[3]
     waves = [hopper.load(refs.waves.at[token, number], _layout((heads.at_once, heads.half))) for number in range(2)]
-    queries = [(piece, _load(heads, refs.qkv.at[token], begin, piece)) for piece in heads.pieces(0, group)]
-    both = [(piece, _load(heads, refs.qkv.at[token], begin, piece)) for piece in heads.pieces(group, 2)]
-    queries = [(piece, _rotated(heads, piece, halves, waves)) for piece, halves in queries]
-    both = [(piece, _rotated(heads, piece, halves, waves)) for piece, halves in both]
+    every = [*heads.pieces(0, group), *heads.pieces(group, 2)]
+    found = [_load(heads, refs.qkv.at[token], begin, piece) for piece in every]
+    turned = [_rotated(heads, piece, halves, waves) for piece, halves in zip(every, found, strict=True)]
+    turned = lax.optimization_barrier(turned)  # or the compiler loads a piece where it is stored, after it has waited for the line
     page, place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
 
     @pl.when(line >= 0)
     def _tile() -> None:
-        for piece, halves in queries:
-            for number, half in enumerate(halves):
+        for piece, halves in zip(every, turned, strict=True):
+            for number, half in enumerate(halves if piece.row < group else ()):
                 to = pl.ds(begin + piece.head, piece.heads), pl.ds(line + piece.row, piece.rows), _part(heads, number)
                 refs.out[to] = half.astype(refs.out.dtype)
 
     @pl.when(slot >= 0)
     def _pool() -> None:
-        for piece, halves in both:
-            for number, half in enumerate(halves):
+        for piece, halves in zip(every, turned, strict=True):
+            for number, half in enumerate(halves if piece.row >= group else ()):
                 to = pl.ds(begin + piece.head, piece.heads), pl.ds(piece.row - group, piece.rows), place, _part(heads, number)
                 refs.kv[page, *to] = half.astype(refs.kv.dtype)
 
