@@ -5,11 +5,13 @@ that a block needs leaves memory at once, is rotated in registers and goes strai
 for bit.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -17,6 +19,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper
 from pallas_kernels.paged_attention.gpu_lines import Placed
+from pallas_kernels.paged_attention.pool import LARGEST, SMALLEST, Pool
 
 THREADS = 128
 
@@ -77,7 +80,7 @@ class _Refs(NamedTuple):
     waves: Any
     slots: Any
     lines: Any
-    kv: Any
+    kv: list[Any]
     out: Any
 
 
@@ -86,22 +89,23 @@ def rotate_and_write(
     waves: Float[Array, "tokens 2 at_once half"],
     slots: Int32[Array, "tokens"],
     lines: Int32[Array, "tokens"],
-    kv: Float[Array, "pages kv_heads 2 page head_dim"],
+    kv: Pool,
     *,
     room: int,
 ) -> Placed:
-    """See `gpu_write.rotate_and_write`; for heads that have `blocks`."""
+    """See `gpu_write.rotate_and_write`; for heads that have `blocks`. A quantised pool gets codes and scales."""
     tokens, kv_heads, rows, head_dim = qkv.shape
-    heads, pool = Heads(kv_heads, rows - 2, head_dim), jax.new_ref(kv)
+    heads, pool = Heads(kv_heads, rows - 2, head_dim), jax.tree.map(jax.new_ref, kv)
     run = plgpu.kernel(
-        lambda *refs: _body(heads, _Refs(*refs)),
+        lambda qkv, waves, slots, lines, *refs: _body(heads, _Refs(qkv, waves, slots, lines, [*refs[:-1]], refs[-1])),
         out_type=jax.ShapeDtypeStruct((kv_heads, room, head_dim), qkv.dtype),
         grid=(heads.blocks, tokens),
         grid_names=("block", "token"),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),  # threads share nothing
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),  # threads share no memory
         interpret=hopper.interpretation(),
     )
-    return Placed(run(qkv, waves, slots, lines, pool), pool[...])
+    out = run(qkv, waves, slots, lines, *jax.tree.leaves(pool))
+    return Placed(out, jax.tree.map(lambda ref: ref[...], pool))
 
 
 def _body(heads: Heads, refs: _Refs) -> None:
@@ -110,7 +114,7 @@ def _body(heads: Heads, refs: _Refs) -> None:
     token = lax.axis_index("token")
     slot, line = refs.slots[token], refs.lines[token]
     begin = jnp.minimum(lax.axis_index("block") * heads.dealt, heads.kv_heads - heads.dealt)
-    group, page_size = heads.group, refs.kv.shape[3]
+    group, page_size = heads.group, refs.kv[0].shape[3]
     waves = [hopper.load(refs.waves.at[token, number], _layout((heads.at_once, heads.half))) for number in range(2)]
     every = [*heads.pieces(0, group), *heads.pieces(group, 2)]
     found = [_load(heads, refs.qkv.at[token], begin, piece) for piece in every]
@@ -127,10 +131,31 @@ def _body(heads: Heads, refs: _Refs) -> None:
 
     @pl.when(slot >= 0)
     def _pool() -> None:
+        values, *scales = refs.kv
         for piece, halves in zip(every, turned, strict=True):
-            for number, half in enumerate(halves if piece.row >= group else ()):
+            if piece.row < group:
+                continue
+            if scales:
+                halves, found = _codes(piece, [half.astype(refs.qkv.dtype) for half in halves], values.dtype)
+                for (head, row), scale in found.items():
+                    scales[0][page, begin + piece.head + head, piece.row - group + row, place] = scale
+            for number, half in enumerate(halves):
                 to = pl.ds(begin + piece.head, piece.heads), pl.ds(piece.row - group, piece.rows), place, _part(heads, number)
-                refs.kv[page, *to] = half.astype(refs.kv.dtype)
+                values[page, *to] = half.astype(values.dtype)
+
+
+def _codes(piece: Piece, halves: list[Any], dtype: Any) -> tuple[list[Any], dict[tuple[int, int], Any]]:
+    """As `pool.quantize`: what is to be stored as codes, and the scale of each vector of the piece."""
+    low, high = (half.astype(jnp.float32) for half in halves)
+    sizes, largest, scales = jnp.maximum(jnp.abs(low), jnp.abs(high)), LARGEST[jnp.dtype(dtype).name], {}
+    head, row = (plgpu.broadcasted_iota(jnp.int32, low.shape, dimension, layout=_layout(low.shape)) for dimension in range(2))
+    whole = jnp.zeros_like(low)
+    for vector in itertools.product(range(piece.heads), range(piece.rows)):
+        mine = (head == vector[0]) & (row == vector[1])
+        scales[vector] = jnp.maximum(jnp.max(jnp.where(mine, sizes, 0.0)) * np.float32(1 / largest), SMALLEST)
+        whole = jnp.where(mine, scales[vector], whole)
+    codes = [jnp.clip(half / whole, -largest, largest) for half in (low, high)]
+    return [jnp.round(code) if jnp.issubdtype(dtype, jnp.integer) else code for code in codes], scales
 
 
 def _layout(shape: tuple[int, ...]) -> Any:

@@ -84,7 +84,7 @@ def place(  # noqa: PLR0913
     spec: AttentionSpec,
     rope: Float[Array, "half_rotary"] | None,
 ) -> Placed:
-    """As `gpu_lines.place`; XLA writes a quantised pool. Donates kv."""
+    """As `gpu_lines.place`; where tokens are many XLA writes a quantised pool. Donates kv."""
     table = _table(positions, rope, spec, k.shape[2])
     (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
     if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
@@ -95,13 +95,13 @@ def place(  # noqa: PLR0913
     row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
     page = packing.take(metadata.page_tables, row, number)
     slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), NOWHERE)
-    turns, way = waves(table, heads), rotate_and_write
+    turns = waves(table, heads)
     if 0 < tokens * gpu_spread.Heads(kv_heads, heads.group, head_dim).blocks <= FEW * hopper.cores():
-        way = gpu_spread.rotate_and_write
+        return gpu_spread.rotate_and_write(qkv, turns, slots, lines.line, kv, room=lines.room)
     if not isinstance(kv, QuantizedKV):
-        return way(qkv, turns, slots, lines.line, kv, room=lines.room)
+        return rotate_and_write(qkv, turns, slots, lines.line, kv, room=lines.room)
     nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
-    placed = way(qkv, turns, jnp.full_like(slots, NOWHERE), lines.line, nothing, room=lines.room)
+    placed = rotate_and_write(qkv, turns, jnp.full_like(slots, NOWHERE), lines.line, nothing, room=lines.room)
     return Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
