@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=62, help="steps of each shape [62]")
     parser.add_argument("--only", default="", help="shapes whose name or dtype contains this")
     parser.add_argument("--threads", type=int, default=8, help="shapes compiled at once [8]")
-    parser.add_argument("--sizes", type=_sizes, metavar="NAME=N,...", help="block sizes other than the usual ones, write_from=1 for one")
+    parser.add_argument("--sizes", type=_sizes, metavar="NAME=N,...", help="block sizes other than the usual ones, write_from=99 for one")
     args = parser.parse_args(arguments)
     found = [case for case in shapes() if args.only in f"{case.name}, {case.kv_dtype or case.dtype}"]
     _say(f"{len(found)} shapes x {args.draws} draws of {args.implementation} on {jax.devices()[0].device_kind}, jax {jax.__version__}")

@@ -6,6 +6,7 @@ for bit.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +23,11 @@ from pallas_kernels.paged_attention.gpu_lines import Placed
 from pallas_kernels.paged_attention.pool import LARGEST, SMALLEST, Pool
 
 THREADS = 128
+
+
+def filling(count: int) -> int:
+    """How many rows of so many numbers fill the threads of a warpgroup; a power of two."""
+    return THREADS // math.gcd(THREADS, count)
 
 
 class Piece(NamedTuple):
@@ -47,8 +53,8 @@ class Heads(NamedTuple):
 
     @property
     def at_once(self) -> int:
-        """Rows whose halves fill the threads of a warpgroup; a power of two."""
-        return next(rows for rows in range(1, THREADS + 1) if rows * self.half % THREADS == 0)
+        """Rows whose halves fill the threads."""
+        return filling(self.half)
 
     @property
     def dealt(self) -> int:
@@ -114,34 +120,37 @@ def _body(heads: Heads, refs: _Refs) -> None:
     token = lax.axis_index("token")
     slot, line = refs.slots[token], refs.lines[token]
     begin = jnp.minimum(lax.axis_index("block") * heads.dealt, heads.kv_heads - heads.dealt)
-    group, page_size = heads.group, refs.kv[0].shape[3]
     waves = [hopper.load(refs.waves.at[token, number], _layout((heads.at_once, heads.half))) for number in range(2)]
-    every = [*heads.pieces(0, group), *heads.pieces(group, 2)]
-    found = [_load(heads, refs.qkv.at[token], begin, piece) for piece in every]
-    turned = [_rotated(heads, piece, halves, waves) for piece, halves in zip(every, found, strict=True)]
+    queries, others = ([*heads.pieces(*rows)] for rows in ((0, heads.group), (heads.group, 2)))
+    found = [_load(heads, refs.qkv.at[token], begin, piece) for piece in (*queries, *others)]
+    turned = [_rotated(heads, piece, halves, waves) for piece, halves in zip((*queries, *others), found, strict=True)]
     turned = lax.optimization_barrier(turned)  # or the compiler loads a piece where it is stored, after it has waited for the line
-    page, place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
 
     @pl.when(line >= 0)
     def _tile() -> None:
-        for piece, halves in zip(every, turned, strict=True):
-            for number, half in enumerate(halves if piece.row < group else ()):
+        for piece, halves in zip(queries, turned[: len(queries)], strict=True):
+            for number, half in enumerate(halves):
                 to = pl.ds(begin + piece.head, piece.heads), pl.ds(line + piece.row, piece.rows), _part(heads, number)
                 refs.out[to] = half.astype(refs.out.dtype)
 
     @pl.when(slot >= 0)
     def _pool() -> None:
-        values, *scales = refs.kv
-        for piece, halves in zip(every, turned, strict=True):
-            if piece.row < group:
-                continue
-            if scales:
-                halves, found = _codes(piece, [half.astype(refs.qkv.dtype) for half in halves], values.dtype)
-                for (head, row), scale in found.items():
-                    scales[0][page, begin + piece.head + head, piece.row - group + row, place] = scale
-            for number, half in enumerate(halves):
-                to = pl.ds(begin + piece.head, piece.heads), pl.ds(piece.row - group, piece.rows), place, _part(heads, number)
-                values[page, *to] = half.astype(values.dtype)
+        for piece, halves in zip(others, turned[len(queries) :], strict=True):
+            _write(heads, refs, begin, slot, piece, [half.astype(refs.qkv.dtype) for half in halves])
+
+
+def _write(heads: Heads, refs: _Refs, begin: Any, slot: Any, piece: Piece, halves: list[Any]) -> None:
+    """Keys and values into the pool, which gets them as they are or as codes and scales."""
+    values, *scales = refs.kv
+    page_size = jnp.int32(values.shape[3])
+    page, place = lax.div(slot, page_size), lax.rem(slot, page_size)
+    head, which = begin + piece.head, piece.row - heads.group
+    if scales:
+        halves, found = _codes(piece, halves, values.dtype)
+        for (one, row), scale in found.items():
+            scales[0][page, head + one, which + row, place] = scale
+    for number, half in enumerate(halves):
+        values[page, pl.ds(head, piece.heads), pl.ds(which, piece.rows), place, _part(heads, number)] = half.astype(values.dtype)
 
 
 def _codes(piece: Piece, halves: list[Any], dtype: Any) -> tuple[list[Any], dict[tuple[int, int], Any]]:
@@ -155,7 +164,7 @@ def _codes(piece: Piece, halves: list[Any], dtype: Any) -> tuple[list[Any], dict
         scales[vector] = jnp.maximum(jnp.max(jnp.where(mine, sizes, 0.0)) * np.float32(1 / largest), SMALLEST)
         whole = jnp.where(mine, scales[vector], whole)
     codes = [jnp.clip(half / whole, -largest, largest) for half in (low, high)]
-    return [jnp.round(code) if jnp.issubdtype(dtype, jnp.integer) else code for code in codes], scales
+    return [jnp.round(code) for code in codes] if jnp.issubdtype(dtype, jnp.integer) else codes, scales
 
 
 def _layout(shape: tuple[int, ...]) -> Any:

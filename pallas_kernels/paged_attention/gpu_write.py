@@ -1,9 +1,10 @@
 """Where a step's tokens go, on Hopper: rotated queries to where the attention kernels read them, keys and values into the pages, and
 the outputs of prefill tiles back to their tokens.
 
-One warpgroup takes one token: its heads come into shared memory by halves (TMA), are rotated in registers and leave again (TMA), each
-kv head's queries as consecutive lines, its new key and value straight into the donated pool. So rope, the write and the layout of the
-queries are one pass over the projections. Knows no rows: where a token goes is said by two integers.
+Few tokens are dealt out to many blocks (`gpu_spread`). Of many, one warpgroup takes each: its heads come into shared memory by halves
+(TMA), are rotated in registers and leave again (TMA), each kv head's queries as consecutive lines, its new key and value straight into
+the donated pool. So rope, the write and the layout of the queries are one pass over the projections. Knows no rows: where a token goes is
+said by two integers.
 
 It writes into the pool that it is given. XLA on GPUs may fuse such a call with an update of a slice around it (the results of lax.map or
 lax.scan) and hand it another output: what compiles `place` inside one sets xla_gpu_enable_dynamic_slice_fusion to False.
@@ -27,7 +28,6 @@ from pallas_kernels.paged_attention.api import PagedMetadata
 from pallas_kernels.paged_attention.gpu_lines import NOWHERE, Lines, Placed
 from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
-THREADS = 128
 FEW = 16  # blocks for each core: as many are there at once, about, and `gpu_spread` is faster
 ALIGNMENT = 128  # bytes: of a copy's shared memory
 
@@ -64,7 +64,7 @@ class Heads(NamedTuple):
     @property
     def at_once(self) -> int:
         """Heads whose halves fill the threads of a warpgroup."""
-        return next(heads for heads in range(1, THREADS + 1) if heads * self.half % THREADS == 0)
+        return gpu_spread.filling(self.half)
 
     @property
     def layout(self) -> Any:
@@ -91,7 +91,8 @@ def place(  # noqa: PLR0913
         q, k = rotate(q, table), rotate(k, table)
         table = _table(positions, None, AttentionSpec(1.0), head_dim)
     heads = Heads(kv_heads, q.shape[1] // kv_heads, head_dim, page_size)
-    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)  # often parts of one array
+    # parts of one projection in their order: XLA then makes no copy
+    qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
     row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
     page = packing.take(metadata.page_tables, row, number)
     slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), NOWHERE)
@@ -131,8 +132,8 @@ def rotate_and_write(
 ) -> Placed:
     """Rotate queries and keys by `waves` and put everything in its place; donates kv.
 
-    qkv: each kv head's queries as rows, then its key and its value. slots: page * page_size + place in the page of each token's key and value, or NOWHERE. lines: first line of each token's queries, or
-    NOWHERE. room: lines; those that nothing is written to hold anything.
+    qkv: each kv head's queries as rows, then its key and its value. slots: page * page_size + place in the page of each token's key and
+    value, or NOWHERE. lines: first line of each token's queries, or NOWHERE. room: lines; those that nothing is written to hold anything.
     """
     tokens, kv_heads, count, head_dim = qkv.shape
     heads = Heads(kv_heads, count - 2, head_dim, kv.shape[3])
