@@ -69,6 +69,12 @@ def shapes() -> list[Case]:
             replace(kind, name="prefill window", prefill_rows=3, prefill_tokens=500, page_size=small, pages_per_row=16, window=70),
             replace(kind, name="mixed", decode_rows=5, prefill_rows=3, prefill_tokens=300, group=5, head_dim=96, soft_cap=20.0),
         ]
+    dealt = replace(base, name="decode dealt", decode_rows=9, kv_heads=5, group=3, head_dim=96)  # some heads are in two blocks (gpu_spread)
+    found += [replace(dealt, kv_dtype=kv_dtype) for kv_dtype in (None, *LARGEST)]
+    found += [
+        replace(base, name="decode wide", decode_rows=9, head_dim=256, group=3),
+        replace(base, name="prefill many", prefill_rows=4, prefill_tokens=700, kv_heads=8, group=1),  # too many for gpu_spread
+    ]
     float16 = [replace(case, dtype="float16") for case in found if case.kv_dtype is None and case.name in ("decode", "tokens 4", "prefill")]
     return [*found, *float16]
 

@@ -7,7 +7,7 @@ for bit.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,10 +136,10 @@ def _body(heads: Heads, refs: _Refs) -> None:
     @pl.when(slot >= 0)
     def _pool() -> None:
         for piece, halves in zip(others, turned[len(queries) :], strict=True):
-            _write(heads, refs, begin, slot, piece, [half.astype(refs.qkv.dtype) for half in halves])
+            _write(heads, refs, begin, slot, piece, halves)
 
 
-def _write(heads: Heads, refs: _Refs, begin: Any, slot: Any, piece: Piece, halves: list[Any]) -> None:
+def _write(heads: Heads, refs: _Refs, begin: Any, slot: Any, piece: Piece, halves: Sequence[Any]) -> None:
     """Keys and values into the pool, which gets them as they are or as codes and scales."""
     values, *scales = refs.kv
     page_size = jnp.int32(values.shape[3])
@@ -153,9 +153,9 @@ def _write(heads: Heads, refs: _Refs, begin: Any, slot: Any, piece: Piece, halve
         values[page, pl.ds(head, piece.heads), pl.ds(which, piece.rows), place, _part(heads, number)] = half.astype(values.dtype)
 
 
-def _codes(piece: Piece, halves: list[Any], dtype: Any) -> tuple[list[Any], dict[tuple[int, int], Any]]:
+def _codes(piece: Piece, halves: Sequence[Any], dtype: Any) -> tuple[list[Any], dict[tuple[int, int], Any]]:
     """As `pool.quantize`: what is to be stored as codes, and the scale of each vector of the piece."""
-    low, high = (half.astype(jnp.float32) for half in halves)
+    low, high = halves
     sizes, largest, scales = jnp.maximum(jnp.abs(low), jnp.abs(high)), LARGEST[jnp.dtype(dtype).name], {}
     head, row = (plgpu.broadcasted_iota(jnp.int32, low.shape, dimension, layout=_layout(low.shape)) for dimension in range(2))
     whole = jnp.zeros_like(low)

@@ -103,6 +103,7 @@ def place(  # noqa: PLR0913
         return rotate_and_write(qkv, turns, slots, lines.line, kv, room=lines.room)
     nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
     placed = rotate_and_write(qkv, turns, jnp.full_like(slots, NOWHERE), lines.line, nothing, room=lines.room)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # codes are made of what was not rounded before, as `gpu_spread` makes them
     return Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
