@@ -25,7 +25,8 @@ class Row(NamedTuple):
     (ids, or `DRAFTED`), each of which is kept if it is what the step draws in its place.
     pages: page ids that hold positions 0 .. start + len(tokens) - 1, and perhaps more: the sequence's own list, which grows with it, not
     a copy (a long context has thousands); read it before the next batch is scheduled. samples: whether the step draws a token after
-    the last one (a decode row: after each, as far as its drafts are kept).
+    the last one (a decode row: after each, as far as its drafts are kept). unsettled: the step before is not known yet and has drafts of
+    the sequence; `start` is where the row begins if all of them are kept, and the device takes back as many positions as are not.
     """
 
     request: Request
@@ -35,6 +36,7 @@ class Row(NamedTuple):
     pages: Sequence[int]
     samples: bool
     replica: int = 0
+    unsettled: bool = False
 
     @property
     def kv_length(self) -> int:

@@ -24,6 +24,7 @@ from jaxinfer.console import remark
 RATES = (0.6, 0.7, 0.8)
 GOALS = {0.6: 1.6, 0.7: 1.9, 0.8: 2.2}  # times as fast at one sequence and 4 drafts
 PROMPT = 512
+ROOM = 128  # tokens of a sequence's pages beyond its own: a last page that is not full
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     rates, batches = args.forced or RATES, args.batch or (1,)
     if not all(0 <= rate <= 1 for rate in rates):
         raise ConfigError(f"--forced {rates}: shares from 0 to 1")
-    values = {"max_sequences": max(batches), **engines.settings_of(args, args.prompt + args.tokens + 8)}
+    longest = args.prompt + args.tokens + 8
+    room = {"max_sequences": max(batches), "kv_tokens": max(batches) * (longest + ROOM)}  # both engines share the device
+    values = {**room, **engines.settings_of(args, longest)}
     head = {"draft_model": values.pop("draft_model", None)}
     configs = [from_arguments(EngineConfig, values | own) for own in ({"speculate": "off"}, {"speculate": "eagle", **head})]
     with engines.opened(configs) as (plain, drafting), Report("speculation", args) as report:

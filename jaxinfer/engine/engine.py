@@ -4,8 +4,9 @@
 `generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host commits
 the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is committed
 before the next is scheduled; the tokens are the same. With drafts (`speculation.py`) a step may give a sequence several tokens, and as
-how many there are decides where it goes on, it is committed before the next is scheduled. Each request has a wall around it: what goes
-wrong in its own text or numbers ends that request alone. This file does not know how arrays look or where requests come from.
+how many there are decides where it goes on, it is committed before the next is scheduled, unless the device makes all drafts itself and
+so knows where they go on (`Row.unsettled`). Each request has a wall around it: what goes wrong in its own text or numbers ends that
+request alone. This file does not know how arrays look or where requests come from.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt32
 
-from jaxinfer.batch import Admission, Batch
+from jaxinfer.batch import DRAFTED, Admission, Batch
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import speculation, words
 from jaxinfer.engine.drawn import Drawn, fetch
@@ -188,11 +189,12 @@ class Engine:
         return masks(matchers, (bucket.rows * packed.shapes.replicas, bucket.decode_tokens), self.program.config.vocab)
 
     def _propose(self) -> tuple[list[Output], dict[Key, tuple[int, ...]]]:
-        """The drafts of the next step. While a step is on its way they are guessed from what is known; if they seem to be worth it, that
-        step is committed first and they are guessed again."""
-        outputs = self._land(0) if any(flight.batch.decode_tokens > 1 for flight in self._flights) else []
+        """The drafts of the next step. While a step is on its way they are guessed from what is known; if they seem to be worth it and come
+        from the text, that step is committed first and they are guessed again."""
+        wide = any(flight.batch.decode_tokens > 1 for flight in self._flights)
+        outputs = self._land(0) if wide and not self.scheduler.limits.unsettled else []
         drafts = self._guess()
-        if drafts and self._flights:
+        if self._flights and any(DRAFTED not in tokens for tokens in drafts.values()):
             outputs += self._land(0)
             drafts = self._guess()
         return outputs, drafts

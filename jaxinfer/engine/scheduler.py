@@ -3,7 +3,8 @@
 Life of a sequence: `add` puts it in the waiting line; `schedule` admits it (a slot, pages for its whole prompt; pages whose content is
 cached already are taken as they are), computes its prompt in chunks beside the decodes of the others, then decodes one token a step;
 `append` takes the token that a step sampled; `finish` ends it at any moment. A decode may carry drafts: pages are planned for the case
-that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. On a mesh with a data axis
+that all of them stand, and `commit` takes back what does not; in a step with prompts in it there are none. Where limits allow it, a
+sequence goes on before that is known, planned for the same case (`Row.unsettled`). On a mesh with a data axis
 every replica has its own pages and slots, and a sequence stays where it was admitted.
 
 Steps overlap: `schedule` may be called while the batch before is not committed. What a launched step still uses (pages, a slot)
@@ -109,7 +110,7 @@ class Scheduler:
         """The sequences that the next step decodes, if it is one without prompts as far as is known now; else none: it takes no drafts."""
         if any(sequence.missing > 1 for sequence in self._running) or (len(self._line) and any(self._slots)):
             return []
-        return [sequence for sequence in self._running if not sequence.last and not sequence.drafts]
+        return [sequence for sequence in self._running if not sequence.last and self._may_go_on(sequence)]
 
     def schedule(self, drafts: Mapping[Key, Values[int]] = NO_DRAFTS) -> Batch | None:
         """Choose the rows of the next step and reserve their pages.
@@ -130,7 +131,7 @@ class Scheduler:
             missing = sequence.missing
             if missing > 1:
                 prefilling.append(sequence)
-            elif missing == 1 and sequence.running and not (sequence.last or sequence.drafts) and self._room(sequence, step):
+            elif missing == 1 and sequence.running and not sequence.last and self._may_go_on(sequence) and self._room(sequence, step):
                 self._decode(sequence, step, drafts.get(sequence.request.key, ()))
         for sequence in prefilling:
             if sequence.running:
@@ -156,7 +157,7 @@ class Scheduler:
             self.pools[replica].release((page,))
         for row, sequence, drawn in zip(batch.decodes if batch.decode_tokens > 1 else (), launched.sequences, counts, strict=False):
             if len(row.tokens) > 1:
-                sequence.take_back(len(row.tokens) - drawn)
+                sequence.settle(len(row.tokens) - 1, drawn - 1)
         for sequence in launched.sequences:
             sequence.in_flight -= 1
             if not sequence.in_flight and sequence in self._leaving:
@@ -210,6 +211,10 @@ class Scheduler:
         sources = [source for launched in self._launched for source in launched.sources]
         check(Accounts(self.limits, self.pools, self._running, list(self._leaving), sources, list(chain(*self._slots))))
 
+    def _may_go_on(self, sequence: Sequence) -> bool:
+        """Whether it is known where its next token lies, or the device can tell: it knows what came of one step, the latest."""
+        return not sequence.drafts or (self.limits.unsettled and sequence.in_flight == 1)
+
     def _room(self, sequence: Sequence, step: Step) -> bool:
         """Make room for a sequence's next token, at the cost of those of lower standing.
 
@@ -240,7 +245,6 @@ class Scheduler:
         most = min(len(drafts), sequence.limit - sequence.drawn - sequence.pending - 1) if drafts else 0
         if most > 0 and self.pools[sequence.replica].grow(sequence.pages, sequence.length + most):
             row += tuple(drafts[:most])
-            sequence.drafts = most
         self._row(sequence, row, step, 0)
 
     def _prefill(self, sequence: Sequence, step: Step) -> None:
@@ -257,12 +261,14 @@ class Scheduler:
         start, request = sequence.computed, sequence.request
         sequence.computed = end = start + len(tokens)
         sequence.in_flight += 1
-        samples = end == len(sequence.tokens) + sequence.pending + sequence.drafts
-        row = Row(request, sequence.slot, start, tokens, sequence.pages, samples, sequence.replica)
+        drafts = 0 if kind else len(tokens) - 1
+        samples = end == sequence.length + drafts
+        row = Row(request, sequence.slot, start, tokens, sequence.pages, samples, sequence.replica, sequence.drafts > 0)
         (step.prefills if kind else step.decodes).append(row)
         step.sequences[kind].append(sequence)
+        sequence.drafts += drafts
         if samples:
-            sequence.pending += 1 + sequence.drafts
+            sequence.pending += 1 + drafts
         if tokens is not _DECODE:
             self._enter(sequence)
         if start < len(request.prompt) <= end:

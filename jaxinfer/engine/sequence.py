@@ -21,12 +21,16 @@ PATIENCE = 4  # preemptions after which a sequence's priority no longer makes it
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold, per replica: sequences running, prompt tokens, and sequences whose prompt is being computed."""
+    """What one step may hold, per replica: sequences running, prompt tokens, and sequences whose prompt is being computed.
+
+    unsettled: whether a sequence may be in a step while it is not known how many of its drafts in the step before stand.
+    """
 
     sequences: int
     prefill_tokens: int
     prefill_rows: int
     replicas: int = 1
+    unsettled: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -35,8 +39,8 @@ class Sequence:
 
     tokens: prompt and output known on the host. limit: most output tokens. arrival: its number in order of arrival. pending: tokens
     sampled on the device and not known yet (one for each uncommitted batch at most, and the drafts, all of which may stand).
-    in_flight: launched, uncommitted batches with a row of it. drafts: those that are being verified: until it is known which of them
-    stand, nothing more of the sequence is scheduled. slot: -1 while it has none.
+    in_flight: launched, uncommitted batches with a row of it. drafts: those that are being verified; the clocks count as if all of them
+    stood. slot: -1 while it has none.
     """
 
     request: Request
@@ -104,12 +108,12 @@ class Sequence:
         """Who keeps its pages longest: by priority, then by arrival; who was preempted often enough goes before every priority."""
         return (float("-inf") if self.preemptions >= PATIENCE else self.request.priority, self.arrival)
 
-    def take_back(self, drafts: int) -> None:
-        """So many of its drafts do not stand: what the cache holds of them is written over by what comes in their places."""
-        self.drafts = 0
-        self.pending -= drafts
+    def settle(self, drafts: int, stand: int) -> None:
+        """So many of a step's drafts stand: what the cache holds of the others is written over by what comes in their places."""
+        self.drafts -= drafts
+        self.pending -= drafts - stand
         if self.running:
-            self.computed -= drafts
+            self.computed -= drafts - stand
 
 
 @dataclass(eq=False)
@@ -149,10 +153,10 @@ class Step:
 
     def drop_drafts(self) -> None:
         """The decode rows of a step with prompts in it have no drafts."""
-        for number, sequence in enumerate(self.sequences[0]):
-            if sequence.drafts:
-                self.decodes[number] = self.decodes[number]._replace(tokens=self.decodes[number].tokens[:1])
-                sequence.take_back(sequence.drafts)
+        for number, (row, sequence) in enumerate(zip(self.decodes, self.sequences[0], strict=True)):
+            if len(row.tokens) > 1:
+                self.decodes[number] = row._replace(tokens=row.tokens[:1])
+                sequence.settle(len(row.tokens) - 1, 0)
 
 
 @dataclass(frozen=True)

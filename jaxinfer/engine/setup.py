@@ -28,6 +28,7 @@ from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
+from jaxinfer.engine import speculation
 from jaxinfer.engine.costs import Costs, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
@@ -261,7 +262,7 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
 def _limits(config: EngineConfig) -> Limits:
     sequences, tokens = sizing.widths(config, devices.platform())
     rows = sizing.bucket_list(config, devices.platform())[-1].prefill_rows
-    return Limits(sequences, tokens, rows, config.execution.mesh.data)
+    return Limits(sequences, tokens, rows, config.execution.mesh.data, speculation.unseen(config.speculation))
 
 
 def _sizing(config: EngineConfig, model: _Model, placement: Placement) -> sizing.Sizing:

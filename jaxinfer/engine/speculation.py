@@ -202,6 +202,12 @@ class Speculator:
         return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size))
 
 
+def unseen(settings: SpeculationConfig) -> bool:
+    """Whether all drafts are made on the device: then the next step need not wait until it is known which of a step's stand."""
+    found = proposers(settings.speculate, model=True, head=True) if settings.speculate != "off" else []
+    return bool(found) and all(proposer.DEVICE for proposer in found)
+
+
 def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
     """The speculator of an engine; None where speculation is off."""
     if settings.speculate == "off":

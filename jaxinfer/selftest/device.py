@@ -86,6 +86,7 @@ class Device:
         self.writers: list[list[Key]] = [[MANY] * pages for _ in range(replicas)]
         self.before = [[RUINED] * pages for _ in range(replicas)]
         self.slots: dict[int, tuple[Key, int]] = {}
+        self.rejected: dict[int, int] = {}
         self._reading: deque[dict[tuple[int, int], Key]] = deque()
 
     def run(self, batch: Batch, lives: list[Life]) -> list[tuple[int, ...]]:
@@ -97,14 +98,17 @@ class Device:
         Raises:
             Broken: a row reads, writes or draws what it must not.
         """
-        reading = self._readers(batch)
+        rows = [self._settled(row) for row in batch.rows]
+        reading = self._readers(rows)
         for copy in batch.copies:
             self._copy(copy, reading)
         for admission in batch.admissions:
             self.slots[admission.slot] = admission.request.key, (admission.generated or admission.request.prompt)[-1]
-        for row, life in zip(batch.rows, lives, strict=True):
+        for row, life in zip(rows, lives, strict=True):
             self._write(row, life, reading)
-        drawn = [self._read(row, life) for row, life in zip(batch.rows, lives, strict=True)]
+        drawn = [self._read(row, life) for row, life in zip(rows, lives, strict=True)]
+        if batch.decode_tokens > 1:
+            self.rejected.update((row.slot, len(row.tokens) - len(tokens)) for row, tokens in zip(batch.decodes, drawn, strict=False))
         self._reading.append(reading)
         return drawn
 
@@ -116,9 +120,13 @@ class Device:
         """What a page holds is not to be read any more."""
         self.memory[replica][page] = [RUINED] * self.page_size
 
-    def _readers(self, batch: Batch) -> dict[tuple[int, int], Key]:
+    def _settled(self, row: Row) -> Row:
+        """The row where it truly begins."""
+        return row._replace(start=row.start - self.rejected[row.slot], unsettled=False) if row.unsettled else row
+
+    def _readers(self, rows: Values[Row]) -> dict[tuple[int, int], Key]:
         reading: dict[tuple[int, int], Key] = {}
-        for row in batch.rows:
+        for row in rows:
             key, replica = row.request.key, row.replica
             for page in row.pages[: -(-row.kv_length // self.page_size)]:
                 place = (replica, page)

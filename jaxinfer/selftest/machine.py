@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxinfer.batch import Batch
 from jaxinfer.cache.pages import PagePool
@@ -46,6 +46,7 @@ class Setting:
         replicas = draw.choice((1, 1, 1, 2))
         limits = Limits(draw.choice((2, 4, 6)), draw.choice((3, 16, 30)), draw.choice((1, 2, 4)), replicas)
         pages, policy = draw.choice((12, 12, 16, 24, 40)), draw.choice(policies.names())
+        limits = replace(limits, unsettled=limits.sequences > 2)
         return cls(pages, replicas, policy, draw.randrange(2), draw.choice((0, 3, 6, 256, 256, 256)), limits, draw.choice((0, 2, 7)))
 
 

@@ -302,16 +302,28 @@ def poison_ignored(original: Original) -> Original:
     return lambda self, chain: []
 
 
-@mutates(Running, "take_back")
+@mutates(Running, "settle")
 def rejected_draft_kept(original: Original) -> Original:
     """Where a draft did not stand its keys and values stay."""
 
-    def take_back(self: Running, drafts: int) -> None:
+    def settle(self: Running, drafts: int, stand: int) -> None:
         computed = self.computed
-        original(self, drafts)
-        self.computed = computed if drafts == 1 else self.computed
+        original(self, drafts, stand)
+        self.computed = computed if drafts - stand == 1 else self.computed
 
-    return take_back
+    return settle
+
+
+@mutates(Scheduler, "_row")
+def unsettled_row_not_marked(original: Original) -> Original:
+    """A row that begins where the step before has still to tell does not say so."""
+
+    def row(self: Scheduler, sequence: Running, tokens: tuple[int, ...], step: Step, kind: int) -> None:
+        original(self, sequence, tokens, step, kind)
+        rows = step.prefills if kind else step.decodes
+        rows[-1] = rows[-1]._replace(unsettled=False)
+
+    return row
 
 
 @mutates(Step, "drop_drafts")

@@ -1,16 +1,19 @@
 """R5, drafts change nothing but speed: the same tokens as without under R4's schedules, and the same distribution where all rules apply.
 
 First every request runs alone on an engine without drafts, then under each schedule of R4 on one that drafts whatever it costs, from the
-text and from a draft model; tokens must be equal (`answers.py` says what rounding may explain; greedy tokens of float32 must be equal to
-the last one). Then the verifier alone: in each context, a request with all filters, penalties and rules and a draft, tokens are drawn
-often at the draft's place and behind it, and compared with as many draws of the plain sampler by a chi-square test of homogeneity, all
-p-values by Holm's method (1979). Drafts that are no token ids must be refused.
+text and from a draft model; and once more under some with drafts of the model alone, where steps are launched before it is known what came
+of the one before. Tokens must be equal (`answers.py` says what rounding may explain; greedy tokens of float32 must be equal to the last
+one). Then the verifier alone: in each context, a request with all filters, penalties and rules and a draft, tokens are drawn often at the
+draft's place and behind it, and compared with as many draws of the plain sampler by a chi-square test of homogeneity, all p-values by
+Holm's method (1979). Drafts that are no token ids must be refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Iterator
+from dataclasses import replace
 
 from jaxinfer.selftest import r4, stand
 from jaxinfer.selftest.stand import Schedule, Stand, Verdict
@@ -19,6 +22,7 @@ PROMISE = "drafts change nothing but speed: the same tokens, the same distributi
 ENGINE = True
 SIZES = {"long": (50, 100_000), "quick": (4, 4_000)}  # contexts, draws in each
 SIGNIFICANCE = 1e-3
+UNSEEN = ("full batch", "preempted", "neighbours leave", "siblings")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +50,11 @@ def check(plain: Stand, drafting: Stand, prompts: int, seed: int) -> Verdict:
     requests = r4.variety(draw, prompts, plain)
     judge = r4.judge_of(plain)
     expected = plain.run(requests, Schedule(alone=True, cache=False))
-    figures, passed, metrics = {}, True, drafting.engine.metrics
-    for name, forced in r4.schedules(requests, drafting).items():
+    figures, passed, metrics, everybody = {}, True, drafting.engine.metrics, speculator.proposers
+    for name, schedule in _schedules(r4.schedules(requests, drafting)):
         before = metrics.draft_tokens, metrics.accepted_tokens
-        found = drafting.run(requests, forced.schedule, draw)
+        speculator.proposers = [proposer for proposer in everybody if proposer.DEVICE or not schedule.unsettled]
+        found = drafting.run(requests, schedule, draw)
         made, stood = metrics.draft_tokens - before[0], metrics.accepted_tokens - before[1]
         tally = judge.compare(requests, expected, found)
         figures[name] = tally.figures() | {"drafts": made, "accepted": stood}
@@ -57,6 +62,7 @@ def check(plain: Stand, drafting: Stand, prompts: int, seed: int) -> Verdict:
             expected[request.key].tokens != found[request.key].tokens for request in requests if request.params.greedy
         )
         passed = passed and not tally.faults and not exact and made > stood > 0
+    speculator.proposers = everybody
     plain.restore()
     drafting.restore()
     counts = {
@@ -66,6 +72,14 @@ def check(plain: Stand, drafting: Stand, prompts: int, seed: int) -> Verdict:
         "schedules": figures,
     }  # fmt: skip
     return Verdict(counts, passed and counts["bad_drafts_refused"])
+
+
+def _schedules(found: dict[str, r4.Forced]) -> Iterator[tuple[str, Schedule]]:
+    """Each as it is; some again for drafts that the host never sees."""
+    for name, forced in found.items():
+        yield name, forced.schedule
+        if name in UNSEEN:
+            yield f"{name}, drafts unseen", replace(forced.schedule, unsettled=True)
 
 
 def refuses(vocab: int) -> bool:

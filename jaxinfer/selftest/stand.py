@@ -65,7 +65,7 @@ class Schedule:
 
     chunk: prompt tokens of a step (0: all that the engine takes). pages: KV pages of each pool (0: all). alone: one request at a time.
     cache, digest: the prefix cache and what names its contents. rounds: how often all is run behind the same scheduler (the last counts).
-    overlap: None leaves it as the engine has it. leavers: neighbours that are aborted on the way.
+    overlap, unsettled: None leaves it as the engine has it. leavers: neighbours that are aborted on the way.
     """
 
     chunk: int = 0
@@ -75,6 +75,7 @@ class Schedule:
     digest: Digest = sha256
     rounds: int = 1
     overlap: bool | None = None
+    unsettled: bool | None = None
     leavers: int = 0
     policy: str = "fcfs"
 
@@ -129,7 +130,11 @@ class Stand:
 
     def arrange(self, schedule: Schedule) -> Scheduler:
         """Put a scheduler that knows nothing behind the engine; it is returned too."""
-        limits = replace(self._limits, prefill_tokens=min(schedule.chunk or self._limits.prefill_tokens, self._limits.prefill_tokens))
+        limits = replace(
+            self._limits,
+            prefill_tokens=min(schedule.chunk or self._limits.prefill_tokens, self._limits.prefill_tokens),
+            unsettled=self._limits.unsettled if schedule.unsettled is None else schedule.unsettled,
+        )
         pages, size = min(schedule.pages or self.pages, self.pages), self.page_size
         indices = [PrefixIndex(size, digest=schedule.digest) if schedule.cache else None for _ in range(limits.replicas)]
         self.engine.scheduler = Scheduler(limits, [PagePool(pages, size, index) for index in indices], schedule.policy)

@@ -10,7 +10,7 @@ not know about compilation, buffers on the host or requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any
 
@@ -28,7 +28,7 @@ from jaxinfer.sharding import constrain
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.head import HeadBeside, ModelBeside
-from jaxinfer.step.inputs import Shapes, StepInputs, unpack
+from jaxinfer.step.inputs import PADDING_POSITION, Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
 from pallas_kernels import PagedMetadata, Pool
 
@@ -81,7 +81,8 @@ class Forward:
     ) -> tuple[tuple[Pool, ...], Computed]:  # fmt: skip
         """(kv, computed) after the step's tokens went through the model. Donates `kv`. With a draft model its leaves and pools follow the
         model's; drafts: what it proposed for the decode rows."""
-        inputs, bucket, replicas = unpack(buffer, self.shapes), self.shapes.bucket, self.shapes.replicas
+        bucket, replicas = self.shapes.bucket, self.shapes.replicas
+        inputs = settled(unpack(buffer, self.shapes), slots, self.shapes)
         weights, layers = len(self.graph.arrays), len(self.graph.config.attention_shapes)
         leaves, others = (leaves, ()) if self.draft is None else (leaves[:weights], leaves[weights:])
         kv, seen = (kv, ()) if self.draft is None else (kv[:layers], kv[layers:])
@@ -168,6 +169,18 @@ class Sampler:
             slot_state.has_rules(slots, rows.slots), lambda: slot_state.ruled(logits, slots, rows.slots, rows.positions), lambda: logits
         )
         return jax.lax.cond(jnp.any(mask != sampling.ALL_ALLOWED), lambda: sampling.masked(ruled, mask), lambda: ruled)
+
+
+def settled(inputs: StepInputs, slots: Slots, shapes: Shapes) -> StepInputs:
+    """The step with its unsettled rows where they truly begin: the host took it that all drafts of the step before stand."""
+    if inputs.unsettled is None:
+        return inputs
+    bucket, replicas = shapes.bucket, shapes.replicas
+    late = inputs.unsettled * slots.rejected[inputs.slots]
+    of_rows = late.reshape(replicas, bucket.rows)[:, : bucket.decode_rows]  # prompts are never late
+    of_tokens = jnp.pad(jnp.repeat(of_rows, bucket.decode_tokens, axis=1), ((0, 0), (0, bucket.prefill_tokens))).reshape(-1)
+    positions = jnp.where(inputs.positions == PADDING_POSITION, PADDING_POSITION, inputs.positions - of_tokens)
+    return replace(inputs, positions=positions, kv_lengths=inputs.kv_lengths - late)
 
 
 def current_tokens(

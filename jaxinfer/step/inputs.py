@@ -26,20 +26,22 @@ ALIGNMENT = 64  # words: kernels take arrays that begin at multiples of 256 byte
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes that a buffer's layout follows from: the bucket, replicas, page-table width, and the slot that padding rows use."""
+    """Sizes that a buffer's layout follows from: the bucket, replicas, page-table width, the slot that padding rows use, and whether rows
+    may begin where the step before has still to tell (`Row.unsettled`)."""
 
     bucket: Bucket
     replicas: int
     pages_per_row: int
     page_size: int
     spare_slot: int
+    unsettled: bool = False
 
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name and shape, per replica, of everything in the buffer, in order."""
         rows, tokens = (self.bucket.rows,), (self.bucket.tokens,)
         return {
             "tokens": tokens, "positions": tokens, "page_tables": (*rows, self.pages_per_row), "query_starts": rows,
-            "query_lengths": rows, "kv_lengths": rows, "slots": rows, "samples": rows,
+            "query_lengths": rows, "kv_lengths": rows, "slots": rows, "samples": rows, **({"unsettled": rows} if self.unsettled else {}),
         }  # fmt: skip
 
     def offsets(self) -> dict[str, tuple[int, int]]:
@@ -59,7 +61,8 @@ class Shapes:
 @pytree
 @dataclass(frozen=True)
 class StepInputs:
-    """The arrays of one step, replicas one after another. `samples` is 1 where the row draws a token."""
+    """The arrays of one step, replicas one after another. `samples` is 1 where the row draws a token, `unsettled` where it begins as many
+    tokens earlier as drafts of the row's slot did not stand in the step before."""
 
     tokens: Int[Array, " tokens"]
     positions: Int[Array, " tokens"]
@@ -69,6 +72,7 @@ class StepInputs:
     kv_lengths: Int[Array, " rows"]
     slots: Int[Array, " rows"]
     samples: Int[Array, " rows"]
+    unsettled: Int[Array, " rows"] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     """Lay a batch out in a bucket; in one without decode rows, decodes are the first prefill rows.
 
     Raises:
-        ValueError: a row names the guard page or too few pages; the scheduler and the pool disagree.
+        ValueError: a row names the guard page or too few pages, or is unsettled where no program settles it; scheduler, pool and programs
+            disagree.
     """
     batch = batch if shapes.bucket.decode_rows else batch.folded()
     buffer = np.zeros(shapes.buffer, np.int32)
@@ -136,9 +141,12 @@ def _write(parts: dict[str, np.ndarray], rows: tuple[Row, ...], places: np.ndarr
     ends = starts + counts
     for name, values in (
         ("query_starts", firsts), ("query_lengths", counts), ("kv_lengths", ends), ("slots", [row.slot for row in rows]),
-        ("samples", [row.samples for row in rows]),
+        ("samples", [row.samples for row in rows]), ("unsettled", [row.unsettled for row in rows]),
     ):  # fmt: skip
-        parts[name][replicas, indices] = values
+        if name in parts:
+            parts[name][replicas, indices] = values
+        elif any(values):
+            raise ValueError("a row waits for what came of its drafts, but this program cannot tell")
     parts["tokens"][replicas, firsts] = [row.tokens[0] for row in rows]
     parts["positions"][replicas, firsts] = starts
     for number in np.flatnonzero(counts > 1):

@@ -157,7 +157,8 @@ class ProgramConfig:
     def shapes(self, bucket: Bucket) -> Shapes:
         """The layout of a bucket's input buffer."""
         page_size = self.pool.page_size
-        return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot)
+        unsettled = self.draft is not None and bucket.decode_rows > 0
+        return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot, unsettled)
 
     def bucket_for(self, batch: Batch) -> Shapes:
         """The layout that a batch is packed into."""

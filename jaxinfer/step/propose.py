@@ -18,7 +18,7 @@ from jaxinfer import sampling
 from jaxinfer.models.graph import Graph
 from jaxinfer.models.layers import Placement, StepContext
 from jaxinfer.step import slots as slot_state
-from jaxinfer.step.forward import current_tokens
+from jaxinfer.step.forward import current_tokens, settled
 from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, unpack
 from jaxinfer.step.slots import Slots
@@ -43,7 +43,7 @@ class Propose:
         self, leaves: tuple[Array, ...], kv: tuple[Pool, ...], slots: Slots, buffer: Int[Array, "replicas words"]
     ) -> tuple[tuple[Pool, ...], Int[Array, "rows drafts"]]:
         """(kv, drafts) for every decode row of a packed step. Donates `kv`, the draft model's pools. leaves: a target's come first."""
-        inputs, width = unpack(buffer, self.shapes), self.shapes.bucket.decode_tokens
+        inputs, width = settled(unpack(buffer, self.shapes), slots, self.shapes), self.shapes.bucket.decode_tokens
         thinker, rows = self._thinker(leaves), self.shapes.bucket.decode_rows
         starts = inputs.kv_lengths - inputs.query_lengths
         token = current_tokens(inputs, slots, self.shapes).reshape(-1, width)[:, 0]

@@ -36,10 +36,11 @@ class Slots:
 
     held_tokens: excluded below `min_position`. banned: token sequences, right-aligned behind `ANY_TOKEN`; the last token of each is
     excluded where the others are the latest of the output. recent: the output's latest tokens, right-aligned. allowed: the only tokens
-    that may be drawn, if there are any.
+    that may be drawn, if there are any. rejected: drafts that did not stand in the slot's latest step with drafts.
     """
 
     last_token: Int[Array, " slots"]
+    rejected: Int[Array, " slots"]
     counts: Int[Array, "slots vocab"]
     in_prompt: Bool[Array, "slots vocab"]
     numbers: Float[Array, "slots numbers"]
@@ -57,6 +58,7 @@ def describe(slots: int, vocab: int) -> Slots:
     shape = jax.ShapeDtypeStruct
     return unchecked(Slots, {
         "last_token": shape((slots,), jnp.int32),
+        "rejected": shape((slots,), jnp.int32),
         "counts": shape((slots, vocab), jnp.int32),
         "in_prompt": shape((slots, vocab), jnp.bool_),
         "numbers": shape((slots, len(NUMBERS)), jnp.float32),
@@ -146,14 +148,8 @@ def admit(slots: Slots, words: Int[Array, " words"]) -> Slots:
     for name in ("numbers", "bias_values"):
         parts[name] = jax.lax.bitcast_convert_type(parts[name], jnp.float32)
     parts["banned"] = parts["banned"].reshape(BANNED, BANNED_LENGTH)
-    new = Slots(
-        **{
-            name: value[None]
-            for name, value in (
-                parts | {"last_token": named["last_token"], "counts": counts, "in_prompt": in_prompt, "integers": integers}
-            ).items()
-        }
-    )
+    others = {"last_token": named["last_token"], "rejected": jnp.int32(0), "counts": counts, "in_prompt": in_prompt, "integers": integers}
+    new = Slots(**{name: value[None] for name, value in (parts | others).items()})
     return jax.tree.map(lambda state, value: jax.lax.dynamic_update_slice_in_dim(state, value, named["slot"], 0), slots, new)
 
 

@@ -3,12 +3,12 @@
 The draw of a position depends on the request's seed and the position alone, so a row's output is token for token what plain decoding
 gives, for any filter, penalty or mask (unlike rejection sampling, Leviathan et al. 2023, which only keeps the distribution). A position
 counts if every draft before it stands; what counts is recorded in the row's slot before the next position draws, so penalties and
-rules see it. This file does not know where drafts come from.
+rules see it. How many drafts did not stand is left there for the next step. This file does not know where drafts come from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,10 @@ class Verifier:
     ) -> tuple[Slots, Verified]:
         """(slots, verified). mask: one bit per token for each position, see `sampling.masked`. Donates `slots`."""
         rows = jax.tree.map(self._on_all, rows)
-        if self.demand is Demand.FULL:
-            return self._one_by_one(logits, rows, mask, slots)
-        return self._at_once(logits, rows, slots)
+        full = self.demand is Demand.FULL
+        slots, verified = self._one_by_one(logits, rows, mask, slots) if full else self._at_once(logits, rows, slots)
+        drew = jnp.where(rows.lengths > 0, rows.slots, self.spare_slot)
+        return replace(slots, rejected=slots.rejected.at[drew].set(rows.lengths - verified.counts)), verified
 
     def _at_once(self, logits: Float[Array, "drawn vocab"], rows: DraftRows, slots: Slots) -> tuple[Slots, Verified]:
         """No draw depends on a token before it: all positions together."""

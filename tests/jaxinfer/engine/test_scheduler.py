@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from jaxinfer.batch import LAST_SAMPLED, PageCopy
+from jaxinfer.batch import DRAFTED, LAST_SAMPLED, PageCopy
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.engine import policies
@@ -434,6 +434,32 @@ def test_a_decode_carries_drafts_and_what_does_not_stand_is_taken_back():
     line.check()
     assert (found["a"].computed, found["a"].length, found["a"].pending, found["a"].drafts) == (6, 7, 0, 0)
     assert [row.start for row in line.schedule().decodes if row.request.id == "a"] == [6]
+
+
+def test_where_limits_allow_it_a_sequence_goes_on_before_its_drafts_are_known():
+    line = scheduler(unsettled=True)
+    sequence = decoding(line, "a")["a"]
+    first = line.schedule({("a", 0): (5, 6, 9)})
+    assert line.decoding == [sequence]
+    second = line.schedule({("a", 0): (DRAFTED, DRAFTED)})
+    assert [(row.start, row.tokens, row.unsettled) for row in first.decodes] == [(3, (LAST_SAMPLED, 5, 6, 9), False)]
+    assert [(row.start, row.tokens, row.unsettled) for row in second.decodes] == [(7, (LAST_SAMPLED, DRAFTED, DRAFTED), True)]
+    assert line.decoding == [] and line.schedule() is None  # the device knows what came of one step, not of two
+    line.check()
+    line.commit(first, [2])
+    for token in (5, 7):
+        line.append(sequence, token)
+    assert (sequence.computed, sequence.pending, sequence.drafts) == (8, 3, 2)  # two of the first step's are taken back
+    third = line.schedule()
+    assert [(row.start, row.tokens, row.unsettled) for row in third.decodes] == [(8, (LAST_SAMPLED,), True)]
+    line.commit(second, [3])
+    for token in (1, 2, 3):
+        line.append(sequence, token)
+    line.commit(third, [1])
+    line.append(sequence, 4)
+    line.check()
+    assert (sequence.computed, sequence.length, sequence.pending, sequence.drafts) == (9, 10, 0, 0)
+    assert not line.schedule().decodes[0].unsettled
 
 
 def test_drafts_end_with_the_limit_and_cost_nobody_a_page():

@@ -56,6 +56,21 @@ def test_preempted_and_in_chunks(arranged, reference):
     assert engine.scheduler.preemptions > 0
 
 
+@pytest.mark.parametrize("pages", [64, 17])
+def test_steps_begin_where_the_device_knows_that_the_one_before_ended(arranged, reference, monkeypatch, pages):
+    engine = arranged("DraftProposer", limits=Limits(sequences=4, prefill_tokens=32, prefill_rows=2, unsettled=True), pages=pages)
+    rows, forward = Counter(), engine.program.forward
+
+    def counting(packed, drafting=None):
+        rows.update((row.unsettled, len(row.tokens) > 1) for _, row in packed.rows)
+        return forward(packed, drafting)
+
+    monkeypatch.setattr(engine.program, "forward", counting)
+    assert_whole(run(engine, *VARIETY), reference)
+    assert rows[True, True] > 5 and rows[True, False] > 0  # with drafts behind drafts, and without any
+    assert 0 < engine.metrics.accepted_tokens < engine.metrics.draft_tokens
+
+
 def test_without_overlap(arranged, reference):
     engine = arranged()
     engine._depth = 0

@@ -24,6 +24,8 @@ def test_it_holds(both, some):
     assert verdict.passed, verdict.counts
     assert verdict.counts["differing_tokens"] == 0 < verdict.counts["accepted"] < verdict.counts["drafts"]
     assert verdict.counts["bad_drafts_refused"]
+    unseen = [name for name in verdict.counts["schedules"] if name.endswith("drafts unseen")]
+    assert unseen == ["full batch, drafts unseen", "preempted, drafts unseen"]
 
 
 def test_a_rejected_draft_that_is_kept_is_seen(both, some, monkeypatch):

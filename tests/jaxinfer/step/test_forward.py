@@ -15,8 +15,8 @@ from jaxinfer.sampling import ALL_ALLOWED, mask_words
 from jaxinfer.sharding import make_mesh, zeros
 from jaxinfer.step import slots
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.forward import Demand, Forward, RowInputs, Sampler
-from jaxinfer.step.inputs import Shapes, pack
+from jaxinfer.step.forward import Demand, Forward, RowInputs, Sampler, settled
+from jaxinfer.step.inputs import Shapes, pack, unpack
 from tests.driving import Driver
 
 BUCKET = Bucket(prefill_tokens=12, prefill_rows=2, decode_rows=2)
@@ -98,6 +98,26 @@ def test_the_last_prompt_token_alone_comes_from_the_slot(driver, stepper):
     stepper.begin("b")
     assert stepper([], [row("b", 0, PROMPTS["b"][:2], samples=False)]) == {}
     assert stepper([row("b", 2, (LAST_SAMPLED,))], []) == {"b": wanted(driver, "b")}
+
+
+def test_an_unsettled_row_begins_earlier_by_the_drafts_that_did_not_stand():
+    shapes = Shapes(Bucket(4, 1, 2, decode_tokens=3), 2, WIDTH, PAGE, spare_slot=4, unsettled=True)
+    late, known = row("a", 5, (LAST_SAMPLED, 7, 8)), row("b", 7, (LAST_SAMPLED, 7))._replace(pages=(5, 2, 4))
+    rows = [late._replace(unsettled=True), known, row("c", 6, (LAST_SAMPLED,))._replace(unsettled=True)]
+    state = slots.neutral(5, 8)
+    state.rejected[:] = 9
+    state.rejected[[PLACES[name][0] for name in "abc"]] = 2, 1, 3
+    packed = pack(Batch(tuple(rows), ()), shapes)
+    found = jax.jit(lambda buffer, state: settled(unpack(buffer, shapes), state, shapes))(packed.buffer, state)
+    places = dict(zip("abc", (index for index, _ in packed.rows), strict=True))
+    assert [found.kv_lengths[places[name]] for name in "abc"] == [6, 9, 4]
+    of_rows = np.asarray(found.positions).reshape(2, -1)[:, :6].reshape(2, 2, 3)
+    assert of_rows[0].tolist() == [[3, 4, 5], [7, 8, -1]] and of_rows[1].tolist() == [[3, -1, -1], [-1, -1, -1]]
+    assert np.asarray(found.positions).reshape(2, -1)[:, 6:].max() == -1
+    plain = replace(shapes, unsettled=False)
+    assert "unsettled" in shapes.fields() and "unsettled" not in plain.fields()
+    with pytest.raises(ValueError, match="cannot tell"):
+        pack(Batch(tuple(rows), ()), plain)
 
 
 def test_rows_that_do_not_sample_leave_their_slot_alone(stepper):
