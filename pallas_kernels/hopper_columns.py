@@ -64,8 +64,15 @@ def start(head_dim: int, keys: int, queries: int) -> State:
     )
 
 
-def products(keys: Any, queries: Any) -> Any:
-    """keys [keys, head_dim] times queries [queries, head_dim], both in shared memory: [keys, queries] in float32."""
+def products(keys: Any, queries: Any, spilled: Any = None) -> Any:
+    """keys [keys, head_dim] in shared memory or registers times queries [queries, head_dim] in shared memory: [keys, queries] in float32.
+
+    spilled: memory for keys in registers that the interpreter needs.
+    """
+    if spilled is not None:
+        spilled[...] = keys
+        plgpu.commit_smem()
+        keys = spilled
 
     def multiply(accumulator: Any) -> Any:
         plgpu.wgmma(accumulator, keys, queries.transpose((1, 0)))

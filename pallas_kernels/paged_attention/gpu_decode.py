@@ -3,7 +3,8 @@
 A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, head) pairs
 in turn; a head is a tile of lines of one kv head: some tokens' groups of queries. Each block has `streams` pairs of warpgroups: a
 producer copies blocks of keys and values, a consumer attends with the lines and leaves the chunk's normalised output and the logarithm
-of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the producer also makes tiles of numbers of them.
+of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the consumer makes numbers of keys as it multiplies them, and the
+producer of values, for the consumer's next step.
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper, hopper_codes, hopper_columns
 from pallas_kernels.hopper_columns import Room, State
-from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, Feed, Item, Plan, Refs, Scratch, scratch_of
+from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, TILES, Feed, Item, Plan, Refs, Scratch, scratch_of
 
 
 def decode(
@@ -41,6 +42,8 @@ def decode(
     """
     head_dim, dtype = q.shape[2], q.dtype
     slots = rows * plan.max_chunks * plan.heads
+    if scales is not None:
+        q = hopper_codes.permute(q[:, : rows * plan.tiles * plan.padded])
     given = [q, kv, tables, items, count, *([] if scales is None else [scales])]
     scratch = scratch_of(plan, head_dim, dtype)
     made, tree = jax.tree.flatten(scratch)
@@ -144,9 +147,10 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
 
 
 def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callable[[Any], Item], mine: Any) -> None:
-    """A producer of codes: it copies blocks ahead, across items, and converts each when the consumer is done with the one before.
+    """A producer of codes: it copies blocks ahead, across items, and converts the values of each.
 
-    What is copied next is looked up one block early, so that nobody waits for the tables.
+    A block's memory comes free when the consumer has read its keys, which it does while the values are converted. What is copied next is
+    looked up one block early, so that nobody waits for the tables.
     """
 
     def look(turn: Any, number: Any) -> tuple[Any, ...]:
@@ -166,31 +170,30 @@ def _supply(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Callabl
 
         def block(_: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
             used, *ahead = state
+            pl.when(used > 0)(lambda: plgpu.barrier_wait(scratch.free.at[stream, lax.rem(used - 1, jnp.int32(plan.stages))]))
+            ahead = copy_next(used + (plan.stages - 1), tuple(ahead))
             _convert(plan, scratch, stream, used)
-            return used + 1, *copy_next(used + plan.stages, tuple(ahead))
+            return used + 1, *ahead
 
         return lax.fori_loop(0, item(turn).blocks, block, state)
 
     ahead = look(jnp.int32(0), jnp.int32(0))
-    for count in range(plan.stages):
+    for count in range(plan.stages - 1):
         ahead = copy_next(jnp.int32(count), ahead)
-    lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
-    for free in (scratch.q_free, scratch.tile.k_free, scratch.tile.v_free):
-        plgpu.barrier_wait(free.at[stream])
+    used, *_ = lax.fori_loop(0, mine, turn, (jnp.int32(0), *ahead))
+    plgpu.barrier_wait(scratch.q_free.at[stream])
+    plgpu.barrier_wait(scratch.free.at[stream, lax.rem(used - 1, jnp.int32(plan.stages))])
+    hopper.drain(lambda tile: scratch.tiles.free.at[stream, tile], used, TILES)
 
 
 def _convert(plan: Plan, scratch: Scratch, stream: Any, block: Any) -> None:
-    """A block of codes becomes the tile, keys first: the consumer may still be at the values of the block before."""
-    tile, slot = scratch.tile, lax.rem(block, jnp.int32(plan.stages))
+    """The codes of a block's values become a tile of numbers."""
+    tiles, slot, tile = scratch.tiles, lax.rem(block, jnp.int32(plan.stages)), lax.rem(block, jnp.int32(TILES))
     plgpu.barrier_wait(scratch.full.at[stream, slot])
-    for which, full, free in ((0, tile.k_full, tile.k_free), (1, tile.v_full, tile.v_free)):
-        half = pl.ds(which * KEYS, KEYS)
-        pl.when(block > 0)(lambda free=free: plgpu.barrier_wait(free.at[stream]))
-        hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[half], tile.kv.at[stream].at[half])
-        if which == 0:
-            hopper_codes.move(scratch.scales.at[stream].at[slot], tile.scales.at[stream].at[lax.rem(block, jnp.int32(2))])
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(full.at[stream])
+    pl.when(block >= TILES)(lambda: plgpu.barrier_wait(tiles.free.at[stream, tile]))
+    hopper_codes.unpack(scratch.kv.at[stream].at[slot].at[pl.ds(KEYS, KEYS)], tiles.values.at[stream].at[tile])
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(tiles.full.at[stream, tile])
 
 
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, used: Any) -> Any:
@@ -200,21 +203,18 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
     def absorb(number: Any, state: State, *, last: bool) -> State:
-        both, first = feed.block(number), (item.first + number) * KEYS
-        feed.wait(number, 0)
-        products = feed.scaled(hopper_columns.products(both.at[pl.ds(0, KEYS)], q), number, 0)
+        products, scales = _multiply(feed, number, q)
+        feed.keys_used(number)
         if last:
             plgpu.barrier_arrive(scratch.q_free.at[stream])
-        else:
-            feed.free(number, 0)
-        state = _weigh(feed, item, number, first, products, state, room)
+        state = _weigh(feed, item, number, products, scales, state, room)
         if not last:
-            feed.free(number, 1)
+            feed.values_used(number)
         return state
 
     state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper_columns.start(q.shape[1], KEYS, plan.padded))
     state = absorb(item.blocks - 1, state, last=True)
-    out = feed.block(item.blocks - 1).at[pl.ds(0, plan.padded)]  # the last block's keys have been used: the output leaves from their memory
+    out = feed.values(item.blocks - 1).at[pl.ds(0, plan.padded)]  # the last values have been used: the output leaves from their memory
     total = hopper_columns.total(state, room)
     sums[...] = state.top + jnp.log2(total)
     if plan.tokens > 1:  # a token may see nothing of a chunk
@@ -224,22 +224,31 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
     plgpu.copy_smem_to_gmem(out, refs.out.at[item.slot])
     plgpu.copy_smem_to_gmem(sums, refs.sums.at[item.slot])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    feed.free(item.blocks - 1, 0)
-    feed.free(item.blocks - 1, 1)
+    feed.values_used(item.blocks - 1)
     return used + item.blocks
 
 
-def _weigh(feed: Feed, item: Item, number: Any, first: Any, products: Any, state: State, room: Room) -> State:
+def _multiply(feed: Feed, number: Any, q: Any) -> tuple[Any, Any]:
+    """A block's keys times the queries [keys, queries], and the scales of its values (None without codes)."""
+    keys = feed.keys(number)
+    if feed.plan.codes is None:
+        return hopper_columns.products(keys, q), None
+    of_keys, of_values = feed.scales(number)
+    spilled = None if feed.scratch.tiles.keys is None else feed.scratch.tiles.keys.at[feed.stream]
+    products = hopper_columns.products(hopper_codes.operand(keys, q.dtype), q, spilled)
+    return products * hopper.spread(of_keys, products.shape), of_values
+
+
+def _weigh(feed: Feed, item: Item, number: Any, products: Any, scales: Any, state: State, room: Room) -> State:
     """A block's products enter the softmax, and its values what is weighted."""
-    plan = feed.plan
+    plan, first, values = feed.plan, (item.first + number) * KEYS, feed.values(number)
     floor = None if plan.spec.window is None else item.sees - plan.spec.window
-    values = feed.block(number).at[pl.ds(KEYS, KEYS)]
     scores, factor = hopper.shape_scores(products, plan.spec)
     seen = _seen(plan, item, first, floor)
     share, decay, state = hopper_columns.weights(state, jnp.where(seen, scores, -jnp.inf), factor, room)
-    feed.wait(number, 1)
-    if plan.codes is not None:  # scales of no row may be NaN
-        share = jnp.where(seen, feed.scaled(share, number, 1), jnp.zeros_like(share))
+    feed.wait_for_values(number)
+    if scales is not None:  # those of no row may be NaN
+        share = jnp.where(seen, share * hopper.spread(scales, share.shape), jnp.zeros_like(share))
     if plan.codes != jnp.int8:  # 0 times an integer is 0
         hopper.clear(values, first, floor, item.stop)
     return hopper_columns.weigh(state, share, decay, values, room)

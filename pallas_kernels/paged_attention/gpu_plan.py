@@ -14,6 +14,7 @@ from pallas_kernels.hopper_columns import Room
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 KEYS = 64  # of a block
+TILES = 2  # blocks whose values are there as numbers
 ALIGNMENT = 1024  # bytes at whose multiples an array in shared memory may begin
 ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of an item; stop, sees: keys of the row's last, first token
 
@@ -65,19 +66,18 @@ class Refs(NamedTuple):
     sums: Any
 
 
-class Tile(NamedTuple):
-    """A block's keys and values as bfloat16, made from codes, once per stream; the scales of this block and the one before."""
+class Tiles(NamedTuple):
+    """The values of `TILES` blocks as bfloat16, made from codes, for each stream; keys: memory for a block of these that the interpreter
+    needs."""
 
-    kv: Any
-    scales: Any
-    k_full: Any
-    v_full: Any
-    k_free: Any
-    v_free: Any
+    values: Any
+    full: Any
+    free: Any
+    keys: Any
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers, each once per stream; room: the consumer's; scales and tile belong to codes."""
+    """Shared memory and barriers, each once per stream; room: the consumer's; scales and tiles belong to codes."""
 
     q: Any
     kv: Any
@@ -88,7 +88,7 @@ class Scratch(NamedTuple):
     free: Any
     room: Any
     scales: Any = None
-    tile: Any = None
+    tiles: Any = None
 
 
 class Item(NamedTuple):
@@ -109,13 +109,13 @@ def streams(head_dim: int) -> int:
 
 
 def shared_bytes(head_dim: int, stages: int, *, padded: int = 8, codes: bool = False) -> int:
-    """Shared memory of a block of threads: queries, their weights and blocks in 16 bits, or blocks of codes and one in 16 bits, with their
-    scales. padded: lines of a tile of queries."""
-    tiles, itemsize = (1, 1) if codes else (0, 2)
-    blocks = 2 * KEYS * (tiles * 2 * head_dim + stages * itemsize * head_dim + 4 * tiles * (stages + 2))
+    """Shared memory of a block of threads: queries, their weights and blocks in 16 bits, or blocks of codes with their scales and values of
+    some in 16 bits. padded: lines of a tile of queries."""
+    tiles, itemsize = (TILES, 1) if codes else (0, 2)
+    blocks = KEYS * (tiles * 2 * head_dim + 2 * stages * (itemsize * head_dim + (4 if codes else 0)))
     lines = padded * (2 * head_dim + 4) + Room.nbytes(padded, KEYS)
-    aligned = ALIGNMENT * (4 + 2 * tiles)
-    return streams(head_dim) * (lines + blocks + 16 * (stages + 1) + 32 * tiles) + aligned + hopper.REDUCTION_BYTES
+    aligned = ALIGNMENT * (4 + tiles)
+    return streams(head_dim) * (lines + blocks + 16 * (stages + 1 + tiles)) + aligned + hopper.REDUCTION_BYTES
 
 
 def stages_that_fit(wanted: int, head_dim: int, padded: int, *, codes: bool) -> int:
@@ -142,48 +142,58 @@ def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:
     )
     if plan.codes is None:
         return found
-    tile = Tile(
-        hopper.swizzled((plan.streams, 2 * KEYS, head_dim), dtype),
-        plgpu.SMEM((plan.streams, 2, 2 * KEYS), jnp.float32),
-        *(barriers() for _ in range(4)),
-    )
-    return found._replace(scales=plgpu.SMEM((plan.streams, plan.stages, 2 * KEYS), jnp.float32), tile=tile)
+    spilled = hopper.swizzled((plan.streams, KEYS, head_dim), dtype) if hopper.interpreting() else None
+    values = hopper.swizzled((plan.streams, TILES, KEYS, head_dim), dtype)
+    tiles = Tiles(values, barriers(TILES), barriers(TILES), spilled)
+    return found._replace(scales=plgpu.SMEM((plan.streams, plan.stages, 2 * KEYS), jnp.float32), tiles=tiles)
 
 
 class Feed(NamedTuple):
-    """Blocks as the consumer of a stream sees them, plain or converted; `used` is how many it has had before."""
+    """Blocks as the consumer of a stream sees them; `used` is how many it has had before. Of a block of codes it reads the keys itself, the
+    values as they were converted."""
 
     plan: Plan
     scratch: Scratch
     stream: Any
     used: Any
 
-    def block(self, number: Any) -> Any:
-        """Keys, then values, as the tensor cores take them."""
-        if self.plan.codes is not None:
-            return self.scratch.tile.kv.at[self.stream]
-        return self.scratch.kv.at[self.stream].at[self._slot(number)]
+    def keys(self, number: Any) -> Any:
+        """A block's keys, or their codes, once they are there."""
+        slot = self._slot(number)
+        plgpu.barrier_wait(self.scratch.full.at[self.stream, slot])
+        return self.scratch.kv.at[self.stream].at[slot].at[pl.ds(0, KEYS)]
 
-    def wait(self, number: Any, which: int) -> None:
-        """Until the block's keys (0) or values (1) are there; plain ones come together."""
-        if self.plan.codes is not None:
-            plgpu.barrier_wait((self.scratch.tile.v_full if which else self.scratch.tile.k_full).at[self.stream])
-        elif which == 0:
-            plgpu.barrier_wait(self.scratch.full.at[self.stream, self._slot(number)])
+    def scales(self, number: Any) -> tuple[Any, Any]:
+        """Those of the block's keys and of its values; for codes."""
+        both = self.scratch.scales.at[self.stream].at[self._slot(number)]
+        keys, values = (hopper.load(both.at[pl.ds(which * KEYS, KEYS)], ROWS, coalesced=False) for which in range(2))
+        return keys, values
 
-    def free(self, number: Any, which: int) -> None:
-        """The block's keys (0) or values (1) have been used; plain ones go back together."""
+    def keys_used(self, number: Any) -> None:
+        """Codes of keys, and scales, go back before the values do; plain keys with these."""
         if self.plan.codes is not None:
-            plgpu.barrier_arrive((self.scratch.tile.v_free if which else self.scratch.tile.k_free).at[self.stream])
-        elif which == 1:
             plgpu.barrier_arrive(self.scratch.free.at[self.stream, self._slot(number)])
 
-    def scaled(self, tile: Any, number: Any, which: int) -> Any:
-        """Scores or weights of a block's keys, times the scales of its keys (0) or values (1)."""
-        if self.plan.codes is None:
-            return tile
-        scales = self.scratch.tile.scales.at[self.stream].at[lax.rem(self.used + number, jnp.int32(2))]
-        return tile * hopper.spread(hopper.load(scales.at[pl.ds(which * KEYS, KEYS)], ROWS, coalesced=False), tile.shape)
+    def wait_for_values(self, number: Any) -> None:
+        """Until the values are there; plain ones come with the keys."""
+        if self.plan.codes is not None:
+            plgpu.barrier_wait(self.scratch.tiles.full.at[self.stream, self._tile(number)])
+
+    def values(self, number: Any) -> Any:
+        """A block's values, as the tensor cores take them."""
+        if self.plan.codes is not None:
+            return self.scratch.tiles.values.at[self.stream].at[self._tile(number)]
+        return self.scratch.kv.at[self.stream].at[self._slot(number)].at[pl.ds(KEYS, KEYS)]
+
+    def values_used(self, number: Any) -> None:
+        """Their memory goes back."""
+        if self.plan.codes is not None:
+            plgpu.barrier_arrive(self.scratch.tiles.free.at[self.stream, self._tile(number)])
+        else:
+            plgpu.barrier_arrive(self.scratch.free.at[self.stream, self._slot(number)])
 
     def _slot(self, number: Any) -> Any:
         return lax.rem(self.used + number, jnp.int32(self.plan.stages))
+
+    def _tile(self, number: Any) -> Any:
+        return lax.rem(self.used + number, jnp.int32(TILES))
