@@ -67,7 +67,7 @@ def cases() -> list[Case]:
     found.append(replace(MIXED, name="decode alone", prefill_rows=0, prefill_tokens=0))
     found.append(replace(MIXED, name="many decode rows", decode_rows=512, prefill_rows=0, prefill_tokens=0, pages_per_row=4))
     found.append(replace(MIXED, name="prefill alone", decode_rows=0))
-    return [*found, *drafts(), *codes()]
+    return [*found, *drafts(), *codes(), *writes()]
 
 
 def drafts() -> list[Case]:
@@ -87,6 +87,16 @@ def codes() -> list[Case]:
             changes |= {"extras": (ROPE, BOTH)[number], "window": 200 if index == 1 else None}
             found.append(replace(MIXED, name=f"{kv_dtype} {head_dim}", head_dim=head_dim, kv_dtype=kv_dtype, **changes))
     return found
+
+
+def writes() -> list[Case]:
+    """Few tokens, whose heads are dealt out to blocks, and many, one block each."""
+    few = replace(MIXED, kv_heads=8, prefill_rows=0, prefill_tokens=0)
+    found = []
+    for number, head_dim in enumerate(hopper.HEAD_DIMS):
+        found.append(replace(few, name=f"few tokens {head_dim}", head_dim=head_dim, group=GROUPS[number % 2], dtype="float16"))
+        found.append(replace(found[-1], name=f"many tokens {head_dim}", decode_rows=0, prefill_rows=1, prefill_tokens=2048))
+    return [*found, *(replace(few, name=f"few tokens {kv_dtype}", head_dim=96, kv_dtype=kv_dtype) for kv_dtype in LARGEST)]
 
 
 def matmuls() -> list[MatmulCase]:

@@ -69,6 +69,12 @@ def shapes() -> list[Case]:
             replace(kind, name="prefill window", prefill_rows=3, prefill_tokens=500, page_size=small, pages_per_row=16, window=70),
             replace(kind, name="mixed", decode_rows=5, prefill_rows=3, prefill_tokens=300, group=5, head_dim=96, soft_cap=20.0),
         ]
+    dealt = replace(base, name="decode dealt", decode_rows=9, kv_heads=5, group=3, head_dim=96)  # some heads are in two blocks (gpu_spread)
+    found += [replace(dealt, kv_dtype=kv_dtype) for kv_dtype in (None, *LARGEST)]
+    found += [
+        replace(base, name="decode wide", decode_rows=9, head_dim=256, group=3),
+        replace(base, name="prefill many", prefill_rows=4, prefill_tokens=700, kv_heads=8, group=1),  # too many for gpu_spread
+    ]
     float16 = [replace(case, dtype="float16") for case in found if case.kv_dtype is None and case.name in ("decode", "tokens 4", "prefill")]
     return [*found, *float16]
 
@@ -250,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=62, help="steps of each shape [62]")
     parser.add_argument("--only", default="", help="shapes whose name or dtype contains this")
     parser.add_argument("--threads", type=int, default=8, help="shapes compiled at once [8]")
-    parser.add_argument("--sizes", type=_sizes, metavar="NAME=N,...", help="block sizes other than the usual ones, write_from=1 for one")
+    parser.add_argument("--sizes", type=_sizes, metavar="NAME=N,...", help="block sizes other than the usual ones, write_from=99 for one")
     args = parser.parse_args(arguments)
     found = [case for case in shapes() if args.only in f"{case.name}, {case.kv_dtype or case.dtype}"]
     _say(f"{len(found)} shapes x {args.draws} draws of {args.implementation} on {jax.devices()[0].device_kind}, jax {jax.__version__}")

@@ -1,7 +1,7 @@
 """Paged attention on Hopper GPUs: the XLA implementation's pool, kernels of our own (Pallas Mosaic GPU).
 
-The new keys and values go into the donated pool and queries are laid out as the kernels read them, by XLA for a few tokens (`gpu_lines`),
-by a kernel for more (`gpu_write`). Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
+A kernel puts the new keys and values into the donated pool and lays the queries out as the others read them (`gpu_write`; XLA does it
+where that was measured to be faster, `gpu_lines`). Decode rows are cut into chunks of keys, which `gpu_decode` attends to and
 `gpu_combine` merges; the tokens of the other rows are cut into tiles for `gpu_prefill`. The lists of work are made here, in plain jnp,
 from the metadata alone: all layers of a program ask for the same ones and XLA computes them once. How a row is cut depends on its
 own length and on static shapes, so a row's result depends on the row alone, bit for bit. Knows no model and no mesh.
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
 from pallas_kernels.attention import AttentionSpec
-from pallas_kernels.paged_attention import gpu_decode, gpu_lines, gpu_plan, gpu_prefill, gpu_write, packing, xla
+from pallas_kernels.paged_attention import gpu_decode, gpu_lines, gpu_plan, gpu_prefill, gpu_spread, gpu_write, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
 from pallas_kernels.paged_attention.gpu_combine import combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
@@ -26,7 +26,7 @@ MAX_TOKENS = 8  # of a decode row
 MAX_CODES_DIM = 128  # head_dim of 8-bit keys and values: a converter takes registers
 LEAST_CODES_PAGE = 32  # tokens whose scales fill the 128 bytes at which a copy into shared memory may begin
 MAX_CHUNKS = 64  # of a row: longer rows get longer chunks
-WRITE_FROM = 16  # tokens of a step; fewer are rotated, written and laid out by XLA in fewer microseconds
+COPY_FROM = 16  # tokens of a step; where heads cannot be dealt out, fewer are rotated, written and laid out by XLA in fewer microseconds
 
 kv_layout = xla.kv_layout
 
@@ -40,14 +40,15 @@ class Sizes(NamedTuple):
     decode_stages: int
     prefill_keys: int
     prefill_stages: int
-    write_from: int = WRITE_FROM
+    write_from: int = 1
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
-    head_dim = int(key["head_dim"])
-    stages = {64: 6, 96: 4}.get(head_dim, 3)
-    return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2)._asdict()
+    head_dim, kv_heads = int(key["head_dim"]), int(key.get("kv_heads", 1))
+    stages, group = {64: 6, 96: 4}.get(head_dim, 3), int(key.get("heads", kv_heads)) // kv_heads
+    write_from = 1 if gpu_spread.Heads(kv_heads, group, head_dim).blocks else COPY_FROM
+    return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2, write_from)._asdict()
 
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
@@ -56,7 +57,8 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
-    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(write_from=1), base._replace(write_from=1 << 20)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
+    grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 

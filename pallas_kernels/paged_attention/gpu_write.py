@@ -1,9 +1,10 @@
 """Where a step's tokens go, on Hopper: rotated queries to where the attention kernels read them, keys and values into the pages, and
 the outputs of prefill tiles back to their tokens.
 
-One warpgroup takes one token: its heads come into shared memory by halves (TMA), are rotated in registers and leave again (TMA), each
-kv head's queries as consecutive lines, its new key and value straight into the donated pool. So rope, the write and the layout of the
-queries are one pass over the projections. Knows no rows: where a token goes is said by two integers.
+Few tokens are dealt out to many blocks (`gpu_spread`). Of many, one warpgroup takes each: its heads come into shared memory by halves
+(TMA), are rotated in registers and leave again (TMA), each kv head's queries as consecutive lines, its new key and value straight into
+the donated pool. So rope, the write and the layout of the queries are one pass over the projections. Knows no rows: where a token goes is
+said by two integers.
 
 It writes into the pool that it is given. XLA on GPUs may fuse such a call with an update of a slice around it (the results of lax.map or
 lax.scan) and hand it another output: what compiles `place` inside one sets xla_gpu_enable_dynamic_slice_fusion to False.
@@ -22,12 +23,12 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import AttentionSpec, rope_table, rotate
-from pallas_kernels.paged_attention import packing
+from pallas_kernels.paged_attention import gpu_spread, packing
 from pallas_kernels.paged_attention.api import PagedMetadata
 from pallas_kernels.paged_attention.gpu_lines import NOWHERE, Lines, Placed
 from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
-THREADS = 128
+FEW = 16  # blocks for each core: as many are there at once, about, and `gpu_spread` is faster
 ALIGNMENT = 128  # bytes: of a copy's shared memory
 
 
@@ -63,7 +64,7 @@ class Heads(NamedTuple):
     @property
     def at_once(self) -> int:
         """Heads whose halves fill the threads of a warpgroup."""
-        return next(heads for heads in range(1, THREADS + 1) if heads * self.half % THREADS == 0)
+        return gpu_spread.filling(self.half)
 
     @property
     def layout(self) -> Any:
@@ -83,23 +84,26 @@ def place(  # noqa: PLR0913
     spec: AttentionSpec,
     rope: Float[Array, "half_rotary"] | None,
 ) -> Placed:
-    """As `gpu_lines.place`; XLA writes a quantised pool. Donates kv."""
+    """As `gpu_lines.place`; where tokens are many XLA writes a quantised pool. Donates kv."""
     table = _table(positions, rope, spec, k.shape[2])
     (tokens, kv_heads, head_dim), page_size = k.shape, values_of(kv).shape[3]
     if table.shape[1] < head_dim:  # some features do not turn: the kernel pairs all of them, so this is done before
         q, k = rotate(q, table), rotate(k, table)
         table = _table(positions, None, AttentionSpec(1.0), head_dim)
     heads = Heads(kv_heads, q.shape[1] // kv_heads, head_dim, page_size)
+    # parts of one projection in their order: XLA then makes no copy
     qkv = jnp.concatenate([q.reshape(tokens, kv_heads, -1, head_dim), k[:, :, None], v[:, :, None]], axis=2)
     row, number = packing.row_of_token(metadata, tokens), lax.div(jnp.maximum(positions, 0), jnp.int32(page_size))
     page = packing.take(metadata.page_tables, row, number)
     slots = jnp.where(positions >= 0, page * page_size + lax.rem(positions, jnp.int32(page_size)), NOWHERE)
-    qkv, turns = qkv.reshape(tokens, -1, head_dim), waves(table, heads)
+    turns = waves(table, heads)
+    if 0 < tokens * gpu_spread.Heads(kv_heads, heads.group, head_dim).blocks <= FEW * hopper.cores():
+        return gpu_spread.rotate_and_write(qkv, turns, slots, lines.line, kv, room=lines.room)
     if not isinstance(kv, QuantizedKV):
-        return rotate_and_write(qkv, turns, slots, lines.line, kv, heads=heads, room=lines.room)
+        return rotate_and_write(qkv, turns, slots, lines.line, kv, room=lines.room)
     nothing = jnp.zeros((1, kv_heads, 2, page_size, head_dim), q.dtype)  # the kernel lays the queries out, XLA quantises and writes
-    nowhere = jnp.full_like(slots, NOWHERE)
-    placed = rotate_and_write(qkv, turns, nowhere, lines.line, nothing, heads=heads, room=lines.room)
+    placed = rotate_and_write(qkv, turns, jnp.full_like(slots, NOWHERE), lines.line, nothing, room=lines.room)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # codes are made of what was not rounded before, as `gpu_spread` makes them
     return Placed(placed.q, packing.write(kv, rotate(k, table), v, positions, metadata))
 
 
@@ -119,20 +123,21 @@ def waves(table: Float[Array, "tokens rotary"], heads: Heads) -> Float[Array, "t
 
 
 def rotate_and_write(
-    qkv: Float[Array, "tokens heads head_dim"],
+    qkv: Float[Array, "tokens kv_heads rows head_dim"],
     waves: Float[Array, "tokens 2 at_once half"],
     slots: Int32[Array, "tokens"],
     lines: Int32[Array, "tokens"],
     kv: Float[Array, "pages kv_heads 2 page head_dim"],
     *,
-    heads: Heads,
     room: int,
 ) -> Placed:
     """Rotate queries and keys by `waves` and put everything in its place; donates kv.
 
-    slots: page * page_size + place in the page of each token's key and value, or NOWHERE. lines: first line of each token's queries, or
-    NOWHERE. room: lines; those that nothing is written to hold anything.
+    qkv: each kv head's queries as rows, then its key and its value. slots: page * page_size + place in the page of each token's key and
+    value, or NOWHERE. lines: first line of each token's queries, or NOWHERE. room: lines; those that nothing is written to hold anything.
     """
+    tokens, kv_heads, count, head_dim = qkv.shape
+    heads = Heads(kv_heads, count - 2, head_dim, kv.shape[3])
     rows = heads.kv_heads * heads.pitch
     scratch = (
         plgpu.SMEM((2, rows + -rows % heads.at_once, heads.half), qkv.dtype),
@@ -141,9 +146,9 @@ def rotate_and_write(
     out = jax.ShapeDtypeStruct((heads.kv_heads, room, heads.head_dim), qkv.dtype)
     pool = jax.new_ref(kv.reshape(-1, heads.head_dim))  # plain rows: a copy's window is then what it seems to be
     run = hopper.kernel(
-        lambda *refs: _body(heads, _Refs(*refs[:-1]), *refs[-1]), scratch, out_type=out, grid={"token": qkv.shape[0]}
+        lambda *refs: _body(heads, _Refs(*refs[:-1]), *refs[-1]), scratch, out_type=out, grid={"token": tokens}
     )
-    return Placed(run(qkv, waves, slots, lines, pool), pool[...].reshape(kv.shape))
+    return Placed(run(qkv.reshape(tokens, -1, head_dim), waves, slots, lines, pool), pool[...].reshape(kv.shape))
 
 
 def collect(
