@@ -22,6 +22,7 @@ ROUNDS = 5
 PLAINS = 5  # plain steps that one with drafts is compared with
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
+BEHIND = 4  # steps that are launched one behind the other to see what one takes
 BESIDE = 8  # a plain step that lies further back is no comparison
 
 
@@ -32,10 +33,13 @@ class Way(NamedTuple):
     hidden: bool = False
 
     def __str__(self) -> str:
-        return "plain" if self.width == 1 else f"{'model' if self.hidden else 'host'} x{self.width}"
+        if self.width == 1:
+            return "plain alone" if self.hidden else "plain"
+        return f"{'model' if self.hidden else 'host'} x{self.width}"
 
 
 PLAIN = Way(1)
+ALONE = Way(1, hidden=True)  # a plain step that is launched when no other is on its way, so that host and devices wait for each other
 
 
 class Costs:
@@ -53,7 +57,7 @@ class Costs:
     @property
     def ways(self) -> list[Way]:
         """The ways to run a step with drafts that were measured, the narrowest first."""
-        return sorted({way for way, _ in self._start if way != PLAIN})
+        return sorted({way for way, _ in self._start if way.width > 1})
 
     def set(self, way: Way, rows: int, seconds: float) -> None:
         """Note what the program for so many rows took at the start."""
@@ -92,6 +96,11 @@ class Costs:
             found = self._typical[way, size] = self._measured(way, size)
         return found
 
+    def waiting(self, rows: int) -> float:
+        """How many plain steps more a plain step takes that is launched when no other is on its way; 0 if that was never measured."""
+        known = any(way == ALONE for way, _ in self._start)
+        return max(0.0, self.ratio(ALONE, rows) - 1) if known else 0.0
+
     def size(self, way: Way, rows: int) -> int:
         """The rows of the program that holds so many.
 
@@ -115,13 +124,16 @@ def way_of(batch: Batch, bucket: Bucket) -> Way:
     return Way(bucket.decode_tokens, batch.hidden and bucket.decode_tokens > 1)
 
 
-def measure(program: Program) -> Costs:
-    """Time every step without prompts a few times, with rows that hold nothing: attention to a long context is not in it."""
+def measure(program: Program, overlapping: Callable[[Way], bool] = lambda way: False) -> Costs:
+    """Time every step without prompts a few times, with rows that hold nothing: attention to a long context is not in it.
+
+    overlapping: whether steps that are run so are launched while another runs.
+    """
     runs = [(way, bucket.decode_rows, run) for bucket in program.config.buckets for way, run in _runs(program, bucket)]
     taken: dict[tuple[Way, int], float] = {}
     for turn in range(1 + ROUNDS):  # the first touches memory for the first time; what disturbs one turn disturbs all ways to run
         for way, rows, run in runs:
-            seconds = _timed(run)
+            seconds = _timed(run, BEHIND if overlapping(way) else 1)
             taken[way, rows] = seconds if turn <= 1 else min(seconds, taken[way, rows])
     costs = Costs()
     for (way, rows), seconds in taken.items():
@@ -134,7 +146,8 @@ def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[Way, Callable[[], 
         return
     packed = pack(Batch((), ()), program.config.shapes(bucket))
     if bucket.decode_tokens == 1:
-        yield PLAIN, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
+        for way in (PLAIN, ALONE):
+            yield way, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
         return
     yield Way(bucket.decode_tokens), lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
     if program.config.draft is not None:
@@ -148,7 +161,9 @@ def _median(values: Iterable[float]) -> float:
     return ordered[(len(ordered) - 1) // 2]
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def _timed(run: Callable[[], Any], count: int) -> float:
     begun = time.perf_counter()
+    for _ in range(count - 1):
+        run()
     run().block_until_ready()
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / count

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine import speculation
-from jaxinfer.engine.costs import Costs, measure
+from jaxinfer.engine.costs import PLAIN, Costs, Way, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, random_weights
@@ -155,7 +156,7 @@ def _build(config: EngineConfig, progress: Progress, bundle: Bundle | None) -> B
     if scheduler.pools[0].size != memory.pool.pages:
         scheduler = _scheduler(config, model, memory)
     info = _info(config, model, program.config, memory)
-    costs = Costs() if config.speculation.speculate == "off" else measure(program)
+    costs = Costs() if config.speculation.speculate == "off" else measure(program, partial(_overlapping, config))
     return Built(config=config, info=info, tokenizer=tokenizer, program=program, scheduler=scheduler, defaults=defaults, costs=costs)
 
 
@@ -257,6 +258,11 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
         stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
         scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
         audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
+
+
+def _overlapping(config: EngineConfig, way: Way) -> bool:
+    """Whether steps that are run so are launched while another runs."""
+    return config.execution.overlap == "on" and (way == PLAIN or (way.width > 1 and way.hidden and speculation.unseen(config.speculation)))
 
 
 def _limits(config: EngineConfig) -> Limits:

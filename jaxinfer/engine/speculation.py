@@ -3,13 +3,14 @@
 For every sequence that decodes, each proposer is asked; of what they say, the guess with the best history is taken, as far as its drafts
 are likely enough to stand. Drafts make a step wider for all its rows, so the question is one for the whole step: for each width that there
 is a program for, the tokens to be expected per second with drafts against those without, by the history of acceptance and the costs of
-steps at this number of rows. Where drafts do not seem to pay they are tried as often as the allowance (`allowance.py`) permits; where they
+steps at this number of rows. A plain step behind one whose drafts came from the text has waited for it: what that costs is the drafts' as
+well. Where drafts do not seem to pay they are tried as often as the allowance (`allowance.py`) permits; where they
 do, steps without are made once in a while, so that their cost is known too. This file does not know how drafts are verified.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.allowance import Allowance
-from jaxinfer.engine.costs import PLAIN, Costs, Way, way_of
+from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Way, way_of
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
@@ -33,6 +34,7 @@ MARGIN = 1.05  # what drafts must promise: their worth and what steps cost are e
 FIRST, FRESH, AGAIN = 8, 256, 3  # after so many steps with drafts, later more, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 APART = 16  # steps without drafts between two trials, at least
+FADING = 0.9  # of what is known of excursions, with each that ends
 PATIENT, SELDOM = 16, 4  # after so many refusals in a row proposers are asked before every fourth step: it takes the host's time
 
 
@@ -75,8 +77,42 @@ class Plan(NamedTuple):
 
 
 @dataclass
+class Pace:
+    """What happened at one number of rows. refused: how often in a row there was nothing to be gained. age: steps with drafts since plain
+    ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which they are due.
+    apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+
+    refused: int = 0
+    age: int = 0
+    looks: int = 0
+    until: int = FIRST
+    apart: int = APART
+    wide: float = 1.0
+    returns: float = 1.0
+
+    def drafted(self) -> None:
+        """A step with drafts was made."""
+        self.age += 1
+        self.apart = 0
+        self.wide += 1
+
+    def plain(self, *, steady: bool) -> None:
+        """One without was made; steady: behind another."""
+        self.apart += 1
+        if self.apart > APART:
+            self.until = FIRST
+        if steady:
+            self.age, self.looks = 0, max(0, self.looks - 1)
+
+    def returned(self) -> None:
+        """One without had to wait for one with drafts."""
+        self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1
+
+
+@dataclass
 class Speculator:
-    """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks)."""
+    """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks). unseen: steps with
+    drafts are launched behind others, as plain ones are."""
 
     proposers: Sequence[Proposer]
     drafts: int
@@ -85,29 +121,28 @@ class Speculator:
     costs: Costs
     metrics: EngineMetrics
     always: bool = False
+    unseen: bool = False
     history: History = field(default_factory=History)
     allowance: Allowance = field(default_factory=Allowance)
     _kinds: dict[Key, str] = field(default_factory=dict)
-    _age: Counter[int] = field(default_factory=Counter)
-    _looks: Counter[int] = field(default_factory=Counter)
-    _until: dict[int, int] = field(default_factory=dict)
-    _apart: dict[int, int] = field(default_factory=dict)
-    _refused: Counter[int] = field(default_factory=Counter)
+    _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
+    _away: bool = False
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
         rows = len(candidates)
         size = self._size(rows)
-        if not self.always and self._refused[size] >= PATIENT and self._refused[size] % SELDOM:
-            self._refused[size] += 1
+        pace = self._paces[size]
+        if not self.always and pace.refused >= PATIENT and pace.refused % SELDOM:
+            pace.refused += 1
             return {}
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         for proposer in self.proposers:
             proposer.rest()
         if plan is None:
-            self._refused[size] += 1
+            pace.refused += 1
             return {}
-        del self._refused[size]
+        pace.refused, self._away = 0, True
         self._kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
         most = plan.way.width - 1
         counts = {key: most if self.always else min(most, enough(guess.chance)) for key, guess in plan.guesses.items()}
@@ -135,16 +170,20 @@ class Speculator:
         if way != PLAIN or steady:
             self.costs.take(way, size, seconds)
         if way == PLAIN:
+            if self._away and not steady:
+                self._return(size, seconds)
+            self._away = False
             self.allowance.earn(size)
-            self._apart[size] = self._apart.get(size, APART) + 1
-            if self._apart[size] > APART:
-                self._until.pop(size, None)
-            if steady:
-                self._age[size], self._looks[size] = 0, max(0, self._looks[size] - 1)
+            self._paces[size].plain(steady=steady)
             return
-        self._age[size] += 1
-        self._apart[size] = 0
+        self._paces[size].drafted()
         self.allowance.settle(size, drawn / rows - self.costs.ratio(way, size))
+
+    def _return(self, size: int, seconds: float) -> None:
+        """A plain step had to wait for one with drafts, or for the idea of one."""
+        self.costs.take(ALONE, size, seconds)
+        self._paces[size].returned()
+        self.allowance.settle(size, -self.costs.waiting(size))
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
@@ -177,16 +216,14 @@ class Speculator:
         plans = [plan for way in self.costs.ways if (plan := self._planned(way, found, size, rows)) is not None]
         if self.always:
             return max(plans, key=lambda plan: plan.tokens, default=None)
-        best = max(plans, key=lambda plan: plan.promise, default=None)
+        best, pace = max(plans, key=lambda plan: plan.promise, default=None), self._paces[size]
         if best is None:
             return None
         if best.promise > MARGIN and self.allowance.believes(size):
-            until = self._until.get(size, FIRST)
-            if self._age[size] >= min(until, FRESH if best.promise > SURE else NEAR):
-                self._looks[size], self._until[size] = AGAIN, min(2 * until, FRESH)
-            return None if self._looks[size] else best
-        due = self._apart.get(size, APART) >= APART
-        return best if due and self.allowance.affords(size, best.cost - 1) else None
+            if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
+                pace.looks, pace.until = AGAIN, min(2 * pace.until, FRESH)
+            return None if pace.looks else best
+        return best if pace.apart >= APART and self.allowance.affords(size, best.cost - 1) else None
 
     def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """Drafts for one way to run the step; None where nobody has any that need it."""
@@ -199,7 +236,9 @@ class Speculator:
             expected += value
         if not chosen or (way.hidden and not any(guess.hidden for guess in chosen.values())):
             return None
-        return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size))
+        pace = self._paces[size]
+        waiting = 0.0 if way.hidden and self.unseen else self.costs.waiting(size) * pace.returns / pace.wide
+        return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size) + waiting)
 
 
 def unseen(settings: SpeculationConfig) -> bool:
@@ -213,7 +252,7 @@ def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metr
     if settings.speculate == "off":
         return None
     found = proposers(settings.speculate, model=program.draft is not None, head=program.draft is not None and bool(program.draft.tapped))
-    return Speculator(found, settings.drafts, program.vocab, program.pool.replicas, costs, metrics)
+    return Speculator(found, settings.drafts, program.vocab, program.pool.replicas, costs, metrics, unseen=unseen(settings))
 
 
 def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:

@@ -1,14 +1,14 @@
 """What drafts may cost: accounts, and the whole policy in simulated engines whose steps take any time now and then."""
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
 
-from jaxinfer.batch import Batch, Row
+from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine.allowance import LEAST, MOST, SHARE, START, Allowance
-from jaxinfer.engine.costs import Costs, Way
+from jaxinfer.engine.costs import PLAIN, Costs, Way
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.speculation import Candidate, Speculator
@@ -131,3 +131,86 @@ def test_where_drafts_pay_they_are_made(rows, stands, wide):
 def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
     world = World(rows, stands, wide)
     assert world.rate(250 if rows < 64 else 90) > 0.97, world.steps
+
+
+class Overlapping:
+    """An engine's loop around host and devices that work at the same time: what a launch and a commit take the host, a plain step and one
+    with four drafts the devices. Drafts come from the text (of one sequence in so many steps `found`) or from the device."""
+
+    def __init__(self, rows, stands, launch, commit, plain, wide, *, found=1.0, unseen=False):
+        self.draw, self.rows, self.stands, self.found, self.unseen = random.Random(0), rows, stands, found, unseen
+        self.DEVICE, self.flights, self.now, self.free, self.committed, self.tokens = unseen, deque(), 0.0, 0.0, 0.0, 0
+        self.launch, self.commit, self.plain, self.wide = launch, commit, plain, wide
+        self.available, costs = (*buckets(256, 32), *verifying(256, 4)), Costs()
+        for bucket in self.available:
+            way, device = Way(bucket.decode_tokens), self.takes(bucket.decode_tokens)
+            if bucket.prefill_tokens:
+                continue
+            costs.set(way, bucket.decode_rows, max(launch, device) if way == PLAIN else launch + device)
+            costs.set(Way(way.width, hidden=True), bucket.decode_rows, launch + device if way == PLAIN else max(launch, device))
+        self.made = Speculator((self,), 4, 10, 1, costs, EngineMetrics(), unseen=unseen)
+        self.requests = [Request(str(number), (1,)) for number in range(rows)]
+
+    def takes(self, width):
+        return self.plain + (self.wide - self.plain) * (width - 1) / 4
+
+    def propose(self, sequence, count):
+        return Proposal((DRAFTED if self.unseen else 1,) * count, "some") if self.draw.random() < self.found else None
+
+    def rest(self):
+        pass
+
+    def forget(self, key):
+        pass
+
+    def land(self, left):
+        while len(self.flights) > left:
+            batch, bucket, end, counts, steady = self.flights.popleft()
+            self.now = max(self.now, end) + self.commit * self.draw.lognormvariate(0, 0.1)
+            self.made.learn(zip(batch.decodes, counts, strict=True))
+            self.made.observe(batch, bucket, self.now - self.committed, drawn=sum(counts), steady=steady)
+            self.committed, self.tokens = self.now, self.tokens + sum(counts)
+
+    def guess(self):
+        return self.made.propose([Candidate(SimpleNamespace(request=request, pending=len(self.flights))) for request in self.requests])
+
+    def step(self):
+        if not self.unseen and any(batch.decode_tokens > 1 for batch, *_ in self.flights):
+            self.land(0)
+        drafts = self.guess()
+        if drafts and self.flights and not self.unseen:
+            self.land(0)
+            drafts = self.guess()
+        rows = tuple(Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests)
+        batch = Batch(rows, ())
+        bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
+        self.now += self.launch * self.draw.lognormvariate(0, 0.1)
+        self.free = max(self.free, self.now) + self.takes(bucket.decode_tokens) * self.draw.lognormvariate(0, 0.05)
+        counts = [next((n for n in range(1, len(row.tokens)) if self.draw.random() > self.stands), len(row.tokens)) for row in rows]
+        self.flights.append((batch, bucket, self.free, counts, bool(self.flights)))
+        self.land(1)
+
+    def rate(self, steps):
+        """Tokens per row and second, 1 for plain steps that overlap."""
+        begun = self.now, self.tokens
+        for _ in range(steps):
+            self.step()
+        usual = max(self.launch + self.commit, self.plain)
+        return usual * (self.tokens - begun[1]) / self.rows / (self.now - begun[0])
+
+
+HOST_BOUND, LARGE = (1.2, 0.3, 0.3, 0.4), (3.2, 0.3, 4.1, 4.9)  # a small and a large model on a card
+
+
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
+@pytest.mark.parametrize(("stands", "found"), [(0.1, 1.0), (0.25, 0.3)])
+def test_waiting_for_drafts_from_the_text_is_charged_to_them(rows, times, stands, found):
+    world = Overlapping(rows, stands, *times, found=found)
+    assert world.rate(500 if rows == 1 else 150) > 0.96
+
+
+@pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
+def test_drafts_that_nobody_waits_for_pay_soon(times):
+    assert Overlapping(1, 0.6, *times, unseen=True).rate(200) > 1.5
+    assert Overlapping(1, 0.9, *times).rate(600) > 1.3

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.batch import DRAFTED, Batch, Row
-from jaxinfer.engine.costs import BESIDE, KEPT, PLAIN, START, Costs, Way, measure, way_of
+from jaxinfer.engine.costs import ALONE, BESIDE, KEPT, PLAIN, START, Costs, Way, measure, way_of
 from jaxinfer.request import Request
 from jaxinfer.step.buckets import Bucket
 
@@ -55,6 +55,14 @@ def test_what_was_measured_at_the_start_is_forgotten(costs):
         assert (costs.ratio(WIDE, 4) == 1.5) == (number < 2)
 
 
+def test_a_plain_step_alone_waits(costs):
+    assert costs.waiting(1) == 0.0  # never measured
+    costs.set(ALONE, 1, 1.5)
+    costs.set(ALONE, 4, 1.0)
+    assert [costs.waiting(rows) for rows in (1, 4)] == [0.5, 0.0]
+    assert costs.ways == [WIDE, MODEL] and str(ALONE) == "plain alone"
+
+
 def test_a_batch_says_how_it_is_run():
     def way(*drafts):
         return way_of(Batch((Row(Request("a", (1,)), 0, 0, (1, *drafts), (1,), samples=True),), ()), Bucket(0, 0, 1, 3 if drafts else 1))
@@ -66,4 +74,4 @@ def test_every_way_is_measured_for_all_rows(speculating):
     costs = measure(speculating.program)
     assert costs.ways == [WIDE, MODEL]
     assert all(costs.ratio(way, rows) > 0 for way in (WIDE, MODEL) for rows in (1, 2, 4))
-    assert all(seconds > 0 for seconds in costs.table().values())
+    assert all(seconds > 0 for seconds in costs.table().values()) and costs.waiting(1) >= 0
