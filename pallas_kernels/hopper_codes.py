@@ -14,7 +14,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from pallas_kernels import hopper
@@ -31,7 +30,7 @@ def unpack(codes: Any, tile: Any) -> None:
         tile.at[rows][...] = numbers(hopper.load(codes.at[rows], PACKED))
 
 
-def numbers(codes: Any, dtype: DTypeLike = jnp.bfloat16) -> Any:
+def numbers(codes: Any, dtype: Any = jnp.bfloat16) -> Any:
     """Codes in registers as numbers; float8 goes through float16, the only way before jax 0.12."""
     wide = codes if codes.dtype == jnp.int8 else codes.astype(jnp.float16)
     return wide.astype(dtype)
@@ -43,7 +42,7 @@ def permute(values: Shaped[Array, "*rows in"]) -> Shaped[Array, "*rows in"]:
     return values.reshape(*rows, inputs // SPAN, 4, 2, 2).swapaxes(-3, -2).reshape(values.shape)
 
 
-def operand(stored: Any, dtype: DTypeLike) -> Any:
+def operand(stored: Any, dtype: Any) -> Any:
     """Codes [64, inputs] in shared memory as numbers in registers, the left side of a product, in the order of `permute`."""
     if hopper.interpreting():
         return permute(numbers(hopper.load(stored, hopper.WHOLE), dtype))
