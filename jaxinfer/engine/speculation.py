@@ -142,7 +142,7 @@ class Speculator:
         if plan is None:
             pace.refused += 1
             return {}
-        pace.refused, self._away = 0, True
+        pace.refused, self._away = 0, not self.unseen
         self._kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
         most = plan.way.width - 1
         counts = {key: most if self.always else min(most, enough(guess.chance)) for key, guess in plan.guesses.items()}
@@ -170,9 +170,8 @@ class Speculator:
         if way != PLAIN or steady:
             self.costs.take(way, size, seconds)
         if way == PLAIN:
-            if self._away and not steady:
+            if self._away and not steady:  # a steady one was launched before drafts were thought of
                 self._return(size, seconds)
-            self._away = False
             self.allowance.earn(size)
             self._paces[size].plain(steady=steady)
             return
@@ -181,6 +180,7 @@ class Speculator:
 
     def _return(self, size: int, seconds: float) -> None:
         """A plain step had to wait for one with drafts, or for the idea of one."""
+        self._away = False
         self.costs.take(ALONE, size, seconds)
         self._paces[size].returned()
         self.allowance.settle(size, -self.costs.waiting(size))
