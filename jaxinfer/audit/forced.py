@@ -29,7 +29,8 @@ from jaxinfer.sampling import pytree
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket, prefill_rows
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import Program, ProgramConfig
+from jaxinfer.step.keys import ProgramConfig
+from jaxinfer.step.program import Program
 
 STEP = 512  # tokens of the longest step
 SHORTEST_STEP = 32

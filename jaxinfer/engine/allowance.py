@@ -1,8 +1,8 @@
 """What drafts may cost where it is not certain that they pay: little, whatever was believed about them. Plain Python.
 
-Each number of rows has an account, in plain steps of that size. Every step without drafts earns a hundredth of one, saved up for trials; a
-step with drafts is charged what it took beyond what its tokens cost without. So even where every belief is wrong the loss is a
-hundredth of the time, and `START` - `LEAST` steps once. Gains fill the account up to `START` alone: a good hour pays for no bad one.
+Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for
+trials; a step with drafts is charged what it took beyond what its tokens cost without. So even where every belief is wrong the loss is
+that share of the time, and `start` - `LEAST` steps once. Gains fill the account up to `start` alone: a good hour pays for no bad one.
 This file does not know why a step has drafts.
 """
 
@@ -18,22 +18,25 @@ LEAST = -2.0  # below it drafts are made only if they can be paid, whatever they
 
 @dataclass
 class Allowance:
-    """Accounts by size."""
+    """Accounts by size. share: what a step earns. start: what an account begins with. most: what is saved up at most."""
 
+    share: float = SHARE
+    start: float = START
+    most: float = MOST
     _balance: dict[int, float] = field(default_factory=dict)
 
     def balance(self, size: int) -> float:
         """Plain steps that drafts may cost."""
-        return self._balance.get(size, START)
+        return self._balance.get(size, self.start)
 
     def earn(self, size: int) -> None:
         """A step without drafts was made."""
-        self._balance[size] = min(self.balance(size) + SHARE, MOST)
+        self._balance[size] = min(self.balance(size) + self.share, self.most)
 
     def settle(self, size: int, gain: float) -> None:
         """A step with drafts has brought so many plain steps more than it cost; below 0 it cost more."""
         balance = self.balance(size)
-        self._balance[size] = balance + (gain if gain < 0 else max(0.0, min(gain, START - balance)))
+        self._balance[size] = balance + (gain if gain < 0 else max(0.0, min(gain, self.start - balance)))
 
     def believes(self, size: int) -> bool:
         """Whether what drafts promise is reason enough to make some."""

@@ -23,23 +23,26 @@ PLAINS = 5  # plain steps that one with drafts is compared with
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
 BEHIND = 4  # steps that are launched one behind the other to see what one takes
-BESIDE = 8  # a plain step that lies further back is no comparison
+HELD_UP = 4.0  # times what was measured at the start: what takes longer says nothing about its kind
+OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
+RECENT = 8  # a plain step that lies further back is no comparison
 
 
 class Way(NamedTuple):
-    """How a step is run. width: tokens of a decode row. hidden: some of them are thought of on the device, by the draft model."""
+    """How a step is run. width: tokens of a decode row. hidden: some of them are thought of on the device, by the draft model; of a plain
+    step: the draft model sees its tokens. waits: it is launched when no other is on its way: host and devices wait for each other."""
 
     width: int
     hidden: bool = False
+    waits: bool = False
 
     def __str__(self) -> str:
         if self.width == 1:
-            return "plain alone" if self.hidden else "plain"
+            return f"plain{' followed' if self.hidden else ''}{' alone' if self.waits else ''}"
         return f"{'model' if self.hidden else 'host'} x{self.width}"
 
 
-PLAIN = Way(1)
-ALONE = Way(1, hidden=True)  # a plain step that is launched when no other is on its way, so that host and devices wait for each other
+PLAIN, FOLLOWED, ALONE = Way(1), Way(1, hidden=True), Way(1, waits=True)
 
 
 class Costs:
@@ -51,6 +54,7 @@ class Costs:
         self._latest: dict[int, int] = {}
         self._ratios: dict[tuple[Way, int], deque[float]] = {}
         self._typical: dict[tuple[Way, int], float] = {}
+        self._compared: dict[tuple[Way, int], int] = {}
         self._sizes: dict[tuple[Way, int], int] = {}
         self._steps = 0
 
@@ -72,12 +76,16 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         self._steps += 1
-        if way == PLAIN:
-            self._plains.setdefault(size, deque(maxlen=PLAINS)).append(seconds)
+        if way in (PLAIN, FOLLOWED):
+            plain = seconds if way == PLAIN else seconds / self.ratio(FOLLOWED, size)
+            self._plains.setdefault(size, deque(maxlen=PLAINS)).append(plain)
             self._latest[size] = self._steps
-        elif self._steps - self._latest.get(size, -BESIDE) <= BESIDE:
+        elif self._steps - self._latest.get(size, -RECENT) <= RECENT:
+            if self._steps - self._compared.get((way, size), 0) > OLD:
+                self._ratios.pop((way, size), None)
+            self._compared[way, size] = self._steps
             ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
-            ratios.append(seconds / _median(self._plains[size]))
+            ratios.append(min(seconds / _median(self._plains[size]), HELD_UP * self._measured(way, size)))
             self._typical[way, size] = _median(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
 
     def table(self) -> dict[tuple[Way, int], float]:
@@ -92,14 +100,23 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         found = self._typical.get((way, size))
-        if found is None:
+        if found is None or self._steps - self._compared.get((way, size), self._steps) > OLD:
             found = self._typical[way, size] = self._measured(way, size)
         return found
 
-    def waiting(self, rows: int) -> float:
-        """How many plain steps more a plain step takes that is launched when no other is on its way; 0 if that was never measured."""
-        known = any(way == ALONE for way, _ in self._start)
-        return max(0.0, self.ratio(ALONE, rows) - 1) if known else 0.0
+    def more(self, way: Way, rows: int) -> float:
+        """How many plain steps more a plain step takes that is run so; 0 if that was never measured."""
+        known = any(way == measured for measured, _ in self._start)
+        return max(0.0, self.ratio(way, rows) - 1) if known else 0.0
+
+    def seconds(self, rows: int) -> float:
+        """What a plain step of so many rows takes at present.
+
+        Raises:
+            LookupError: no program measured holds them.
+        """
+        size = self.size(PLAIN, rows)
+        return _median(self._plains[size]) if self._plains.get(size) else self._start[PLAIN, size]
 
     def size(self, way: Way, rows: int) -> int:
         """The rows of the program that holds so many.
@@ -119,9 +136,9 @@ class Costs:
         return self._start[way, self.size(way, size)] / self._start[PLAIN, size]
 
 
-def way_of(batch: Batch, bucket: Bucket) -> Way:
-    """How a step without prompts is run."""
-    return Way(bucket.decode_tokens, batch.hidden and bucket.decode_tokens > 1)
+def way_of(batch: Batch, bucket: Bucket, *, followed: bool) -> Way:
+    """How a step without prompts is run. followed: the draft model sees its tokens."""
+    return Way(bucket.decode_tokens, batch.hidden if bucket.decode_tokens > 1 else followed)
 
 
 def measure(program: Program, overlapping: Callable[[Way], bool] = lambda way: False) -> Costs:
@@ -147,7 +164,9 @@ def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[Way, Callable[[], 
     packed = pack(Batch((), ()), program.config.shapes(bucket))
     if bucket.decode_tokens == 1:
         for way in (PLAIN, ALONE):
-            yield way, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
+            yield way, lambda: program.sample(program.forward(packed, alone=True), Demand.GREEDY).token
+        if program.config.draft is not None:
+            yield FOLLOWED, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
         return
     yield Way(bucket.decode_tokens), lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
     if program.config.draft is not None:

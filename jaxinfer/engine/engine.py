@@ -64,7 +64,8 @@ class _Active:
 
 @dataclass
 class _Flight:
-    """A batch on the devices, not committed yet. steady: launched behind another. `sampled` is None until its sampler is launched."""
+    """A batch on the devices, not committed yet. steady: launched behind another. alone: without the draft model. `sampled` is None until
+    its sampler is launched."""
 
     batch: Batch
     packed: Packed
@@ -72,6 +73,7 @@ class _Flight:
     begun: float
     host_gap: float
     steady: bool
+    alone: bool = False
     scored: Scored | None = None
     sampled: Sampled | Verified | None = None
 
@@ -200,9 +202,10 @@ class Engine:
         return outputs, drafts
 
     def _guess(self) -> dict[Key, tuple[int, ...]]:
-        running = self.scheduler.decoding if self.speculator is not None else []
-        candidates = [Candidate(sequence, self._active[sequence.request.key].matcher is None) for sequence in running]
-        return self.speculator.propose(candidates) if self.speculator is not None and candidates else {}
+        if self.speculator is None or not self.scheduler.running or not self.speculator.asks(self.scheduler.running):
+            return {}
+        candidates = [Candidate(running, self._active[running.request.key].matcher is None) for running in self.scheduler.decoding]
+        return self.speculator.propose(candidates) if candidates else {}
 
     def _launch(self, batch: Batch) -> _Flight:
         """Send a batch on its way: pages copied, slots written, then the forward pass."""
@@ -212,10 +215,11 @@ class Engine:
             self._admit(admission)
         self.last_packed = packed = pack(batch, self.program.config.bucket_for(batch))
         idle = all(flight.done for flight in self._flights)
-        computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None)
+        alone = self.speculator is not None and self.speculator.leaves_out(batch)
+        computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None, alone=alone)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         steady = bool(self._flights) or not self._depth
-        return _Flight(batch, packed, computed, begun, gap, steady, self.program.score(packed, computed))
+        return _Flight(batch, packed, computed, begun, gap, steady, alone, self.program.score(packed, computed))
 
     def _land(self, left: int) -> list[Output]:
         """Commit the oldest flights until so many are left."""
@@ -377,7 +381,8 @@ class Engine:
         padded = shapes.bucket.tokens * shapes.replicas
         phase = "mixed" if batch.prefills else "decode"
         if self.speculator is not None and self._idle_since:
-            self.speculator.observe(batch, shapes.bucket, now - self._idle_since, drawn=drawn, steady=flight.steady)
+            followed = not flight.alone and self.program.config.draft is not None
+            self.speculator.observe(batch, shapes.bucket, now - self._idle_since, drawn=drawn, steady=flight.steady, followed=followed)
         self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 

@@ -30,7 +30,7 @@ from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
 from jaxinfer.config import ConfigError, EngineConfig, cache_dir
 from jaxinfer.engine import speculation
-from jaxinfer.engine.costs import PLAIN, Costs, Way, measure
+from jaxinfer.engine.costs import FOLLOWED, PLAIN, Costs, Way, measure
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, random_weights
@@ -41,7 +41,8 @@ from jaxinfer.quant.qarray import QSpec
 from jaxinfer.request import RequestError, SamplingParams
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
 from jaxinfer.step.bundle import Bundle, BundleMismatch, Loader, open_bundle
-from jaxinfer.step.program import Program, ProgramConfig
+from jaxinfer.step.keys import ProgramConfig
+from jaxinfer.step.program import Program
 from jaxinfer.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # stage (read: bytes, compile or load: programs), done, total; from any thread
@@ -262,7 +263,8 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
 
 def _overlapping(config: EngineConfig, way: Way) -> bool:
     """Whether steps that are run so are launched while another runs."""
-    return config.execution.overlap == "on" and (way == PLAIN or (way.width > 1 and way.hidden and speculation.unseen(config.speculation)))
+    behind = way in (PLAIN, FOLLOWED) or (way.width > 1 and way.hidden and speculation.unseen(config.speculation))
+    return config.execution.overlap == "on" and behind
 
 
 def _limits(config: EngineConfig) -> Limits:

@@ -3,22 +3,26 @@
 For every sequence that decodes, each proposer is asked; of what they say, the guess with the best history is taken, as far as its drafts
 are likely enough to stand. Drafts make a step wider for all its rows, so the question is one for the whole step: for each width that there
 is a program for, the tokens to be expected per second with drafts against those without, by the history of acceptance and the costs of
-steps at this number of rows. A plain step behind one whose drafts came from the text has waited for it: what that costs is the drafts' as
-well. Where drafts do not seem to pay they are tried as often as the allowance (`allowance.py`) permits; where they
-do, steps without are made once in a while, so that their cost is known too. This file does not know how drafts are verified.
+steps at this number of rows. What was said and not used is compared with what came, so a history is known where nothing is drafted.
+
+Everything that is done for drafts is charged to them: wide steps, the wait of a plain step behind one whose drafts came from the text, the
+time that asking takes, a draft model that keeps up. Where they do not pay, nobody is asked more often than an allowance permits
+(`allowance.py`), and the draft model is left out: sequences that it has lost sight of get drafts from their texts alone. Where they do,
+steps without are made once in a while, so that their cost is known too. This file does not know how drafts are verified.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.allowance import Allowance
-from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Way, way_of
+from jaxinfer.engine.costs import ALONE, FOLLOWED, PLAIN, Costs, Way, way_of
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
@@ -28,14 +32,17 @@ from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.program import ProgramConfig
+from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.05  # what drafts must promise: their worth and what steps cost are estimates
 FIRST, FRESH, AGAIN = 8, 256, 3  # after so many steps with drafts, later more, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 APART = 16  # steps without drafts between two trials, at least
+MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 FADING = 0.9  # of what is known of excursions, with each that ends
-PATIENT, SELDOM = 16, 4  # after so many refusals in a row proposers are asked before every fourth step: it takes the host's time
+PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
+ASKING = 0.01  # of a plain step is what each plain step earns for being asked where drafts do not pay
+DEAR = 0.02  # a step during which asking took more of a plain one's time is no measure of plain ones
 
 
 class Candidate(NamedTuple):
@@ -78,17 +85,24 @@ class Plan(NamedTuple):
 
 @dataclass
 class Pace:
-    """What happened at one number of rows. refused: how often in a row there was nothing to be gained. age: steps with drafts since plain
-    ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which they are due.
-    apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
+    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which they
+    are due. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these
+    fade."""
 
-    refused: int = 0
+    drafting: bool = True
+    vain: int = 0
     age: int = 0
     looks: int = 0
     until: int = FIRST
     apart: int = APART
     wide: float = 1.0
     returns: float = 1.0
+
+    def asked(self, *, believed: bool) -> None:
+        """Proposers were asked. believed: what they say is likely to pay."""
+        self.vain = 0 if believed else self.vain + 1
+        self.drafting = believed or (self.drafting and self.vain < PATIENT)
 
     def drafted(self) -> None:
         """A step with drafts was made."""
@@ -109,10 +123,38 @@ class Pace:
         self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1
 
 
+class Thought(NamedTuple):
+    """What was said about a text of so many tokens, and not used."""
+
+    length: int
+    proposal: Proposal
+
+
+@dataclass
+class _Sequences:
+    """What is known of each sequence. kinds: of the drafts that it was given last. thoughts: of it that were not used. lost: those that the
+    draft model has not seen all tokens of."""
+
+    kinds: dict[Key, str] = field(default_factory=dict)
+    thoughts: dict[Key, Thought] = field(default_factory=dict)
+    lost: set[Key] = field(default_factory=set)
+
+    def use(self, kinds: dict[Key, str]) -> None:
+        """Drafts of these kinds were given."""
+        self.kinds = kinds
+        for key in kinds:
+            self.thoughts.pop(key, None)
+
+    def forget(self, key: Key) -> None:
+        """A sequence has ended."""
+        self.thoughts.pop(key, None)
+        self.lost.discard(key)
+
+
 @dataclass
 class Speculator:
     """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks). unseen: steps with
-    drafts are launched behind others, as plain ones are."""
+    drafts are launched behind others, as plain ones are. clock: seconds."""
 
     proposers: Sequence[Proposer]
     drafts: int
@@ -122,31 +164,45 @@ class Speculator:
     metrics: EngineMetrics
     always: bool = False
     unseen: bool = False
+    clock: Callable[[], float] = time.perf_counter
     history: History = field(default_factory=History)
     allowance: Allowance = field(default_factory=Allowance)
-    _kinds: dict[Key, str] = field(default_factory=dict)
+    asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 1.0))
+    _about: _Sequences = field(default_factory=_Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _away: bool = False
+    _spent: float = 0.0
+
+    def asks(self, rows: int) -> bool:
+        """Whether the next step of so many rows may have drafts; False takes no time."""
+        size = self._size(rows)
+        pace = self._paces[size]
+        return self.always or (not pace.looks and (pace.drafting or self.asking.affords(size, 0.0)))
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
-        rows = len(candidates)
+        rows, begun = len(candidates), self.clock()
         size = self._size(rows)
-        pace = self._paces[size]
-        if not self.always and pace.refused >= PATIENT and pace.refused % SELDOM:
-            pace.refused += 1
-            return {}
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         for proposer in self.proposers:
             proposer.rest()
+        self._spent += self.clock() - begun
         if plan is None:
-            pace.refused += 1
             return {}
-        pace.refused, self._away = 0, not self.unseen
-        self._kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
+        self._away = not self.unseen
+        if not any(candidate.sequence.pending for candidate in candidates):  # else they are asked again when that has come
+            self._about.use({key: guess.proposal.kind for key, guess in plan.guesses.items()})
         most = plan.way.width - 1
         counts = {key: most if self.always else min(most, enough(guess.chance)) for key, guess in plan.guesses.items()}
         return {key: guess.proposal.tokens[: counts[key]] for key, guess in plan.guesses.items()}
+
+    def leaves_out(self, batch: Batch) -> bool:
+        """Whether the draft model stays out of a step. It loses sight of the step's rows then."""
+        if self.always or batch.prefills or self._paces[self._size(len(batch.decodes))].drafting or batch.decode_tokens > 1:
+            return False
+        if any(proposer.DEVICE for proposer in self.proposers):
+            self._about.lost.update(row.request.key for row in batch.decodes)
+        return True
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:
         """Take in how many tokens rows with drafts have drawn."""
@@ -154,40 +210,46 @@ class Speculator:
             proposed, accepted = len(row.tokens) - 1, count - 1
             if not proposed or accepted < 0:
                 continue
-            self.history.take(row.request.key, self._kinds.get(row.request.key, "draft"), accepted, proposed)
+            self.history.take(row.request.key, self._about.kinds.get(row.request.key, "draft"), accepted, proposed)
             self.metrics.drafts += 1
             self.metrics.draft_tokens += proposed
             self.metrics.accepted_tokens += accepted
             self.metrics.accepted_at.update(range(accepted))
 
-    def observe(self, batch: Batch, bucket: Bucket, seconds: float, *, drawn: int, steady: bool) -> None:
-        """Take in a step: how long it took from the end of the one before, how many tokens it drew, and whether it was launched behind
-        another, as all are where there are no drafts."""
+    def observe(self, batch: Batch, bucket: Bucket, seconds: float, *, drawn: int, steady: bool, followed: bool = False) -> None:
+        """Take in a step: how long it took from the end of the one before, how many tokens it drew, whether it was launched behind
+        another, as all are where there are no drafts, and whether the draft model saw it."""
+        spent, self._spent = self._spent, 0.0
         if batch.prefills:
             return
-        way, rows = way_of(batch, bucket), len(batch.decodes)
+        way, rows = way_of(batch, bucket, followed=followed), len(batch.decodes)
         size = self._size(rows)
-        if way != PLAIN or steady:
+        pace = self._paces[size]
+        if way.width > 1:
             self.costs.take(way, size, seconds)
-        if way == PLAIN:
-            if self._away and not steady:  # a steady one was launched before drafts were thought of
-                self._return(size, seconds)
-            self.allowance.earn(size)
-            self._paces[size].plain(steady=steady)
+            pace.drafted()
+            self.allowance.settle(size, drawn / rows - self.costs.ratio(way, size))
             return
-        self._paces[size].drafted()
-        self.allowance.settle(size, drawn / rows - self.costs.ratio(way, size))
-
-    def _return(self, size: int, seconds: float) -> None:
-        """A plain step had to wait for one with drafts, or for the idea of one."""
-        self._away = False
-        self.costs.take(ALONE, size, seconds)
-        self._paces[size].returned()
-        self.allowance.settle(size, -self.costs.waiting(size))
+        asked = spent / self.costs.seconds(size) if spent else 0.0
+        if asked:
+            (self.allowance if pace.drafting else self.asking).settle(size, -asked)
+        if steady and asked < DEAR:
+            self.costs.take(way, size, seconds)
+        if self._away and not steady:  # a steady one was launched before drafts were thought of
+            self._away = False
+            self.costs.take(ALONE, size, seconds)
+            pace.returned()
+            self.allowance.settle(size, -self.costs.more(ALONE, size))
+        if way == FOLLOWED:
+            self.allowance.settle(size, -self.costs.more(FOLLOWED, size))
+        for account in (self.allowance, self.asking):
+            account.earn(size)
+        pace.plain(steady=steady)
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
         self.history.forget(key)
+        self._about.forget(key)
         for proposer in self.proposers:
             proposer.forget(key)
 
@@ -200,15 +262,22 @@ class Speculator:
         guessed."""
         sequence = candidate.sequence
         key, found = sequence.request.key, []
+        thought = self._about.thoughts.pop(key, None)
+        if thought is not None and len(sequence.tokens) > thought.length:
+            came = sequence.tokens[thought.length : thought.length + len(thought.proposal.tokens)]
+            self.history.take(key, thought.proposal.kind, _common(came, thought.proposal.tokens), len(came))
         for proposer in self.proposers:
-            if proposer.DEVICE and not candidate.hidden:
+            if proposer.DEVICE and (not candidate.hidden or key in self._about.lost):
                 continue
             proposal = proposer.propose(sequence, self.drafts)
             if proposal is not None and not proposer.DEVICE:
                 proposal = proposal._replace(tokens=checked(proposal.tokens, self.vocab))
-            if proposal is not None and proposal.tokens:
-                chance = self.history.chance(key, proposal.kind)
-                found.append(Guess(proposal, chance, chance if sequence.pending and not proposer.DEVICE else 1.0))
+            if proposal is None or not proposal.tokens:
+                continue
+            chance = self.history.chance(key, proposal.kind)
+            found.append(Guess(proposal, chance, chance if sequence.pending and not proposer.DEVICE else 1.0))
+            if not proposer.DEVICE:
+                self._about.thoughts[key] = Thought(len(sequence.tokens), proposal)
         return found
 
     def _plan(self, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
@@ -217,9 +286,11 @@ class Speculator:
         if self.always:
             return max(plans, key=lambda plan: plan.tokens, default=None)
         best, pace = max(plans, key=lambda plan: plan.promise, default=None), self._paces[size]
+        believed = best is not None and best.promise > MARGIN and self.allowance.believes(size)
+        pace.asked(believed=believed)
         if best is None:
             return None
-        if best.promise > MARGIN and self.allowance.believes(size):
+        if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
                 pace.looks, pace.until = AGAIN, min(2 * pace.until, FRESH)
             return None if pace.looks else best
@@ -237,8 +308,13 @@ class Speculator:
         if not chosen or (way.hidden and not any(guess.hidden for guess in chosen.values())):
             return None
         pace = self._paces[size]
-        waiting = 0.0 if way.hidden and self.unseen else self.costs.waiting(size) * pace.returns / pace.wide
+        waiting = 0.0 if way.hidden and self.unseen else self.costs.more(ALONE, size) * min(pace.returns / pace.wide, MOST_RETURNS)
         return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size) + waiting)
+
+
+def _common(came: Sequence[int], said: Sequence[int]) -> int:
+    """How many of the first tokens are the same."""
+    return next((place for place, (one, other) in enumerate(zip(came, said, strict=False)) if one != other), len(came))
 
 
 def unseen(settings: SpeculationConfig) -> bool:

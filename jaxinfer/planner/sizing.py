@@ -25,7 +25,8 @@ from jaxinfer.models.layers import Placement
 from jaxinfer.planner.memory import Account, Demand, MemoryPlan, account, plan_memory
 from jaxinfer.step.buckets import Bucket, buckets, fixed, verifying
 from jaxinfer.step.executable import Source
-from jaxinfer.step.program import Program, ProgramConfig
+from jaxinfer.step.keys import ProgramConfig
+from jaxinfer.step.program import Program
 
 MARGIN = (9, 8)  # programs that are compiled again, for another pool, may need a little more
 

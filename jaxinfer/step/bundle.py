@@ -30,7 +30,7 @@ from jaxinfer.checkpoint.json_files import read_json
 from jaxinfer.config import ConfigError, EngineConfig, MeshShape
 from jaxinfer.models.graph import Graph
 from jaxinfer.step.executable import Call, Made, load
-from jaxinfer.step.program import ProgramConfig
+from jaxinfer.step.keys import ProgramConfig
 from jaxinfer.step.sizes import ProgramSize
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,17 +21,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from jaxinfer import sampling
-from jaxinfer.batch import Admission, Batch
-from jaxinfer.cache.kv import PoolShape
-from jaxinfer.models.graph import Graph
-from jaxinfer.models.layers import Placement
+from jaxinfer.batch import Admission
 from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
-from jaxinfer.step.buckets import Bucket, choose, occupancy
+from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.executable import Call, Compiler, Made, Source
 from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
+from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, AloneKey, ProgramConfig, ProposeKey, SamplerKey, ScoreKey
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.propose import Propose
 from jaxinfer.step.score import Score, Scored, pack_targets
@@ -40,130 +37,7 @@ from jaxinfer.step.sizes import ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
-ADMIT, COPY, WIPE, POOL = "admit", "copy-pages", "wipe-pages", "make-pool"
-
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
-
-
-@dataclass(frozen=True)
-class SamplerKey:
-    """Names the sampler for so many rows (of all replicas) that ask for no more than `demand`; of several tokens each, the verifier."""
-
-    rows: int
-    demand: Demand = Demand.FULL
-    width: int = 1
-
-    def __str__(self) -> str:
-        name = f"sample{self.rows}" if self.width == 1 else f"verify{self.rows}x{self.width}"
-        return f"{name}-{self.demand.name.lower()}"
-
-    @property
-    def draws(self) -> int:
-        """Rows of logits."""
-        return self.rows * self.width
-
-
-@dataclass(frozen=True)
-class ProposeKey:
-    """Names the program in which the draft model proposes for a bucket's decode rows."""
-
-    bucket: Bucket
-    greedy: bool
-
-    def __str__(self) -> str:
-        return f"propose-{self.bucket}-{'greedy' if self.greedy else 'drawn'}"
-
-
-@dataclass(frozen=True)
-class ScoreKey:
-    """Names the program that scores a bucket's prompts."""
-
-    bucket: Bucket
-
-    def __str__(self) -> str:
-        return f"score-{self.bucket}"
-
-
-@dataclass(frozen=True)
-class ProgramConfig:
-    """What the programs are compiled for. `max_sequences` counts per replica; `max_tokens` bounds one sequence's length."""
-
-    graph: Graph
-    placement: Placement
-    pool: PoolShape
-    buckets: tuple[Bucket, ...]
-    max_sequences: int
-    max_tokens: int
-    threads: int
-    draft: Graph | None = None  # a draft model, or a head of the model
-    forced: float | None = None  # see `Verifier`; benchmarks set it on an engine that is ready, and compile its verifiers again
-
-    @property
-    def graphs(self) -> tuple[Graph, ...]:
-        """The model, and the draft model if there is one: leaves and pools follow in this order."""
-        return (self.graph,) if self.draft is None else (self.graph, self.draft)
-
-    @property
-    def kv_specs(self) -> tuple[Any, ...]:
-        """The pool of every layer: an ArraySpec for each of its arrays."""
-        pool, implementation = self.pool, self.placement.implementation
-        specs = (graph.kv_specs(pool.all_pages, pool.page_size, implementation=implementation, codes=pool.codes) for graph in self.graphs)
-        return tuple(spec for of_graph in specs for spec in of_graph)
-
-    @property
-    def vocab(self) -> int:
-        """Token ids are below it."""
-        return self.graph.config.vocab_size
-
-    @property
-    def spare_slot(self) -> int:
-        """The slot that padding rows write to."""
-        return self.max_sequences * self.pool.replicas
-
-    @property
-    def samplers(self) -> tuple[SamplerKey, ...]:
-        """One for each number of rows that a bucket has and each demand; with one fixed shape, one fixed arithmetic too."""
-        demands = Demand if any(bucket.decode_rows for bucket in self.buckets) else (Demand.FULL,)
-        sizes = sorted({(bucket.decode_tokens, bucket.rows * self.pool.replicas) for bucket in self.buckets})
-        return tuple(SamplerKey(rows, demand, width) for width, rows in sizes for demand in demands)
-
-    @property
-    def proposers(self) -> tuple[ProposeKey, ...]:
-        """Two for each bucket with drafts, if there is a draft model."""
-        buckets = () if self.draft is None else tuple(bucket for bucket in self.buckets if bucket.decode_tokens > 1)
-        return tuple(ProposeKey(bucket, greedy) for bucket in buckets for greedy in (True, False))
-
-    @property
-    def scorers(self) -> tuple[ScoreKey, ...]:
-        """One for each bucket that holds prompts."""
-        return tuple(ScoreKey(bucket) for bucket in self.buckets if bucket.prefill_tokens)
-
-    @property
-    def keys(self) -> tuple[Any, ...]:
-        """Everything that is compiled."""
-        return (*self.buckets, *self.samplers, *self.proposers, *self.scorers, ADMIT, COPY, WIPE, POOL)
-
-    @property
-    def largest(self) -> tuple[Any, ...]:
-        """The programs that set how much memory all need: the forward of most tokens, the widest of decodes alone, the samplers of most
-        draws (one for drafts, one without), a scorer, and the widest proposer of a draft model."""
-        most = max(self.buckets, key=lambda bucket: bucket.tokens)
-        widest = max(self.buckets, key=lambda bucket: (-bucket.prefill_tokens, bucket.tokens))
-        scorer = max(self.scorers, key=lambda key: key.bucket.tokens, default=None)
-        proposer = max((key for key in self.proposers if not key.greedy), key=lambda key: key.bucket.tokens, default=None)
-        samplers = {key.width > 1: key for key in sorted(self.samplers, key=lambda key: (key.demand, key.draws))}
-        return (*dict.fromkeys((most, widest)), *samplers.values(), *(key for key in (proposer, scorer) if key is not None))
-
-    def shapes(self, bucket: Bucket) -> Shapes:
-        """The layout of a bucket's input buffer."""
-        page_size = self.pool.page_size
-        unsettled = self.draft is not None and bucket.decode_rows > 0
-        return Shapes(bucket, self.pool.replicas, -(-self.max_tokens // page_size), page_size, self.spare_slot, unsettled)
-
-    def bucket_for(self, batch: Batch) -> Shapes:
-        """The layout that a batch is packed into."""
-        laid = batch if any(bucket.decode_rows for bucket in self.buckets) else batch.folded()
-        return self.shapes(choose(self.buckets, occupancy(laid, self.pool.replicas)))
 
 
 def options_for(bucket: Bucket, platform: str) -> dict[str, str]:
@@ -232,6 +106,8 @@ class Program:
         """What the program of a bucket, a sampler, a scorer, `ADMIT`, `COPY`, `WIPE` or `POOL` computes, and of what."""
         if isinstance(key, Bucket):
             return self._forward_call(self.config.shapes(key))
+        if isinstance(key, AloneKey):
+            return self._forward_call(self.config.shapes(key.bucket), alone=True)
         if isinstance(key, SamplerKey):
             return self._sampler_call(key)
         if isinstance(key, ProposeKey):
@@ -265,10 +141,16 @@ class Program:
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
         self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
 
-    def forward(self, packed: Packed, drafting: Demand | None = None) -> Computed:
+    def forward(self, packed: Packed, drafting: Demand | None = None, *, alone: bool = False) -> Computed:
         """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
-        sampler."""
+        sampler. alone: a step of single decodes leaves the draft model out."""
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
+        program = self._compiled.get(AloneKey(bucket)) if alone else None
+        if program is not None:
+            weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
+            kv, computed = program(self._leaves[:weights], self._kv[:layers], self._slots, buffer)
+            self._kv = kv + self._kv[layers:]
+            return computed
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
         if drafting is not None:
             buffer = jax.device_put(buffer, self._by_replica)  # once for two programs
@@ -325,15 +207,17 @@ class Program:
         for (ids,) in blocks(pages, self.config.pool.replicas, 1):
             self._kv = self._compiled[WIPE](self._kv, self._send(ids, self._by_replica))
 
-    def _forward_call(self, shapes: Shapes) -> Call:
+    def _forward_call(self, shapes: Shapes, *, alone: bool = False) -> Call:
         config = self.config
-        leaves = tuple(leaf for graph in config.graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
+        graphs = (config.graph,) if alone else config.graphs
+        pools = len(config.graph.config.attention_shapes) if alone else len(self._pool_structs)
+        leaves = tuple(leaf for graph in graphs for leaf in graph.structs(config.placement.mesh, config.placement.rules))
         buffer = jax.ShapeDtypeStruct(shapes.buffer, np.int32, sharding=self._by_replica)
-        out = (self._pool_shardings, self._by_replica)
-        step = Forward(config.graph, shapes, config.placement, config.draft)
+        out = (self._pool_shardings[:pools], self._by_replica)
+        step = Forward(config.graph, shapes, config.placement, None if alone else config.draft)
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
-        arguments = (leaves, self._pool_structs, self._slot_structs, buffer, *drafts)
+        arguments = (leaves, self._pool_structs[:pools], self._slot_structs, buffer, *drafts)
         return Call(step, arguments, out, donated=(1,), options=options_for(shapes.bucket, config.placement.mesh.devices.flat[0].platform))
 
     def _proposer_call(self, key: ProposeKey) -> Call:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.keys import AloneKey
 
 UNSEEN_CODE = 4 << 20  # of a kind that was not compiled: small samplers, scorers and edits of an 8B model have 0.6 to 2 MiB on a TPU
+FORWARDS = (Bucket, AloneKey)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Beside:
 
 def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any]) -> Beside:
     """What the programs `keys` need, of which those in `sizes` were compiled."""
-    forwards = [size for key, size in sizes.items() if isinstance(key, Bucket)]
-    others = [size.temporary for key, size in sizes.items() if not isinstance(key, Bucket)]
+    forwards = [size for key, size in sizes.items() if isinstance(key, FORWARDS)]
+    others = [size.temporary for key, size in sizes.items() if not isinstance(key, FORWARDS)]
     largest: dict[Any, int] = {}
     for key, size in sizes.items():
         largest[kind(key)] = max(size.code, largest.get(kind(key), 0))
@@ -64,6 +66,8 @@ def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any]) -> Beside:
 
 def kind(key: Any) -> Any:
     """Programs of one kind differ in their widths only."""
+    if isinstance(key, AloneKey):
+        return "decode"
     if isinstance(key, Bucket):
         return "mixed" if key.prefill_tokens else "decode"
     return (type(key).__name__, getattr(key, "demand", key if isinstance(key, str) else None))

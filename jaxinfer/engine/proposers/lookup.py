@@ -42,8 +42,32 @@ class Lookup:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Add tokens at the end."""
+        text, link, length, end, first, target, more = self.text, self._link, self._length, self._end, self._token, self._target, self._more
+        last = self._last
         for token in tokens:
-            self._add(token)
+            if text:  # the text as it stands is the latest occurrence of its longest repeated end
+                end[link[last]] = len(text)
+            text.append(token)
+            state, new = last, self._state(length[last] + 1, len(text))
+            while state != NONE:
+                known = first[state]
+                if known == NONE:
+                    first[state], target[state] = token, new
+                elif known == token:
+                    break
+                elif state not in more:
+                    more[state] = {token: new}
+                elif token in more[state]:
+                    break
+                else:
+                    more[state][token] = new
+                state = link[state]
+            if state == NONE:
+                link[new] = 0
+            else:
+                found = target[state] if first[state] == token else more[state][token]
+                link[new] = found if length[found] == length[state] + 1 else self._split(state, token, found)
+            last = self._last = new
 
     @property
     def match(self) -> Match:
@@ -61,28 +85,6 @@ class Lookup:
         period = len(self.text) - at
         return [self.text[at + place % period] for place in range(count)]
 
-    def _add(self, token: int) -> None:
-        self._remember()
-        self.text.append(token)
-        state, new = self._last, self._state(self._length[self._last] + 1, len(self.text))
-        found = self._next(state, token)
-        while state != NONE and found == NONE:
-            self._lead(state, token, new)
-            state = self._link[state]
-            found = self._next(state, token) if state != NONE else NONE
-        if state == NONE:
-            self._link[new] = 0
-        elif self._length[found] == self._length[state] + 1:
-            self._link[new] = found
-        else:
-            self._link[new] = self._split(state, token, found)
-        self._last = new
-
-    def _remember(self) -> None:
-        """The text as it stands is the latest occurrence of its longest repeated end."""
-        if self.text:
-            self._end[self._link[self._last]] = len(self.text)
-
     def _split(self, state: int, token: int, found: int) -> int:
         """A state of its own for the shorter ends among those of `found`, which occur in one more place now."""
         twin = self._state(self._length[state] + 1, self._end[found])
@@ -91,7 +93,10 @@ class Lookup:
         if found in self._more:
             self._more[twin] = dict(self._more[found])
         while state != NONE and self._next(state, token) == found:
-            self._lead(state, token, twin)
+            if self._token[state] == token:
+                self._target[state] = twin
+            else:
+                self._more[state][token] = twin
             state = self._link[state]
         return twin
 
@@ -108,12 +113,6 @@ class Lookup:
             return self._target[state]
         others = self._more.get(state)
         return NONE if others is None else others.get(token, NONE)
-
-    def _lead(self, state: int, token: int, target: int) -> None:
-        if self._token[state] in (NONE, token):
-            self._token[state], self._target[state] = token, target
-        else:
-            self._more.setdefault(state, {})[token] = target
 
 
 class LookupProposer:

@@ -10,7 +10,8 @@ from jaxinfer.audit.forced import Text
 from jaxinfer.cache.kv import PoolShape
 from jaxinfer.models.graph import Quantization
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.program import POOL, Program, ProgramConfig
+from jaxinfer.step.keys import POOL, ProgramConfig
+from jaxinfer.step.program import Program
 from tests.driving import PAGE_SIZE, Driver
 
 BUCKET = Bucket(32, 4, 0)

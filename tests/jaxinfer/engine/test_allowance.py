@@ -2,13 +2,14 @@
 
 import random
 from collections import Counter, deque
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
 
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine.allowance import LEAST, MOST, SHARE, START, Allowance
-from jaxinfer.engine.costs import PLAIN, Costs, Way
+from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Way
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.speculation import Candidate, Speculator
@@ -43,6 +44,13 @@ def test_a_promise_that_was_never_kept_is_believed_no_more_until_something_is_ga
 # The policy against engines that are only costs and chances
 
 
+def came(draw, chance, drafts, tokens):
+    """How many tokens a step draws after so many drafts; they are added to the text, 1 where a draft of it stands or would have stood."""
+    count = next((number for number in range(drafts) if draw.random() > chance), drafts)
+    tokens += [1] * count + [2 if count < drafts or draw.random() > chance else 1]
+    return count + 1
+
+
 class Anything:
     """A proposer that always has four drafts."""
 
@@ -74,7 +82,7 @@ class World:
                 costs.set(way, bucket.decode_rows, min(self.measured(way) for _ in range(5)))
         self.made = Speculator((Anything(),), 4, 10, 1, costs, EngineMetrics())
         self.requests = [Request(str(number), (1,)) for number in range(rows)]
-        self.candidates = [Candidate(SimpleNamespace(request=request, pending=0)) for request in self.requests]
+        self.candidates = [Candidate(SimpleNamespace(request=request, pending=0, tokens=[])) for request in self.requests]
         self.seconds = self.tokens = 0.0
 
     def takes(self, way):
@@ -87,13 +95,10 @@ class World:
 
     def drawn(self, request, drafts):
         chance = self.stands if isinstance(self.stands, float) else 0.95 if int(request.id) % 4 == 0 else 0.01
-        count = 1
-        while count <= drafts and self.draw.random() < chance:
-            count += 1
-        return count
+        return came(self.draw, chance, drafts, self.candidates[int(request.id)].sequence.tokens)
 
     def step(self):
-        drafts = self.made.propose(self.candidates)
+        drafts = self.made.propose(self.candidates) if self.made.asks(self.rows) else {}
         rows = [Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests]
         batch = Batch(tuple(rows), ())
         bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
@@ -120,10 +125,13 @@ ROWS = [1, 32, *(pytest.param(rows, marks=pytest.mark.ci) for rows in (6, 256))]
 @pytest.mark.parametrize(("stands", "wide"), [(0.8, 1.2), (0.8, 2.0), ("copying", 1.1)])
 def test_where_drafts_pay_they_are_made(rows, stands, wide):
     warm, steps = (40, 160) if rows < 64 else (4, 16)
-    always, world = World(rows, stands, wide), World(rows, stands, wide)
-    always.made.always = True
-    world.rate(warm)
-    assert world.rate(steps) > 0.9 * always.rate(steps), world.steps
+    shares = []
+    for seed in range(3 if rows == 1 else 1):  # one sequence in a noisy world may have bad luck
+        always, world = World(rows, stands, wide, seed=seed), World(rows, stands, wide, seed=seed)
+        always.made.always = True
+        world.rate(warm)
+        shares.append(world.rate(steps) / always.rate(steps))
+    assert median(shares) > (0.9 if rows < 256 else 0.8)  # of few steps, three show what plain ones cost
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -135,26 +143,30 @@ def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
 
 class Overlapping:
     """An engine's loop around host and devices that work at the same time: what a launch and a commit take the host, a plain step and one
-    with four drafts the devices. Drafts come from the text (of one sequence in so many steps `found`) or from the device."""
+    with four drafts the devices. Drafts come from the text (of one sequence in so many steps `found`) or from the device. asked: what it
+    takes the host to ask for a sequence. follows: what plain steps take more where the draft model sees their tokens."""
 
-    def __init__(self, rows, stands, launch, commit, plain, wide, *, found=1.0, unseen=False):
+    def __init__(self, rows, stands, launch, commit, plain, wide, *, found=1.0, unseen=False, asked=0.0, follows=1.0):
         self.draw, self.rows, self.stands, self.found, self.unseen = random.Random(0), rows, stands, found, unseen
         self.DEVICE, self.flights, self.now, self.free, self.committed, self.tokens = unseen, deque(), 0.0, 0.0, 0.0, 0
-        self.launch, self.commit, self.plain, self.wide = launch, commit, plain, wide
+        self.launch, self.commit, self.plain, self.wide, self.asked, self.follows = launch, commit, plain, wide, asked, follows
         self.available, costs = (*buckets(256, 32), *verifying(256, 4)), Costs()
         for bucket in self.available:
             way, device = Way(bucket.decode_tokens), self.takes(bucket.decode_tokens)
             if bucket.prefill_tokens:
                 continue
             costs.set(way, bucket.decode_rows, max(launch, device) if way == PLAIN else launch + device)
-            costs.set(Way(way.width, hidden=True), bucket.decode_rows, launch + device if way == PLAIN else max(launch, device))
-        self.made = Speculator((self,), 4, 10, 1, costs, EngineMetrics(), unseen=unseen)
-        self.requests = [Request(str(number), (1,)) for number in range(rows)]
+            if way == PLAIN:
+                costs.set(ALONE, bucket.decode_rows, launch + device)
+            costs.set(Way(way.width, hidden=True), bucket.decode_rows, max(launch, device) * (follows if way == PLAIN else 1))
+        self.made = Speculator((self,), 4, 10, 1, costs, EngineMetrics(), unseen=unseen, clock=lambda: self.now)
+        self.requests, self.texts = [Request(str(number), (1,)) for number in range(rows)], [[] for _ in range(rows)]
 
     def takes(self, width):
         return self.plain + (self.wide - self.plain) * (width - 1) / 4
 
     def propose(self, sequence, count):
+        self.now += self.asked
         return Proposal((DRAFTED if self.unseen else 1,) * count, "some") if self.draw.random() < self.found else None
 
     def rest(self):
@@ -165,14 +177,20 @@ class Overlapping:
 
     def land(self, left):
         while len(self.flights) > left:
-            batch, bucket, end, counts, steady = self.flights.popleft()
+            batch, bucket, end, texts, steady, followed = self.flights.popleft()
+            counts = [len(drawn) for drawn in texts]
             self.now = max(self.now, end) + self.commit * self.draw.lognormvariate(0, 0.1)
             self.made.learn(zip(batch.decodes, counts, strict=True))
-            self.made.observe(batch, bucket, self.now - self.committed, drawn=sum(counts), steady=steady)
+            self.made.observe(batch, bucket, self.now - self.committed, drawn=sum(counts), steady=steady, followed=followed)
+            for text, drawn in zip(self.texts, texts, strict=True):
+                text += drawn
             self.committed, self.tokens = self.now, self.tokens + sum(counts)
 
     def guess(self):
-        return self.made.propose([Candidate(SimpleNamespace(request=request, pending=len(self.flights))) for request in self.requests])
+        if not self.made.asks(self.rows):
+            return {}
+        pairs = zip(self.requests, self.texts, strict=True)
+        return self.made.propose([Candidate(SimpleNamespace(request=one, pending=len(self.flights), tokens=text)) for one, text in pairs])
 
     def step(self):
         if not self.unseen and any(batch.decode_tokens > 1 for batch, *_ in self.flights):
@@ -184,10 +202,14 @@ class Overlapping:
         rows = tuple(Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests)
         batch = Batch(rows, ())
         bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
-        self.now += self.launch * self.draw.lognormvariate(0, 0.1)
-        self.free = max(self.free, self.now) + self.takes(bucket.decode_tokens) * self.draw.lognormvariate(0, 0.05)
-        counts = [next((n for n in range(1, len(row.tokens)) if self.draw.random() > self.stands), len(row.tokens)) for row in rows]
-        self.flights.append((batch, bucket, self.free, counts, bool(self.flights)))
+        followed = not self.made.leaves_out(batch)
+        more = self.follows if followed and bucket.decode_tokens == 1 else 1.0
+        self.now += self.launch * more * self.draw.lognormvariate(0, 0.1)
+        self.free = max(self.free, self.now) + self.takes(bucket.decode_tokens) * more * self.draw.lognormvariate(0, 0.05)
+        texts = [[] for _ in rows]
+        for row, text in zip(rows, texts, strict=True):
+            came(self.draw, self.stands, len(row.tokens) - 1, text)
+        self.flights.append((batch, bucket, self.free, texts, bool(self.flights), followed and self.unseen))
         self.land(1)
 
     def rate(self, steps):
@@ -208,6 +230,16 @@ HOST_BOUND, LARGE = (1.2, 0.3, 0.3, 0.4), (3.2, 0.3, 4.1, 4.9)  # a small and a 
 def test_waiting_for_drafts_from_the_text_is_charged_to_them(rows, times, stands, found):
     world = Overlapping(rows, stands, *times, found=found)
     assert world.rate(500 if rows == 1 else 150) > 0.96
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
+def test_what_asking_takes_and_a_draft_model_that_keeps_up_are_charged_too(times, rows, unseen):
+    world = Overlapping(rows, 0.1, *times, found=0.5, unseen=unseen, asked=0.005, follows=1.2)
+    assert world.rate(400) > 0.96
+    again = Overlapping(rows, 0.9, *times, unseen=True, asked=0.005, follows=1.2)
+    assert again.rate(100) > 1.5
 
 
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])

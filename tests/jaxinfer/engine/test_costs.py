@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.batch import DRAFTED, Batch, Row
-from jaxinfer.engine.costs import ALONE, BESIDE, KEPT, PLAIN, START, Costs, Way, measure, way_of
+from jaxinfer.engine.costs import ALONE, FOLLOWED, KEPT, PLAIN, RECENT, START, Costs, Way, measure, way_of
 from jaxinfer.request import Request
 from jaxinfer.step.buckets import Bucket
 
@@ -33,7 +33,7 @@ def test_steps_are_compared_with_plain_ones_of_their_time(costs):
             costs.take(PLAIN, 1, slow)
             costs.take(WIDE, 1, 1.2 * slow)
         assert costs.ratio(WIDE, 1) == pytest.approx(1.2)
-    for _ in range(BESIDE):
+    for _ in range(RECENT):
         costs.take(WIDE, 1, 9.0)
     before = costs.ratio(WIDE, 1)
     for _ in range(KEPT):
@@ -56,22 +56,32 @@ def test_what_was_measured_at_the_start_is_forgotten(costs):
 
 
 def test_a_plain_step_alone_waits(costs):
-    assert costs.waiting(1) == 0.0  # never measured
+    assert costs.more(ALONE, 1) == 0.0  # never measured
     costs.set(ALONE, 1, 1.5)
     costs.set(ALONE, 4, 1.0)
-    assert [costs.waiting(rows) for rows in (1, 4)] == [0.5, 0.0]
+    assert [costs.more(ALONE, rows) for rows in (1, 4)] == [0.5, 0.0]
     assert costs.ways == [WIDE, MODEL] and str(ALONE) == "plain alone"
 
 
-def test_a_batch_says_how_it_is_run():
-    def way(*drafts):
-        return way_of(Batch((Row(Request("a", (1,)), 0, 0, (1, *drafts), (1,), samples=True),), ()), Bucket(0, 0, 1, 3 if drafts else 1))
+def test_plain_steps_that_a_draft_model_has_seen_show_what_those_without_it_take(costs):
+    costs.set(FOLLOWED, 1, 1.25)
+    assert costs.more(FOLLOWED, 1) == 0.25 and costs.seconds(1) == 1.0 and str(FOLLOWED) == "plain followed"
+    for _ in range(KEPT):
+        costs.take(FOLLOWED, 1, 2.5)
+        costs.take(WIDE, 1, 3.0)
+    assert costs.seconds(1) == 2.0 and costs.ratio(WIDE, 1) == 1.5 and costs.more(FOLLOWED, 1) == 0.25
 
-    assert [way(), way(5), way(5, DRAFTED)] == [PLAIN, WIDE, MODEL]
+
+def test_a_batch_says_how_it_is_run():
+    def way(*drafts, followed=False):
+        batch = Batch((Row(Request("a", (1,)), 0, 0, (1, *drafts), (1,), samples=True),), ())
+        return way_of(batch, Bucket(0, 0, 1, 3 if drafts else 1), followed=followed)
+
+    assert [way(), way(followed=True), way(5, followed=True), way(5, DRAFTED)] == [PLAIN, FOLLOWED, WIDE, MODEL]
 
 
 def test_every_way_is_measured_for_all_rows(speculating):
     costs = measure(speculating.program)
     assert costs.ways == [WIDE, MODEL]
-    assert all(costs.ratio(way, rows) > 0 for way in (WIDE, MODEL) for rows in (1, 2, 4))
-    assert all(seconds > 0 for seconds in costs.table().values()) and costs.waiting(1) >= 0
+    assert all(costs.ratio(way, rows) > 0 for way in (FOLLOWED, WIDE, MODEL) for rows in (1, 2, 4))
+    assert all(seconds > 0 for seconds in costs.table().values()) and costs.more(ALONE, 1) >= 0

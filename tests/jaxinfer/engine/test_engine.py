@@ -133,7 +133,7 @@ def events(monkeypatch):
 
     def noted(owner, name, what):
         usual = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *given: (found.append(what(*given)), usual(*given))[1])
+        monkeypatch.setattr(owner, name, lambda *given, **named: (found.append(what(*given)), usual(*given, **named))[1])
 
     noted(Program, "admit", lambda *_: "admit")
     noted(Program, "_send", lambda *_: "send")

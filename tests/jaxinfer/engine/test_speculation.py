@@ -1,6 +1,6 @@
 """Drafts change how many steps an answer takes and nothing else: the same requests as without, under schedules that preempt and reject."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import reduce
 
@@ -14,7 +14,7 @@ from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, FIRST, PATIENT, SELDOM, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, FIRST, PATIENT, Candidate, Pace, Speculator
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
 from tests.jaxinfer.conftest import scheduler
@@ -61,9 +61,9 @@ def test_steps_begin_where_the_device_knows_that_the_one_before_ended(arranged, 
     engine = arranged("DraftProposer", limits=Limits(sequences=4, prefill_tokens=32, prefill_rows=2, unsettled=True), pages=pages)
     rows, forward = Counter(), engine.program.forward
 
-    def counting(packed, drafting=None):
+    def counting(packed, drafting=None, **more):
         rows.update((row.unsettled, len(row.tokens) > 1) for _, row in packed.rows)
-        return forward(packed, drafting)
+        return forward(packed, drafting, **more)
 
     monkeypatch.setattr(engine.program, "forward", counting)
     assert_whole(run(engine, *VARIETY), reference)
@@ -78,6 +78,22 @@ def test_without_overlap(arranged, reference):
         assert_whole(run(engine, *VARIETY), reference)
     finally:
         engine._depth = 1
+
+
+def test_where_drafts_do_not_pay_the_draft_model_is_left_out(arranged, reference, monkeypatch):
+    engine, left = arranged("DraftProposer"), []
+    speculator, forward = engine.speculator, engine.program.forward
+    monkeypatch.setattr(speculator, "always", False)
+    monkeypatch.setattr(speculator, "_paces", defaultdict(lambda: Pace(drafting=False)))
+    monkeypatch.setattr(speculator.asking, "affords", lambda size, price: len(left) % 3 == 0)
+
+    def noting(packed, drafting=None, *, alone):
+        left.append(alone)
+        return forward(packed, drafting, alone=alone)
+
+    monkeypatch.setattr(engine.program, "forward", noting)
+    assert_whole(run(engine, *VARIETY), reference)
+    assert left.count(True) > 20 and not speculator._about.lost
 
 
 def test_a_text_ends_inside_a_step(arranged, plain):
@@ -236,12 +252,48 @@ def test_a_few_steps_without_drafts_show_what_they_cost_now():
 
 
 def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
-    made, asked = speculator(Fixed((7, 8, 9)), wide=9.0), []
+    made, now = speculator(Fixed((7, 8, 9)), wide=9.0), [0.0]
+    made.clock = lambda: now[0]
     made.allowance.settle(1, -START)
-    made.proposers[0].rest = lambda: asked.append(1)
-    for _ in range(PATIENT + 40):
-        assert not made.propose(candidates())
-    assert len(asked) == PATIENT + 40 // SELDOM
+
+    def rest():
+        now[0] += 0.1
+
+    made.proposers[0].rest, asked = rest, []
+    for _ in range(PATIENT + 400):
+        asked.append(made.asks(1))
+        assert not asked[-1] or not made.propose(candidates())
+        observed(made)
+    assert all(asked[:PATIENT]) and 35 <= sum(asked[PATIENT:]) <= 41  # each takes a tenth of a step, each step earns a hundredth
+
+
+def test_what_was_said_and_not_used_is_compared_with_what_came():
+    made = speculator(Fixed((7, 8, 9)), wide=9.0)
+    made.allowance.settle(1, -START)
+    (running,) = candidates()
+    for _ in range(12):
+        assert not made.propose([running])
+        running.sequence.tokens.extend((7, 8))
+    assert made.history.chance(("0", 0), "fixed") > 0.85
+    for _ in range(30):
+        made.propose([running])
+        running.sequence.tokens.append(5)
+    assert made.history.chance(("0", 0), "fixed") < 0.3
+    made.forget(("0", 0))
+    assert not made._about.thoughts
+
+
+def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text_alone():
+    text, model = Fixed((7, 8, 9), "lookup 2"), Fixed((DRAFTED,) * 3, "draft", device=True)
+    made = speculator(text, model)
+    made.history.take("x", "draft", 3, 3)
+    step = Batch((drafted("0", ()),), ())
+    assert not made.leaves_out(step)  # drafts are thought to pay
+    made._paces[1].drafting = False
+    assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
+    assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (DRAFTED,) * 3}
+    made.forget(("0", 0))
+    assert made.propose(candidates()) == {("0", 0): (DRAFTED,) * 3}
 
 
 def test_ids_outside_of_the_vocabulary_are_refused():

@@ -22,9 +22,9 @@ def test_a_buffer_that_is_used_again_is_seen(tested, monkeypatch):
     program = tested.engine.program
     forward = program.forward
 
-    def twice(packed, *rest):
+    def twice(packed, *rest, **named):
         program._send(packed.buffer, program._by_replica)
-        return forward(packed, *rest)
+        return forward(packed, *rest, **named)
 
     monkeypatch.setattr(program, "forward", twice)
     verdict = r24.check(tested, 3, 0)

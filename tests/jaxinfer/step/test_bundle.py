@@ -10,7 +10,7 @@ from jaxinfer.config import CacheConfig, ConfigError, EngineConfig, ExecutionCon
 from jaxinfer.sharding import make_mesh
 from jaxinfer.step import bundle
 from jaxinfer.step.bundle import Bundle, BundleMismatch, Loader, open_bundle
-from jaxinfer.step.program import ADMIT, COPY, WIPE
+from jaxinfer.step.keys import ADMIT, COPY, WIPE
 from pallas_kernels import hopper
 
 

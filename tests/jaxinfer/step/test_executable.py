@@ -15,7 +15,7 @@ from jaxinfer.sharding import make_mesh
 from jaxinfer.step import executable
 from jaxinfer.step.executable import Call, Compiler, dump, from_json, load, to_json
 from jaxinfer.step.forward import Computed
-from jaxinfer.step.program import POOL, WIPE, SamplerKey
+from jaxinfer.step.keys import POOL, WIPE, SamplerKey
 from pallas_kernels import QuantizedKV
 from tests.jaxinfer.conftest import settings
 

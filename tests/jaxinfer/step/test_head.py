@@ -16,7 +16,8 @@ from jaxinfer.sharding import make_mesh, named
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import COPY, POOL, Program, ProgramConfig, ProposeKey
+from jaxinfer.step.keys import COPY, POOL, ProgramConfig, ProposeKey
+from jaxinfer.step.program import Program
 from tests.eagle_twin import EagleTwin
 
 PREFILL, VERIFY = Bucket(8, 2, 0), Bucket(0, 0, 2, 4)

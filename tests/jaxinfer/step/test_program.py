@@ -12,7 +12,8 @@ from jaxinfer.request import Request, SamplingParams
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey, options_for
+from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey
+from jaxinfer.step.program import options_for
 from jaxinfer.step.slots import Draws
 
 GREEDY = SamplingParams(temperature=0)
