@@ -3,7 +3,7 @@
 Answers end where the model ends them, or after `--tokens`. Copying is asked for within what the embedded model has learnt, a list of nine
 words, so that what is measured is copying: once where the text stands in the question alone ("copying"), once where the same has been
 asked for and answered before ("again"), as when a text is edited or an answer made anew. At least `LEAST` prompts run, one after another if
-few run at once.
+few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many of its lines as are needed, from the first).
 
 A row says how many tokens per second a batch gets, the ratio to the engine without drafts (`speedup`: median of turns that lie side by
 side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
@@ -22,6 +22,8 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
 from jaxinfer.console import remark
+from jaxinfer.prompts import Lines, encode, read
 from jaxinfer.request import Request, SamplingParams
 
 HELP = "tokens per second with each way to draft, beside none"
@@ -48,6 +51,7 @@ WORDS = (
     "guitar", "hammer", "horse", "island", "kitchen", "ladder", "lamp", "market", "mirror", "mountain", "ocean", "paper", "pencil",
     "pillow", "rabbit", "river", "shirt", "ship", "stone", "street", "table", "tiger", "tower", "train", "valley", "window",
 )  # fmt: skip
+NO_TOKENIZER = "bench speculation writes its prompts as text, so it needs a model with a tokenizer"
 COPIED = 9  # words: as many as the embedded model has learnt to copy
 
 
@@ -59,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", action="extend", type=several(kind, choices), help=f"only these, with commas between [{listed}]")
     engines.add_shape_argument(parser)
     forced.add_arguments(parser)
+    parser.add_argument("--data", type=Path, metavar="FILE", help="prompts as JSON lines, as for audit and distill, in place of --kind")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most [96]")
     parser.add_argument("--always", action="store_true", help="draft whatever it costs, to see how many drafts stand")
     add_output_arguments(parser)
@@ -70,13 +75,13 @@ def run(args: argparse.Namespace) -> int:
     if args.shape is not None:
         return forced.run(args)
     ways: Sequence[str] = args.way or WAYS
-    batches, kinds = args.batch or BATCHES, args.kind or KINDS
+    batches, kinds = args.batch or BATCHES, ("data",) if args.data else args.kind or KINDS
     values: dict[str, Any] = {"max_sequences": max(batches), "max_model_len": LONGEST, **vars(args)}
     values = {"kv_tokens": max(batches) * values["max_model_len"], **values}  # several engines share the device
     small = {"draft_model": values.pop("draft_model", None)}
     settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
     configs = [from_arguments(EngineConfig, own) for own in settings]
-    equal = True
+    equal, lines = True, None if args.data is None else read(args.data)
     with engines.opened(configs) as opened, Report("speculation", args) as report:
         named: dict[str, Any] = dict(zip(("off", *ways), opened, strict=True))
         for engine in opened[1:]:
@@ -84,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         for kind in kinds:
             for batch in batches:
                 remark(f"{kind}, {batch} at once")
-                texts = prompts(kind, max(batch, LEAST), opened[0].tokenizer)
+                count = max(batch, LEAST)
+                texts = prompts(kind, count, opened[0].tokenizer) if lines is None else own(lines, opened[0], count, args.tokens)
                 for row in measure(named, Load(texts, batch, args.tokens), args.repeat):
                     equal = equal and (row["equal"] or row["dtype"] != "float32")
                     report.add(kind=kind, batch=batch, **row)
@@ -176,6 +182,19 @@ def answers(engine: Any, load: Load) -> Made:
     return Made(found, steps)
 
 
+def own(lines: Lines, engine: Any, count: int, tokens: int) -> list[list[int]]:
+    """The user's first prompts, over again if there are fewer than `count`.
+
+    Raises:
+        ConfigError: no tokenizer, or a prompt that leaves no room for an answer.
+    """
+    if engine.tokenizer is None:
+        raise ConfigError(NO_TOKENIZER)
+    few = replace(lines, lines=lines.lines[:count])
+    found = [list(document.prompt) for document in encode(few, engine.tokenizer, engine.info.max_model_len - tokens + 1)]
+    return [found[number % len(found)] for number in range(count)]
+
+
 def prompts(kind: str, count: int, tokenizer: Any) -> list[list[int]]:
     """So many different prompts of a kind.
 
@@ -183,7 +202,7 @@ def prompts(kind: str, count: int, tokenizer: Any) -> list[list[int]]:
         ConfigError: a model without a tokenizer.
     """
     if tokenizer is None:
-        raise ConfigError("bench speculation writes its prompts as text, so it needs a model with a tokenizer")
+        raise ConfigError(NO_TOKENIZER)
     return [text(kind, number, tokenizer) for number in range(count)]
 
 

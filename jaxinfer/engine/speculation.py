@@ -34,12 +34,13 @@ from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.keys import ProgramConfig
 
-MARGIN = 1.05  # what drafts must promise: their worth and what steps cost are estimates
+MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
 FIRST, FRESH, AGAIN = 8, 256, 3  # after so many steps with drafts, later more, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 APART = 16  # steps without drafts between two trials, at least
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 FADING = 0.9  # of what is known of excursions, with each that ends
+NEWCOMERS = 1.0  # plain steps that must have been saved up for the draft model to see prompts where drafts do not pay
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
 ASKING = 0.01  # of a plain step is what each plain step earns for being asked where drafts do not pay
 DEAR = 0.02  # a step during which asking took more of a plain one's time is no measure of plain ones
@@ -198,10 +199,13 @@ class Speculator:
 
     def leaves_out(self, batch: Batch) -> bool:
         """Whether the draft model stays out of a step. It loses sight of the step's rows then."""
-        if self.always or batch.prefills or self._paces[self._size(len(batch.decodes))].drafting or batch.decode_tokens > 1:
+        size = self._size(len(batch.rows))
+        if self.always or self._paces[size].drafting or batch.decode_tokens > 1:
+            return False
+        if batch.prefills and self.allowance.affords(size, NEWCOMERS):  # so that they can be tried with
             return False
         if any(proposer.DEVICE for proposer in self.proposers):
-            self._about.lost.update(row.request.key for row in batch.decodes)
+            self._about.lost.update(row.request.key for row in batch.rows)
         return True
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:
@@ -220,11 +224,12 @@ class Speculator:
         """Take in a step: how long it took from the end of the one before, how many tokens it drew, whether it was launched behind
         another, as all are where there are no drafts, and whether the draft model saw it."""
         spent, self._spent = self._spent, 0.0
-        if batch.prefills:
-            return
-        way, rows = way_of(batch, bucket, followed=followed), len(batch.decodes)
+        rows = len(batch.rows)
         size = self._size(rows)
-        pace = self._paces[size]
+        if batch.prefills:
+            self.allowance.settle(size, -self.costs.more(FOLLOWED, size) if followed else 0.0)
+            return
+        way, pace = way_of(batch, bucket, followed=followed), self._paces[size]
         if way.width > 1:
             self.costs.take(way, size, seconds)
             pace.drafted()

@@ -50,7 +50,7 @@ class ProposeKey:
 
 @dataclass(frozen=True)
 class AloneKey:
-    """Names the forward pass of a bucket of decodes that leaves the draft model out: what the cache holds for it falls behind."""
+    """Names the forward pass of a bucket that leaves the draft model out: what the cache holds for it falls behind."""
 
     bucket: Bucket
 
@@ -119,9 +119,9 @@ class ProgramConfig:
 
     @property
     def alone(self) -> tuple[AloneKey, ...]:
-        """One for each bucket of single decodes, if there is a draft model."""
+        """One for each bucket without drafts, if there is a draft model."""
         buckets = () if self.draft is None else self.buckets
-        return tuple(AloneKey(bucket) for bucket in buckets if bucket.decode_tokens == 1 and not bucket.prefill_tokens)
+        return tuple(AloneKey(bucket) for bucket in buckets if bucket.decode_tokens == 1)
 
     @property
     def scorers(self) -> tuple[ScoreKey, ...]:

@@ -143,7 +143,7 @@ class Program:
 
     def forward(self, packed: Packed, drafting: Demand | None = None, *, alone: bool = False) -> Computed:
         """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
-        sampler. alone: a step of single decodes leaves the draft model out."""
+        sampler. alone: a step without drafts leaves the draft model out."""
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         program = self._compiled.get(AloneKey(bucket)) if alone else None
         if program is not None:

@@ -66,8 +66,7 @@ def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any]) -> Beside:
 
 def kind(key: Any) -> Any:
     """Programs of one kind differ in their widths only."""
-    if isinstance(key, AloneKey):
-        return "decode"
-    if isinstance(key, Bucket):
-        return "mixed" if key.prefill_tokens else "decode"
+    if isinstance(key, FORWARDS):
+        bucket = key.bucket if isinstance(key, AloneKey) else key
+        return "mixed" if bucket.prefill_tokens else "decode"
     return (type(key).__name__, getattr(key, "demand", key if isinstance(key, str) else None))

@@ -1,9 +1,11 @@
 """The benchmark of drafts on the tiny engines: its rows, and its prompts."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
+from jaxinfer import prompts
 from jaxinfer.bench import speculation
 from jaxinfer.config import ConfigError
 from tests.fakes import byte_tokenizer
@@ -26,6 +28,19 @@ def test_prompts_differ_and_say_what_they_want(kind):
     found = speculation.prompts(kind, 256, tokenizer)
     assert len({tuple(prompt) for prompt in found}) == 256
     assert ("Copy this text" in tokenizer.decode(found[9])) == (kind in ("copying", "again"))
+
+
+def test_prompts_of_the_users_own_come_in_their_order_and_over_again(tmp_path):
+    file, engine = tmp_path / "own.jsonl", SimpleNamespace(tokenizer=byte_tokenizer(), info=SimpleNamespace(max_model_len=64))
+    file.write_text('{"prompt": "first"}\n{"prompt": "a second"}\n')
+    lines = prompts.read(file)
+    first, second = (list(document.prompt) for document in prompts.encode(lines, engine.tokenizer, 64))
+    assert speculation.own(lines, engine, 3, 20) == [first, second, first] and speculation.own(lines, engine, 1, 20) == [first]
+    with pytest.raises(ConfigError, match="line 2"):
+        speculation.own(lines, engine, 8, 64 - len(first))
+    engine.tokenizer = None
+    with pytest.raises(ConfigError, match="with a tokenizer"):
+        speculation.own(lines, engine, 8, 20)
 
 
 def test_a_model_without_a_tokenizer_is_refused():

@@ -291,8 +291,14 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     assert not made.leaves_out(step)  # drafts are thought to pay
     made._paces[1].drafting = False
     assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
+    prompts = Batch((), (drafted("2", ()),))
+    assert not made.leaves_out(prompts)
+    made.observe(prompts, Bucket(32, 1, 0), 1.0, drawn=1, steady=True, followed=True)
+    made.allowance.settle(1, -START)
+    assert made.leaves_out(prompts)  # nothing is left for it
     assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (DRAFTED,) * 3}
     made.forget(("0", 0))
+    made.allowance.settle(1, START)
     assert made.propose(candidates()) == {("0", 0): (DRAFTED,) * 3}
 
 
