@@ -6,6 +6,7 @@ With `--shape NAME` an engine has random weights of a well-known model and no to
 from __future__ import annotations
 
 import argparse
+import gc
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,7 +39,7 @@ def settings_of(args: argparse.Namespace, longest: int) -> dict[str, Any]:
 
 @contextmanager
 def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
-    """An engine for each config, shut down at the end.
+    """An engine for each config, shut down at the end. As in a server, Python's collector passes over what is there when they are ready.
 
     Raises:
         ConfigError: several engines from one bundle, which would all have its settings.
@@ -55,6 +56,9 @@ def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
             for config in configs:
                 engines.append(Engine(config, progress=bar))
                 stack.callback(engines[-1].shutdown)
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
         yield engines
 
 

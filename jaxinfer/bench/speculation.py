@@ -123,11 +123,12 @@ class Made(NamedTuple):
 
 
 def measure(named: dict[str, Any], load: Load, repeat: int) -> list[dict[str, Any]]:
-    """One row for each engine; the first is the one without drafts. The first turn warms up and fills the history of drafts."""
+    """One row for each engine; the first is the one without drafts. The first turn warms up and fills the history of drafts; every other
+    one goes from the last engine to the first, so that a machine that gets slower or faster favours none."""
     seconds: dict[str, list[float]] = {name: [] for name in named}
     steps, made, before = Counter[str](), dict[str, Made](), {name: _counts(engine) for name, engine in named.items()}
     for turn in range(repeat + 1):
-        for name, engine in named.items():
+        for name, engine in list(named.items())[:: -1 if turn % 2 else 1]:
             begun = time.perf_counter()
             made[name] = answers(engine, load)
             steps[name] += made[name].steps

@@ -1,6 +1,7 @@
 """How benchmarks choose, open and drive engines, over an echo."""
 
 import argparse
+import gc
 
 import pytest
 
@@ -28,6 +29,13 @@ def test_a_shape_takes_the_context_that_is_needed_and_no_more_than_it_has():
 def test_an_unknown_shape_lists_the_known_ones():
     with pytest.raises(ConfigError, match=r"there are: llama-3.1-8b, .*did you mean 'tiny'"):
         engines.settings_of(flags(shape="tini"), 100)
+
+
+def test_the_collector_passes_over_engines_while_they_are_measured(monkeypatch):
+    monkeypatch.setattr(engine_module, "Engine", lambda config, *, progress: FakeEngine())
+    with engines.opened([EngineConfig()]):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_all_are_closed_when_one_cannot_be_built(monkeypatch):
