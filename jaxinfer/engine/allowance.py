@@ -43,5 +43,5 @@ class Allowance:
         return self.balance(size) > LEAST
 
     def affords(self, size: int, price: float) -> bool:
-        """Whether a trial that costs so many plain steps, if no draft stands, can be paid."""
-        return self.balance(size) >= price
+        """Whether a trial that costs so many plain steps, if no draft stands, can be paid from what was saved up since the start."""
+        return self.balance(size) >= self.start + price

@@ -40,7 +40,7 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 APART = 16  # steps without drafts between two trials, at least
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 FADING = 0.9  # of what is known of excursions, with each that ends
-NEWCOMERS = 1.0  # plain steps that must have been saved up for the draft model to see prompts where drafts do not pay
+SPARED = 1.0  # plain steps that must be left for the draft model to keep up where drafts do not seem to pay
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
 ASKING = 0.01  # of a plain step is what each plain step earns for being asked where drafts do not pay
 DEAR = 0.02  # a step during which asking took more of a plain one's time is no measure of plain ones
@@ -97,7 +97,7 @@ class Pace:
     looks: int = 0
     until: int = FIRST
     apart: int = APART
-    wide: float = 1.0
+    wide: float = 2.0
     returns: float = 1.0
 
     def asked(self, *, believed: bool) -> None:
@@ -199,13 +199,15 @@ class Speculator:
 
     def leaves_out(self, batch: Batch) -> bool:
         """Whether the draft model stays out of a step. It loses sight of the step's rows then."""
-        size = self._size(len(batch.rows))
+        if not any(proposer.DEVICE for proposer in self.proposers):
+            return True
+        size, lost = self._size(len(batch.rows)), self._about.lost
         if self.always or self._paces[size].drafting or batch.decode_tokens > 1:
             return False
-        if batch.prefills and self.allowance.affords(size, NEWCOMERS):  # so that they can be tried with
+        keys = [row.request.key for row in batch.rows]
+        if self.allowance.balance(size) >= SPARED and not lost.issuperset(keys):  # so that drafts can be tried again
             return False
-        if any(proposer.DEVICE for proposer in self.proposers):
-            self._about.lost.update(row.request.key for row in batch.rows)
+        lost.update(keys)
         return True
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:

@@ -19,9 +19,10 @@ from jaxinfer.step.buckets import Occupancy, buckets, choose, verifying
 
 def test_trials_are_saved_up_for():
     account = Allowance()
-    assert account.affords(4, START) and not account.affords(4, START + 0.1)
-    account.settle(4, -START)
-    assert not account.affords(4, 0.5) and account.affords(8, START)
+    assert account.affords(4, 0.0) and not account.affords(4, 0.1)
+    account.settle(4, -1.0)
+    assert not account.affords(4, 0.0) and account.affords(8, 0.0)
+    account.settle(4, 1.0)
     for _ in range(round(0.5 / SHARE) + 1):
         account.earn(4)
     assert account.affords(4, 0.5)
