@@ -23,6 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -74,27 +75,31 @@ def run(args: argparse.Namespace) -> int:
     """Measure every way on every kind of prompt; 1 if float32 tokens differ. With a shape: forced acceptance."""
     if args.shape is not None:
         return forced.run(args)
-    ways: Sequence[str] = args.way or WAYS
-    batches, kinds = args.batch or BATCHES, ("data",) if args.data else args.kind or KINDS
-    values: dict[str, Any] = {"max_sequences": max(batches), "max_model_len": LONGEST, **vars(args)}
-    values = {"kv_tokens": max(batches) * values["max_model_len"], **values}  # several engines share the device
-    small = {"draft_model": values.pop("draft_model", None)}
-    settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
-    configs = [from_arguments(EngineConfig, own) for own in settings]
-    equal, lines = True, None if args.data is None else read(args.data)
-    with engines.opened(configs) as opened, Report("speculation", args) as report:
+    ways, batches = args.way or WAYS, args.batch or BATCHES
+    lines = None if args.data is None else read(args.data)
+    kinds = args.kind or KINDS if lines is None else ("data",)
+    equal = True
+    with engines.opened(_configs(args, ways, max(batches))) as opened, Report("speculation", args) as report:
         named: dict[str, Any] = dict(zip(("off", *ways), opened, strict=True))
         for engine in opened[1:]:
             engine.speculator.always = args.always
-        for kind in kinds:
-            for batch in batches:
-                remark(f"{kind}, {batch} at once")
-                count = max(batch, LEAST)
-                texts = prompts(kind, count, opened[0].tokenizer) if lines is None else own(lines, opened[0], count, args.tokens)
-                for row in measure(named, Load(texts, batch, args.tokens), args.repeat):
-                    equal = equal and (row["equal"] or row["dtype"] != "float32")
-                    report.add(kind=kind, batch=batch, **row)
+        for kind, batch in product(kinds, batches):
+            remark(f"{kind}, {batch} at once")
+            count = max(batch, LEAST)
+            texts = prompts(kind, count, opened[0].tokenizer) if lines is None else own(lines, opened[0], count, args.tokens)
+            for row in measure(named, Load(texts, batch, args.tokens), args.repeat):
+                equal = equal and (row["equal"] or row["dtype"] != "float32")
+                report.add(kind=kind, batch=batch, **row)
     return int(not equal)
+
+
+def _configs(args: argparse.Namespace, ways: Sequence[str], most: int) -> list[EngineConfig]:
+    """An engine without drafts and one for each way; they share the device, so each has room for what is measured."""
+    values: dict[str, Any] = {"max_sequences": most, "max_model_len": LONGEST, **vars(args)}
+    values = {"kv_tokens": most * values["max_model_len"], **values}
+    small = {"draft_model": values.pop("draft_model", None)}
+    settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
+    return [from_arguments(EngineConfig, own) for own in settings]
 
 
 class Load(NamedTuple):

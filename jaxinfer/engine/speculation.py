@@ -153,6 +153,15 @@ class _Sequences:
 
 
 @dataclass
+class _Since:
+    """seconds: that asking took since the last step ended. waited: drafts were wanted that a step had to be awaited for, and no plain step
+    has been launched since that had to wait."""
+
+    seconds: float = 0.0
+    waited: bool = False
+
+
+@dataclass
 class Speculator:
     """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks). unseen: steps with
     drafts are launched behind others, as plain ones are. clock: seconds."""
@@ -171,8 +180,7 @@ class Speculator:
     asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 1.0))
     _about: _Sequences = field(default_factory=_Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
-    _away: bool = False
-    _spent: float = 0.0
+    _since: _Since = field(default_factory=_Since)
 
     def asks(self, rows: int) -> bool:
         """Whether the next step of so many rows may have drafts; False takes no time."""
@@ -187,10 +195,10 @@ class Speculator:
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         for proposer in self.proposers:
             proposer.rest()
-        self._spent += self.clock() - begun
+        self._since.seconds += self.clock() - begun
         if plan is None:
             return {}
-        self._away = not self.unseen
+        self._since.waited = not self.unseen
         if not any(candidate.sequence.pending for candidate in candidates):  # else they are asked again when that has come
             self._about.use({key: guess.proposal.kind for key, guess in plan.guesses.items()})
         most = plan.way.width - 1
@@ -225,7 +233,7 @@ class Speculator:
     def observe(self, batch: Batch, bucket: Bucket, seconds: float, *, drawn: int, steady: bool, followed: bool = False) -> None:
         """Take in a step: how long it took from the end of the one before, how many tokens it drew, whether it was launched behind
         another, as all are where there are no drafts, and whether the draft model saw it."""
-        spent, self._spent = self._spent, 0.0
+        spent, self._since.seconds = self._since.seconds, 0.0
         rows = len(batch.rows)
         size = self._size(rows)
         if batch.prefills:
@@ -242,8 +250,8 @@ class Speculator:
             (self.allowance if pace.drafting else self.asking).settle(size, -asked)
         if steady and asked < DEAR:
             self.costs.take(way, size, seconds)
-        if self._away and not steady:  # a steady one was launched before drafts were thought of
-            self._away = False
+        if self._since.waited and not steady:  # a steady one was launched before drafts were thought of
+            self._since.waited = False
             self.costs.take(ALONE, size, seconds)
             pace.returned()
             self.allowance.settle(size, -self.costs.more(ALONE, size))
