@@ -55,8 +55,8 @@ def test_every_draft_is_the_twins_whatever_came_between(eagle, monkeypatch, page
     """Prefixes that are cached, choices that share half a page, preemption: the head always saw true features."""
     eagle.scheduler, seen, forward = scheduler(Limits(4, 11, 2), pages), [], eagle.program.forward
 
-    def recorded(packed, drafting=None):
-        computed = forward(packed, drafting)
+    def recorded(packed, drafting=None, **how):
+        computed = forward(packed, drafting, **how)
         for index, row in packed.rows if drafting is not None else ():
             if DRAFTED in row.tokens:
                 seen.append((row.request.key, row.start, np.asarray(computed.rows.tokens)[index, 1 : len(row.tokens)].tolist()))
