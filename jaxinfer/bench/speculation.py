@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every way on every kind of prompt; 1 if float32 tokens differ. With a shape: forced acceptance."""
+    lines = _lines(args)
     if args.shape is not None:
         return forced.run(args)
     ways, batches = args.way or WAYS, args.batch or BATCHES
-    lines = None if args.data is None else read(args.data)
     kinds = args.kind or KINDS if lines is None else ("data",)
     equal = True
     with engines.opened(_configs(args, ways, max(batches))) as opened, Report("speculation", args) as report:
@@ -93,13 +93,21 @@ def run(args: argparse.Namespace) -> int:
     return int(not equal)
 
 
+def _lines(args: argparse.Namespace) -> Lines | None:
+    if args.data is None:
+        return None
+    if args.kind or args.shape is not None:
+        raise ConfigError("--data brings its own prompts: leave --kind and --shape out, or --data")
+    return read(args.data)
+
+
 def _configs(args: argparse.Namespace, ways: Sequence[str], most: int) -> list[EngineConfig]:
     """An engine without drafts and one for each way; they share the device, so each has room for what is measured."""
     values: dict[str, Any] = {"max_sequences": most, "max_model_len": LONGEST, **vars(args)}
     values = {"kv_tokens": most * values["max_model_len"], **values}
     small = {"draft_model": values.pop("draft_model", None)}
     settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
-    return [from_arguments(EngineConfig, own) for own in settings]
+    return [from_arguments(EngineConfig, each) for each in settings]
 
 
 class Load(NamedTuple):

@@ -140,10 +140,9 @@ class _Sequences:
     thoughts: dict[Key, Thought] = field(default_factory=dict)
     lost: set[Key] = field(default_factory=set)
 
-    def use(self, kinds: dict[Key, str]) -> None:
-        """Drafts of these kinds were given."""
-        self.kinds = kinds
-        for key in kinds:
+    def use(self, keys: Iterable[Key]) -> None:
+        """What was said about these is used."""
+        for key in keys:
             self.thoughts.pop(key, None)
 
     def forget(self, key: Key) -> None:
@@ -199,18 +198,21 @@ class Speculator:
         if plan is None:
             return {}
         self._since.waited = not self.unseen
-        if not any(candidate.sequence.pending for candidate in candidates):  # else they are asked again when that has come
-            self._about.use({key: guess.proposal.kind for key, guess in plan.guesses.items()})
+        self._about.kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
+        if not any(candidate.sequence.pending for candidate in candidates):  # else texts are asked again when that has come
+            self._about.use(plan.guesses)
         most = plan.way.width - 1
         counts = {key: most if self.always else min(most, enough(guess.chance)) for key, guess in plan.guesses.items()}
         return {key: guess.proposal.tokens[: counts[key]] for key, guess in plan.guesses.items()}
 
     def leaves_out(self, batch: Batch) -> bool:
         """Whether the draft model stays out of a step. It loses sight of the step's rows then."""
+        if self.always or batch.decode_tokens > 1:
+            return False
         if not any(proposer.DEVICE for proposer in self.proposers):
             return True
         size, lost = self._size(len(batch.rows)), self._about.lost
-        if self.always or self._paces[size].drafting or batch.decode_tokens > 1:
+        if self._paces[size].drafting:
             return False
         keys = [row.request.key for row in batch.rows]
         if self.allowance.balance(size) >= SPARED and not lost.issuperset(keys):  # so that drafts can be tried again

@@ -143,11 +143,11 @@ class Program:
 
     def forward(self, packed: Packed, drafting: Demand | None = None, *, alone: bool = False) -> Computed:
         """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
-        sampler. alone: a step without drafts leaves the draft model out."""
+        sampler. alone: a step without drafts leaves the draft model out, if there is one."""
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
-        program = self._compiled.get(AloneKey(bucket)) if alone else None
-        if program is not None:
+        if alone and self.config.draft is not None:
             weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
+            program = self._compiled[AloneKey(bucket)]
             kv, computed = program(self._leaves[:weights], self._kv[:layers], self._slots, buffer)
             self._kv = kv + self._kv[layers:]
             return computed

@@ -43,6 +43,14 @@ def test_prompts_of_the_users_own_come_in_their_order_and_over_again(tmp_path):
         speculation.own(lines, engine, 8, 20)
 
 
+@pytest.mark.parametrize("more", [["--kind", "chat"], ["--shape", "tiny"]])
+def test_prompts_of_two_kinds_are_refused(more):
+    parser = argparse.ArgumentParser()
+    speculation.add_arguments(parser)
+    with pytest.raises(ConfigError, match="leave --kind and --shape out"):
+        speculation.run(parser.parse_args(["--data", "own.jsonl", *more]))
+
+
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="with a tokenizer"):
         speculation.prompts("story", 1, None)

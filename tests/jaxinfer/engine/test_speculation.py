@@ -282,6 +282,16 @@ def test_what_was_said_and_not_used_is_compared_with_what_came():
     assert not made._about.thoughts
 
 
+def test_drafts_count_for_their_kind_also_where_a_step_is_on_its_way():
+    made = speculator(Fixed((DRAFTED,) * 3, "eagle", device=True))
+    (running,) = candidates()
+    running.sequence.pending = 1
+    for _ in range(20):
+        assert made.propose([running])
+        made.learn([(drafted("0", (DRAFTED,) * 3), 4)])
+    assert set(made.history.kinds) == {"eagle"} and made.history.chance(("0", 0), "eagle") > 0.8
+
+
 def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text_alone():
     text, model = Fixed((7, 8, 9), "lookup 2"), Fixed((DRAFTED,) * 3, "draft", device=True)
     made = speculator(text, model)
