@@ -5,10 +5,16 @@ words, so that what is measured is copying: once where the text stands in the qu
 asked for and answered before ("again"), as when a text is edited or an answer made anew. At least `LEAST` prompts run, one after another if
 few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many of its lines as are needed, from the first).
 
-A row says how many tokens per second a batch gets, the ratio to the engine without drafts (`speedup`: median of turns that lie side by
-side), the share of drafts that stood (`acceptance`), tokens per sequence and step, and whether all tokens are those of the engine without
-drafts (`equal`; in narrow numbers a near tie may fall differently). `costs_little`: drafts cost at most 3 % (`MOST_LOSS`), whatever the
-batch. The whole sweep: `jaxinfer bench speculation --batch 1,2,4,8,16,32,64,128,256 --json`.
+A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
+whether all tokens are those of the engine without drafts (`equal`; in narrow numbers a near tie may fall differently).
+
+In every turn the engine without drafts runs first and last, with the others between; every other turn goes backwards. `speedup` is the
+ratio of its time per token, the mean of the turn's two runs, to a way's, over all turns; `interval` is the 90 % interval of that
+(`turns.py`). The row "control" compares the engine without drafts with itself, one end of the turns with the other: what it says is noise.
+`costs_little` answers whether drafts cost at most 3 % (`MOST_LOSS`), whatever the batch: "shown" if the whole interval lies at 0.97 or
+above, "broken" if all of it lies below, else "not shown", as after fewer than 8 turns. `--seconds` gives each kind and batch so long, its
+warm-up included, for as many turns as that makes. The whole sweep, 9 minutes of measuring:
+`jaxinfer bench speculation --kind story --batch 1,2,4,8,16,32,64,128,256 --seconds 60 --json`.
 
 `--shape NAME` takes random weights of a well-known model and an EAGLE-3 head of its shape instead, and forces how often drafts stand: what
 a trained head would be worth at each rate of acceptance (`forced.py`).
@@ -17,18 +23,18 @@ a trained head would be worth at each rate of acceptance (`forced.py`).
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import product
+from dataclasses import dataclass, field, replace
+from itertools import count, product
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
-from jaxinfer.bench import engines, forced
+from jaxinfer.bench import engines, forced, turns
 from jaxinfer.bench.rows import Report, add_output_arguments
 from jaxinfer.config import ConfigError, EngineConfig, from_arguments
 from jaxinfer.config import add_arguments as add_settings
@@ -41,7 +47,8 @@ BATCHES = (1, 8, 64)
 WAYS = ("lookup", "draft", "auto")
 ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
 KINDS = ("story", "chat", "copying", "again")
-LEAST = 8
+CONTROL = "control"
+LEAST = 4  # prompts of a turn: a run of one at a time takes about as long as of 64, and there is time for many turns
 MOST_LOSS = 0.03
 LONGEST = 512  # tokens of a sequence, unless --max-model-len says so
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Sara", "Sam")
@@ -67,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FILE", help="prompts as JSON lines, as for audit and distill, in place of --kind")
     parser.add_argument("--tokens", type=int, default=96, help="of an answer, at most [96]")
     parser.add_argument("--always", action="store_true", help="draft whatever it costs, to see how many drafts stand")
+    parser.add_argument("--seconds", type=_seconds, default=0.0, metavar="S", help="turns for each kind and batch, at least --repeat [0]")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
 
@@ -85,15 +93,18 @@ def run(args: argparse.Namespace) -> int:
             engine.speculator.always = args.always
         for kind, batch in product(kinds, batches):
             remark(f"{kind}, {batch} at once")
-            count = max(batch, LEAST)
-            texts = prompts(kind, count, opened[0].tokenizer) if lines is None else own(lines, opened[0], count, args.tokens)
-            for row in measure(named, Load(texts, batch, args.tokens), args.repeat):
+            most = max(batch, LEAST)
+            texts = prompts(kind, most, opened[0].tokenizer) if lines is None else own(lines, opened[0], most, args.tokens)
+            for row in measure(named, Load(texts, batch, args.tokens), args.repeat, args.seconds):
                 equal = equal and (row["equal"] or row["dtype"] != "float32")
                 report.add(kind=kind, batch=batch, **row)
     return int(not equal)
 
 
 def _lines(args: argparse.Namespace) -> Lines | None:
+    """The user's own prompts, if any; a ConfigError for flags that do not go together."""
+    if args.seconds and args.shape is not None:
+        raise ConfigError("--seconds is for prompts: with --shape, --repeat alone says how many turns there are")
     if args.data is None:
         return None
     if args.kind or args.shape is not None:
@@ -135,36 +146,78 @@ class Made(NamedTuple):
         return sum(map(len, self.tokens.values()))
 
 
-def measure(named: dict[str, Any], load: Load, repeat: int) -> list[dict[str, Any]]:
-    """One row for each engine; the first is the one without drafts. The first turn warms up and fills the history of drafts; every other
-    one goes from the last engine to the first, so that a machine that gets slower or faster favours none."""
-    seconds: dict[str, list[float]] = {name: [] for name in named}
-    steps, made, before = Counter[str](), dict[str, Made](), {name: _counts(engine) for name, engine in named.items()}
-    for turn in range(repeat + 1):
-        for name, engine in list(named.items())[:: -1 if turn % 2 else 1]:
+def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0) -> list[dict[str, Any]]:
+    """One row for each engine and one for the control; the first engine is the one without drafts, which runs at both ends of a turn. The
+    first turn warms up and fills the history of drafts; every other one goes backwards, so that a machine that gets slower or faster
+    favours none. There are at least `repeat` more, and as many as begin before so many seconds have passed."""
+    base, end = next(iter(named)), time.perf_counter() + seconds
+    order = [*named.items(), (CONTROL, named[base])]
+    runs = {name: Runs(_counts(engine)) for name, engine in order}
+    for turn in count():
+        if turn > repeat and time.perf_counter() >= end:
+            break
+        for name, engine in order[:: -1 if turn % 2 else 1]:
             begun = time.perf_counter()
-            made[name] = answers(engine, load)
-            steps[name] += made[name].steps
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    base = next(iter(named))
+            made = answers(engine, load)
+            runs[name].add(made, time.perf_counter() - begun)
+        for each in runs.values():
+            each.equal &= each.last.tokens == runs[base].last.tokens
+    first, again = runs[base].paces[1:], runs[CONTROL].paces[1:]
+    both = [(one + other) / 2 for one, other in zip(first, again, strict=True)]
     rows = []
-    for name, engine in named.items():
-        rowed, proposed, accepted = (now - then for now, then in zip(_counts(engine), before[name], strict=True))
-        ratios = [one / other for one, other in zip(seconds[base], seconds[name], strict=True)]
-        total, speedup = made[name].total, median(ratios)
+    for name, engine in order:
+        paces = both if name == base else runs[name].paces[1:]
+        ratio = turns.compare(first if name == CONTROL else both, paces)
         rows.append({
-            "way": name, **engines.about(engine), "tokens_per_second": total / median(seconds[name]), "speedup": speedup,
-            "costs_little": speedup >= 1 - MOST_LOSS, "drafts": proposed, "acceptance": accepted / max(1, proposed), "drafted_rows": rowed,
-            "tokens": total, "tokens_per_step": (repeat + 1) * total / steps[name], "equal": made[name].tokens == made[base].tokens,
-            "turns": [round(ratio, 3) for ratio in ratios],
+            "way": name, **engines.about(engine), "tokens_per_second": len(paces) / sum(paces), "speedup": ratio.value,
+            "interval": ratio.interval and tuple(round(bound, 4) for bound in ratio.interval),
+            "costs_little": ratio.at_least(1 - MOST_LOSS), **runs[name].about(_counts(engine)),
+            "turns": [round(each, 3) for each in ratio.turns],
         })  # fmt: skip
     return rows
+
+
+@dataclass
+class Runs:
+    """All runs of an engine at its place in the turns, from the one that warms up on.
+
+    before: the engine's counts then. paces: seconds per token of each; near ties that fall differently make answers differ in length.
+    tokens, steps: of all. equal: whether all tokens were those of the engine without drafts.
+    """
+
+    before: tuple[int, int, int]
+    paces: list[float] = field(default_factory=list)
+    last: Made = Made({}, 0)
+    tokens: int = 0
+    steps: int = 0
+    equal: bool = True
+
+    def add(self, made: Made, seconds: float) -> None:
+        """Take one in."""
+        self.last = made
+        self.paces.append(seconds / made.total)
+        self.tokens += made.total
+        self.steps += made.steps
+
+    def about(self, counts: tuple[int, int, int]) -> dict[str, Any]:
+        """How drafts fared in all of them, how many tokens were made in the last, and whether they are the right ones."""
+        rowed, proposed, accepted = (now - then for now, then in zip(counts, self.before, strict=True))
+        return {
+            "drafts": proposed, "acceptance": accepted / max(1, proposed), "drafted_rows": rowed, "tokens": self.last.total,
+            "tokens_per_step": self.tokens / self.steps, "equal": self.equal,
+        }  # fmt: skip
 
 
 def _counts(engine: Any) -> tuple[int, int, int]:
     counts = engine.metrics
     return counts.drafts, counts.draft_tokens, counts.accepted_tokens
+
+
+def _seconds(text: str) -> float:
+    """Raises ValueError for anything but a number from 0."""
+    if not 0 <= (seconds := float(text)) < math.inf:
+        raise ValueError(text)
+    return seconds
 
 
 def several(kind: Callable[[str], Any], choices: Sequence[Any] | None) -> Callable[[str], list[Any]]:

@@ -13,7 +13,7 @@ from types import ModuleType
 from jaxinfer import bench
 
 HELP = "measure speed, as JSON rows or a table"
-HELPERS = frozenset({"ceilings", "engines", "forced", "kernel_goals", "kernel_peers", "peer_hf", "rows", "variants", "workloads"})
+HELPERS = frozenset({"ceilings", "engines", "forced", "kernel_goals", "kernel_peers", "peer_hf", "rows", "turns", "variants", "workloads"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

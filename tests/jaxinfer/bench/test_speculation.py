@@ -10,16 +10,104 @@ from jaxinfer.bench import speculation
 from jaxinfer.config import ConfigError
 from tests.fakes import byte_tokenizer
 
+LOAD = speculation.Load([(1, 2, 3)], 1, 8)
+
 
 def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
     load = speculation.Load([(1, 2, 3), (5, 6, 5, 6, 5), (7, 8, 9)], 2, 12)
-    rows = speculation.measure({"off": plain, "auto": speculating}, load, 1)
-    assert [row["way"] for row in rows] == ["off", "auto"]
-    assert rows[0]["speedup"] == 1.0 and all(row["equal"] and row["tokens_per_second"] > 0 for row in rows)
-    assert rows[0]["costs_little"] and rows[0]["drafts"] == 0 < rows[1]["drafts"]
-    assert rows[0]["drafted_rows"] == rows[0]["acceptance"] == 0
-    assert 0 < rows[1]["acceptance"] <= 1 and rows[1]["drafted_rows"] > 0
-    assert rows[1]["tokens_per_step"] > rows[0]["tokens_per_step"]
+    rows = speculation.measure({"off": plain, "auto": speculating}, load, 2)
+    off, auto, control = rows
+    assert [row["way"] for row in rows] == ["off", "auto", "control"]
+    assert off["speedup"] == 1.0 and off["interval"] == (1.0, 1.0) and off["turns"] == [1.0, 1.0]
+    assert all(row["equal"] and row["tokens_per_second"] > 0 and row["costs_little"] == "not shown" for row in rows)
+    assert off["drafts"] == control["drafts"] == 0 < auto["drafts"]
+    assert off["drafted_rows"] == off["acceptance"] == 0
+    assert 0 < auto["acceptance"] <= 1 and auto["drafted_rows"] > 0
+    assert auto["tokens_per_step"] > off["tokens_per_step"] == control["tokens_per_step"]
+    assert auto["speedup"] == pytest.approx(auto["tokens_per_second"] / off["tokens_per_second"])
+    assert auto["interval"][0] - 1e-4 <= auto["speedup"] <= auto["interval"][1] + 1e-4 and len(auto["turns"]) == 2
+
+
+class Clocked:
+    """Stands for an engine whose runs take so many seconds, by how many runs there were before; `ran` is shared and names them all."""
+
+    info = SimpleNamespace(model="m", dtype="float32", kv_dtype="float32", mesh="")
+    metrics = SimpleNamespace(drafts=0, draft_tokens=0, accepted_tokens=0)
+
+    def __init__(self, name, ran, seconds, tokens=(1, 2, 3, 4)):
+        self.name, self.ran, self.seconds, self.tokens = name, ran, seconds, tokens
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """Makes such engines. The clock goes on only while they run."""
+    now, ran = [0.0], []
+
+    def answers(engine, load):
+        now[0] += engine.seconds(len(ran))
+        ran.append(engine.name)
+        return speculation.Made({"only": engine.tokens}, len(engine.tokens))
+
+    monkeypatch.setattr(speculation, "answers", answers)
+    monkeypatch.setattr(speculation.time, "perf_counter", lambda: now[0])
+    return lambda name, seconds, **made: Clocked(name, ran, seconds, **made)
+
+
+def test_the_engine_without_drafts_runs_at_both_ends_of_a_turn(clocked):
+    named = {name: clocked(name, lambda number: 1.0) for name in ("off", "lookup", "draft")}
+    speculation.measure(named, LOAD, 2)
+    assert named["off"].ran == ["off", "lookup", "draft", "off", "off", "draft", "lookup", "off", "off", "lookup", "draft", "off"]
+
+
+def test_a_machine_that_gets_slower_favours_none(clocked):
+    off, way = (clocked(name, lambda number: 10.0 + number) for name in ("off", "way"))
+    _, found, control = speculation.measure({"off": off, "way": way}, LOAD, 8)
+    assert found["speedup"] == pytest.approx(1) and found["turns"] == [1.0] * 8 and found["costs_little"] == "shown"
+    assert control["speedup"] == pytest.approx(1) and control["turns"][0] > 1 > control["turns"][1]
+    assert control["interval"][0] < 1 < control["interval"][1] and control["costs_little"] == "not shown"
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(1.0, "shown"), (1.03, "shown"), (1.04, "broken")])
+def test_drafts_may_cost_three_percent(clocked, seconds, verdict):
+    rows = speculation.measure({"off": clocked("off", lambda number: 1.0), "way": clocked("way", lambda number: seconds)}, LOAD, 8)
+    assert [row["costs_little"] for row in rows] == ["shown", verdict, "shown"]
+
+
+def test_longer_answers_may_take_longer(clocked):
+    off, way = clocked("off", lambda number: 1.0), clocked("way", lambda number: 1.25, tokens=(1, 2, 3, 4, 5))
+    base, found, control = speculation.measure({"off": off, "way": way}, LOAD, 1)
+    assert found["speedup"] == 1.0 and found["tokens"] == 5 and found["interval"] is None
+    assert base["equal"] and control["equal"] and not found["equal"]
+
+
+def test_tokens_that_differed_once_are_not_equal(clocked, monkeypatch):
+    off, way = (clocked(name, lambda number: 1.0) for name in ("off", "way"))
+    inner = speculation.answers
+
+    def answers(engine, load):
+        made = inner(engine, load)
+        return speculation.Made({"only": (9, 9, 9, 9)}, 4) if len(engine.ran) == 5 else made  # in the second of four turns
+
+    monkeypatch.setattr(speculation, "answers", answers)
+    rows = speculation.measure({"off": off, "way": way}, LOAD, 3)
+    assert [row["equal"] for row in rows] == [True, False, True]
+
+
+def test_turns_go_on_until_the_time_is_over(clocked):
+    off, way = (clocked(name, lambda number: 1.0) for name in ("off", "way"))
+    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 30.0)[1]["turns"]) == 9  # and one that warms up, of 3 seconds each
+    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 1.0)[1]["turns"]) == 2
+
+
+def test_seconds_that_mean_nothing_are_refused():
+    parser = argparse.ArgumentParser()
+    speculation.add_arguments(parser)
+    assert (parser.parse_args([]).seconds, parser.parse_args(["--seconds", "2.5"]).seconds) == (0.0, 2.5)
+    for text in ("-1", "nan", "inf", "long"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--seconds={text}"])
+    with pytest.raises(ConfigError, match="--repeat alone"):
+        speculation.run(parser.parse_args(["--seconds", "9", "--shape", "tiny"]))
 
 
 @pytest.mark.parametrize("kind", speculation.KINDS)
