@@ -1,42 +1,74 @@
 """What drafts may cost where it is not certain that they pay: little, whatever was believed about them. Plain Python.
 
 Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for
-trials; a step with drafts is charged what it took beyond what its tokens cost without. So even where every belief is wrong the loss is
-that share of the time, and `start` - `LEAST` steps once. Gains fill the account up to `start` alone: a good hour pays for no bad one.
+trials; a step with drafts is charged what it took beyond what its tokens cost without, by the clock, as soon as plain steps around it have
+shown what these take: a machine that gets slower is no fault of drafts. So even where every belief is wrong the loss is
+that share of the time, and `start` - `LEAST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
 This file does not know why a step has drafts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-SHARE = 0.01
+SHARE = 0.008
 START = 2.0
+GAINED = 6.0
 MOST = 16.0  # what is saved up for a dear trial
 LEAST = -2.0  # below it drafts are made only if they can be paid, whatever they promise
 
 
 @dataclass
+class Unsettled:
+    """Steps that are not charged yet: how long they took, and the tokens of a row that they brought."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass
 class Allowance:
-    """Accounts by size. share: what a step earns. start: what an account begins with. most: what is saved up at most."""
+    """Accounts by size. share: what a step earns. start: what an account begins with. most: what is saved up at most. plain: the seconds of
+    a plain step of a size at present."""
 
     share: float = SHARE
     start: float = START
     most: float = MOST
-    _balance: dict[int, float] = field(default_factory=dict)
+    plain: Callable[[int], float] = lambda size: 1.0
+    _settled: dict[int, float] = field(default_factory=dict)
+    _open: dict[int, Unsettled] = field(default_factory=dict)
 
     def balance(self, size: int) -> float:
-        """Plain steps that drafts may cost."""
-        return self._balance.get(size, self.start)
+        """Plain steps that drafts may cost, if what is not settled yet is measured by plain steps of now."""
+        settled = self._settled.get(size, self.start)
+        if size not in self._open:
+            return settled
+        gain = self._open[size].tokens - self._open[size].seconds / self.plain(size)
+        return settled + (gain if gain < 0 else max(0.0, min(gain, GAINED - settled)))
 
     def earn(self, size: int) -> None:
         """A step without drafts was made."""
-        self._balance[size] = min(self.balance(size) + self.share, self.most)
+        self._settled[size] = min(self._settled.get(size, self.start) + self.share, self.most)
 
-    def settle(self, size: int, gain: float) -> None:
-        """A step with drafts has brought so many plain steps more than it cost; below 0 it cost more."""
-        balance = self.balance(size)
-        self._balance[size] = balance + (gain if gain < 0 else max(0.0, min(gain, self.start - balance)))
+    def owe(self, size: int, seconds: float, tokens: float) -> None:
+        """A step because of drafts took so long, and brought so many tokens for each of its rows."""
+        found = self._open.setdefault(size, Unsettled())
+        found.seconds += seconds
+        found.tokens += tokens
+
+    def settle(self, size: int) -> None:
+        """Charge what is open."""
+        self._settled[size] = self.balance(size)
+        self._open.pop(size, None)
+
+    def charge(self, size: int, price: float) -> None:
+        """Charge so many plain steps besides."""
+        self._settled[size] = self._settled.get(size, self.start) - price
+
+    def doubts(self, size: int) -> bool:
+        """Whether there is nothing left by what is still open, so that plain steps should show first what they take now."""
+        return size in self._open and not self.believes(size)
 
     def believes(self, size: int) -> bool:
         """Whether what drafts promise is reason enough to make some."""

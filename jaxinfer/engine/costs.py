@@ -1,8 +1,8 @@
 """What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
 
-Steps are compared with plain ones of the same size that were made just before: whatever else the machine does makes both slower. Medians
-count on both sides, since steps that took long because something else had the processor say nothing about their kind. Seconds are those
-of a monotonic clock. This file does not know what drafts are worth.
+Steps are compared with plain ones of the same size that were made just before: whatever else the machine does makes both slower. Means
+count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more than `HELD_UP` of its
+kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know what drafts are worth.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from jaxinfer.batch import Batch
@@ -19,11 +20,12 @@ from jaxinfer.step.inputs import pack
 from jaxinfer.step.program import Program
 
 ROUNDS = 5
-PLAINS = 5  # plain steps that one with drafts is compared with
+PLAINS = 8  # plain steps that others are compared with, the latest
+KNOWN = 6  # so many tell what one takes
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
 BEHIND = 4  # steps that are launched one behind the other to see what one takes
-HELD_UP = 4.0  # times what was measured at the start: what takes longer says nothing about its kind
+HELD_UP = 2.5  # times what is usual: what takes longer says nothing about its kind
 OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
 RECENT = 8  # a plain step that lies further back is no comparison
 
@@ -45,13 +47,42 @@ class Way(NamedTuple):
 PLAIN, FOLLOWED, ALONE = Way(1), Way(1, hidden=True), Way(1, waits=True)
 
 
+class Seen(NamedTuple):
+    """A step that was made. seconds: from the end of the one before. drawn: tokens. steady: it was launched behind another, as all are
+    where there are no drafts. followed: the draft model saw its tokens. ahead: what was launched meanwhile (its own bucket where
+    nothing ever is)."""
+
+    batch: Batch
+    bucket: Bucket
+    seconds: float
+    drawn: int
+    steady: bool = True
+    followed: bool = False
+    ahead: Bucket | None = None
+
+    @property
+    def rows(self) -> int:
+        """Sequences in it."""
+        return len(self.batch.rows)
+
+    @property
+    def way(self) -> Way:
+        """How it was run."""
+        return way_of(self.batch, self.bucket, followed=self.followed)
+
+    @property
+    def alike(self) -> bool:
+        """Whether the host did nothing else meanwhile than launch another such step."""
+        return self.ahead == self.bucket
+
+
 class Costs:
     """Steps by way and rows (per replica). Empty until something was measured."""
 
     def __init__(self) -> None:
         self._start: dict[tuple[Way, int], float] = {}
         self._plains: dict[int, deque[float]] = {}
-        self._latest: dict[int, int] = {}
+        self._latest: dict[tuple[Way, int], int] = {}
         self._ratios: dict[tuple[Way, int], deque[float]] = {}
         self._typical: dict[tuple[Way, int], float] = {}
         self._compared: dict[tuple[Way, int], int] = {}
@@ -76,17 +107,20 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         self._steps += 1
-        if way in (PLAIN, FOLLOWED):
+        plains = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
+        recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in plains)
+        if way == PLAIN or (way == FOLLOWED and not recent):
             plain = seconds if way == PLAIN else seconds / self.ratio(FOLLOWED, size)
             self._plains.setdefault(size, deque(maxlen=PLAINS)).append(plain)
-            self._latest[size] = self._steps
-        elif self._steps - self._latest.get(size, -RECENT) <= RECENT:
-            if self._steps - self._compared.get((way, size), 0) > OLD:
+        if way in (PLAIN, FOLLOWED):
+            self._latest[way, size] = self._steps
+        if way != PLAIN and recent:
+            if self._old(way, size):
                 self._ratios.pop((way, size), None)
             self._compared[way, size] = self._steps
             ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
-            ratios.append(min(seconds / _median(self._plains[size]), HELD_UP * self._measured(way, size)))
-            self._typical[way, size] = _median(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
+            ratios.append(min(seconds / self.seconds(size), HELD_UP * self._measured(way, size)))
+            self._typical[way, size] = fmean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
 
     def table(self) -> dict[tuple[Way, int], float]:
         """What each program took at the start, in seconds."""
@@ -100,7 +134,7 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         found = self._typical.get((way, size))
-        if found is None or self._steps - self._compared.get((way, size), self._steps) > OLD:
+        if found is None or self._old(way, size):
             found = self._typical[way, size] = self._measured(way, size)
         return found
 
@@ -116,7 +150,15 @@ class Costs:
             LookupError: no program measured holds them.
         """
         size = self.size(PLAIN, rows)
-        return _median(self._plains[size]) if self._plains.get(size) else self._start[PLAIN, size]
+        plains = self._plains.get(size)
+        if not plains:
+            return self._start[PLAIN, size]
+        most = HELD_UP * _median(plains)
+        return fmean(min(each, most) for each in plains)
+
+    def known(self, rows: int) -> bool:
+        """Whether enough plain steps were made to say what one takes."""
+        return len(self._plains.get(self.size(PLAIN, rows), ())) >= KNOWN
 
     def size(self, way: Way, rows: int) -> int:
         """The rows of the program that holds so many.
@@ -131,6 +173,10 @@ class Costs:
                 raise LookupError(f"no {way} step of {rows} rows was measured")
             found = self._sizes[way, rows] = min(sizes)
         return found
+
+    def _old(self, way: Way, size: int) -> bool:
+        """Whether comparisons no longer count. Those of steps that a draft model has seen do: others are seldom made beside them."""
+        return way != FOLLOWED and self._steps - self._compared.get((way, size), self._steps) > OLD
 
     def _measured(self, way: Way, size: int) -> float:
         return self._start[way, self.size(way, size)] / self._start[PLAIN, size]

@@ -33,7 +33,7 @@ from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
-from jaxinfer.engine.speculation import Candidate
+from jaxinfer.engine.speculation import Candidate, Seen
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import Sampled
@@ -376,13 +376,13 @@ class Engine:
         return limit
 
     def _measure(self, flight: _Flight, drawn: int) -> None:
-        now = time.perf_counter()
-        shapes, batch = flight.packed.shapes, flight.batch
+        now, shapes, batch = time.perf_counter(), flight.packed.shapes, flight.batch
         padded = shapes.bucket.tokens * shapes.replicas
         phase = "mixed" if batch.prefills else "decode"
         if self.speculator is not None and self._idle_since:
-            followed = not flight.alone and self.program.config.draft is not None
-            self.speculator.observe(batch, shapes.bucket, now - self._idle_since, drawn=drawn, steady=flight.steady, followed=followed)
+            followed = not (flight.alone or self.program.config.draft is None)
+            ahead = self._flights[0].packed.shapes.bucket if self._flights else None if self._depth else shapes.bucket
+            self.speculator.observe(Seen(batch, shapes.bucket, now - self._idle_since, drawn, flight.steady, followed, ahead))
         self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 

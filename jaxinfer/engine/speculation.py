@@ -14,7 +14,7 @@ steps without are made once in a while, so that their cost is known too. This fi
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.allowance import Allowance
-from jaxinfer.engine.costs import ALONE, FOLLOWED, PLAIN, Costs, Way, way_of
+from jaxinfer.engine.costs import ALONE, FOLLOWED, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
@@ -31,19 +31,20 @@ from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
-from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
-FIRST, FRESH, AGAIN = 8, 256, 3  # after so many steps with drafts, later more, a few are made without, to see what these cost now
+FIRST, FRESH, AGAIN = 8, 256, 5  # after so many steps with drafts, later more, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 APART = 16  # steps without drafts between two trials, at least
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 FADING = 0.9  # of what is known of excursions, with each that ends
 SPARED = 1.0  # plain steps that must be left for the draft model to keep up where drafts do not seem to pay
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
-ASKING = 0.01  # of a plain step is what each plain step earns for being asked where drafts do not pay
-DEAR = 0.02  # a step during which asking took more of a plain one's time is no measure of plain ones
+ASKING = 0.004  # of a plain step is what each plain step earns for being asked where drafts do not pay
+UNSEEN = 16  # tokens of a sequence that a draft model may have missed; each costs about 0.5 % of the drafts that stand
+BEHIND = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
+DEAREST = 2.5  # times what is usual is the most that a step is charged: what takes longer was held up by something else
 
 
 class Candidate(NamedTuple):
@@ -87,15 +88,16 @@ class Plan(NamedTuple):
 @dataclass
 class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
-    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which they
-    are due. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these
-    fade."""
+    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
+    they are due. out: the draft model was left out of the last step. apart: plain steps since the last one with drafts. wide, returns:
+    steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
     age: int = 0
     looks: int = 0
     until: int = FIRST
+    out: bool = False
     apart: int = APART
     wide: float = 2.0
     returns: float = 1.0
@@ -133,12 +135,12 @@ class Thought(NamedTuple):
 
 @dataclass
 class _Sequences:
-    """What is known of each sequence. kinds: of the drafts that it was given last. thoughts: of it that were not used. lost: those that the
-    draft model has not seen all tokens of."""
+    """What is known of each sequence. kinds: of the drafts that it was given last. thoughts: of it that were not used. unseen: how many of
+    its tokens the draft model has not seen."""
 
     kinds: dict[Key, str] = field(default_factory=dict)
     thoughts: dict[Key, Thought] = field(default_factory=dict)
-    lost: set[Key] = field(default_factory=set)
+    unseen: Counter[Key] = field(default_factory=Counter)
 
     def use(self, keys: Iterable[Key]) -> None:
         """What was said about these is used."""
@@ -148,15 +150,22 @@ class _Sequences:
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
         self.thoughts.pop(key, None)
-        self.lost.discard(key)
+        self.unseen.pop(key, None)
+
+    def lost(self, key: Key) -> bool:
+        """Whether the draft model has lost sight of a sequence: it drafts worse for each token that it has not seen."""
+        return self.unseen[key] > UNSEEN
 
 
 @dataclass
 class _Since:
-    """seconds: that asking took since the last step ended. waited: drafts were wanted that a step had to be awaited for, and no plain step
-    has been launched since that had to wait."""
+    """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
+    or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. waited: drafts were wanted that a
+    step had to be awaited for, and no plain step has been launched since that had to wait."""
 
     seconds: float = 0.0
+    wanted: bool = False
+    owed: float = 0.0
     waited: bool = False
 
 
@@ -175,17 +184,22 @@ class Speculator:
     unseen: bool = False
     clock: Callable[[], float] = time.perf_counter
     history: History = field(default_factory=History)
-    allowance: Allowance = field(default_factory=Allowance)
+    allowance: Allowance = field(init=False)
     asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 1.0))
     _about: _Sequences = field(default_factory=_Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _since: _Since = field(default_factory=_Since)
 
+    def __post_init__(self) -> None:
+        self.allowance = Allowance(plain=lambda size: self.costs.seconds(size))
+
     def asks(self, rows: int) -> bool:
         """Whether the next step of so many rows may have drafts; False takes no time."""
         size = self._size(rows)
         pace = self._paces[size]
-        return self.always or (not pace.looks and (pace.drafting or self.asking.affords(size, 0.0)))
+        wanted = not pace.looks and (pace.drafting or self.asking.affords(size, 0.0))
+        entering = pace.drafting and pace.out  # the draft model keeps up first
+        return self.always or (wanted and not entering and self.costs.known(size))
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
@@ -197,7 +211,7 @@ class Speculator:
         self._since.seconds += self.clock() - begun
         if plan is None:
             return {}
-        self._since.waited = not self.unseen
+        self._since.wanted, self._since.waited = True, not self.unseen
         self._about.kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
         if not any(candidate.sequence.pending for candidate in candidates):  # else texts are asked again when that has come
             self._about.use(plan.guesses)
@@ -206,18 +220,23 @@ class Speculator:
         return {key: guess.proposal.tokens[: counts[key]] for key, guess in plan.guesses.items()}
 
     def leaves_out(self, batch: Batch) -> bool:
-        """Whether the draft model stays out of a step. It loses sight of the step's rows then."""
+        """Whether the draft model stays out of a step, whose tokens it has not seen then."""
         if self.always or batch.decode_tokens > 1:
             return False
         if not any(proposer.DEVICE for proposer in self.proposers):
             return True
-        size, lost = self._size(len(batch.rows)), self._about.lost
-        if self._paces[size].drafting:
+        size, about = self._size(len(batch.rows)), self._about
+        pace, known = self._paces[size], bool(batch.prefills) or self.costs.known(size)  # a few steps show what plain ones take
+        wanted = pace.drafting or (
+            self.allowance.balance(size) >= SPARED and not all(about.lost(row.request.key) for row in batch.rows)
+        )  # so that drafts can be tried again
+        if known and wanted:
+            if pace.out and not batch.prefills:
+                pace.looks, pace.out = AGAIN, False  # a few behind those show what it takes that the draft model keeps up
             return False
-        keys = [row.request.key for row in batch.rows]
-        if self.allowance.balance(size) >= SPARED and not lost.issuperset(keys):  # so that drafts can be tried again
-            return False
-        lost.update(keys)
+        pace.out = True
+        for row in batch.rows:
+            about.unseen[row.request.key] += len(row.tokens)
         return True
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:
@@ -232,36 +251,47 @@ class Speculator:
             self.metrics.accepted_tokens += accepted
             self.metrics.accepted_at.update(range(accepted))
 
-    def observe(self, batch: Batch, bucket: Bucket, seconds: float, *, drawn: int, steady: bool, followed: bool = False) -> None:
-        """Take in a step: how long it took from the end of the one before, how many tokens it drew, whether it was launched behind
-        another, as all are where there are no drafts, and whether the draft model saw it."""
-        spent, self._since.seconds = self._since.seconds, 0.0
-        rows = len(batch.rows)
-        size = self._size(rows)
-        if batch.prefills:
-            self.allowance.settle(size, -self.costs.more(FOLLOWED, size) if followed else 0.0)
-            return
-        way, pace = way_of(batch, bucket, followed=followed), self._paces[size]
-        if way.width > 1:
-            self.costs.take(way, size, seconds)
-            pace.drafted()
-            self.allowance.settle(size, drawn / rows - self.costs.ratio(way, size))
-            return
-        asked = spent / self.costs.seconds(size) if spent else 0.0
-        if asked:
-            (self.allowance if pace.drafting else self.asking).settle(size, -asked)
-        if steady and asked < DEAR:
-            self.costs.take(way, size, seconds)
-        if self._since.waited and not steady:  # a steady one was launched before drafts were thought of
-            self._since.waited = False
-            self.costs.take(ALONE, size, seconds)
+    def observe(self, step: Seen) -> None:
+        """Take in a step."""
+        since, size = self._since, self._size(step.rows)
+        self._since = _Since(waited=since.waited)
+        if step.batch.prefills:
+            self.allowance.charge(size, self.costs.more(FOLLOWED, size) if step.followed else 0.0)
+        elif step.way.width == 1:
+            self._plain(step, size, since)
+        else:
+            self.costs.take(step.way, size, step.seconds + since.owed)
+            self._owe(step.way, size, step.seconds + since.owed, step.drawn / step.rows)
+            self._paces[size].drafted()
+
+    def _plain(self, step: Seen, size: int, since: _Since) -> None:
+        """Take in a step without drafts."""
+        pace, way, took = self._paces[size], step.way, step.seconds - since.seconds
+        (self.allowance if pace.drafting else self.asking).charge(size, since.seconds / self.costs.seconds(size))
+        waited = since.waited and not step.steady  # a steady one was launched before drafts were thought of
+        if waited:
+            self._since.waited, way, took = False, ALONE, took + since.owed
             pace.returned()
-            self.allowance.settle(size, -self.costs.more(ALONE, size))
-        if way == FOLLOWED:
-            self.allowance.settle(size, -self.costs.more(FOLLOWED, size))
-        for account in (self.allowance, self.asking):
-            account.earn(size)
-        pace.plain(steady=steady)
+        elif since.wanted and self.costs.known(size):
+            self._since.owed = took - self.costs.seconds(size)
+            took = self.costs.seconds(size)
+        pace.plain(steady=step.steady)
+        steady = step.steady and pace.apart > BEHIND and not since.wanted
+        if step.alike and (waited or steady):
+            self.costs.take(way, size, took)
+            if pace.apart >= AGAIN:
+                self.allowance.settle(size)
+        if waited or pace.apart <= BEHIND:
+            self._owe(way, size, took, 1.0)
+        elif way == FOLLOWED:
+            self.allowance.charge(size, self.costs.more(FOLLOWED, size))
+        self.allowance.earn(size)
+        self.asking.earn(size)
+
+    def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
+        """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""
+        most = DEAREST * self.costs.seconds(size) * (1 + self.costs.more(way, size))
+        self.allowance.owe(size, min(seconds, most), tokens)
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
@@ -284,7 +314,7 @@ class Speculator:
             came = sequence.tokens[thought.length : thought.length + len(thought.proposal.tokens)]
             self.history.take(key, thought.proposal.kind, _common(came, thought.proposal.tokens), len(came))
         for proposer in self.proposers:
-            if proposer.DEVICE and (not candidate.hidden or key in self._about.lost):
+            if proposer.DEVICE and (not candidate.hidden or self._about.lost(key)):
                 continue
             proposal = proposer.propose(sequence, self.drafts)
             if proposal is not None and not proposer.DEVICE:
@@ -306,6 +336,9 @@ class Speculator:
         believed = best is not None and best.promise > MARGIN and self.allowance.believes(size)
         pace.asked(believed=believed)
         if best is None:
+            return None
+        if best.promise > MARGIN and self.allowance.doubts(size):
+            pace.looks = AGAIN
             return None
         if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.batch import DRAFTED, Batch, Row
-from jaxinfer.engine.costs import ALONE, FOLLOWED, KEPT, PLAIN, RECENT, START, Costs, Way, measure, way_of
+from jaxinfer.engine.costs import ALONE, FOLLOWED, HELD_UP, KEPT, KNOWN, OLD, PLAIN, PLAINS, RECENT, START, Costs, Way, measure, way_of
 from jaxinfer.request import Request
 from jaxinfer.step.buckets import Bucket
 
@@ -29,7 +29,7 @@ def test_the_smallest_program_that_holds_the_rows_counts(costs):
 
 def test_steps_are_compared_with_plain_ones_of_their_time(costs):
     for slow in (1.0, 5.0, 0.3):
-        for _ in range(KEPT):
+        for _ in range(KEPT + PLAINS):
             costs.take(PLAIN, 1, slow)
             costs.take(WIDE, 1, 1.2 * slow)
         assert costs.ratio(WIDE, 1) == pytest.approx(1.2)
@@ -41,18 +41,43 @@ def test_steps_are_compared_with_plain_ones_of_their_time(costs):
     assert costs.ratio(WIDE, 1) == before
 
 
-def test_steps_that_take_long_now_and_then_do_nothing(costs):
-    for number in range(60):
-        costs.take(PLAIN, 1, 1.0 if number % 3 else 70.0)
-        costs.take(WIDE, 1, 1.3 if number % 4 else 100.0)
-    assert costs.ratio(WIDE, 1) == pytest.approx(1.3)
+def test_a_way_that_takes_long_now_and_then_is_dear_but_no_step_counts_for_everything(costs):
+    for number in range(15 * KEPT):
+        costs.take(PLAIN, 1, 1.0)
+        costs.take(WIDE, 1, 3.0 if number % 5 == 0 else 1.0)
+    assert costs.ratio(WIDE, 1) == pytest.approx(1.4)
+    for number in range(15 * KEPT):
+        costs.take(PLAIN, 1, 1.0)
+        costs.take(WIDE, 1, 1000.0 if number % 5 == 0 else 1.0)
+    assert costs.ratio(WIDE, 1) == pytest.approx(0.8 + 0.2 * HELD_UP * 2.0)  # 2 of them at the start
+    for number in range(4 * PLAINS):
+        costs.take(PLAIN, 1, 1000.0 if number % 4 == 0 else 1.0)
+    assert costs.seconds(1) == pytest.approx(0.75 + 0.25 * HELD_UP)
 
 
 def test_what_was_measured_at_the_start_is_forgotten(costs):
     for number in range(START + 6):
         costs.take(PLAIN, 3, 1.0)
-        costs.take(WIDE, 3, 5.0)
-        assert (costs.ratio(WIDE, 4) == 1.5) == (number < 2)
+        costs.take(WIDE, 3, 3.0)
+        assert (costs.ratio(WIDE, 4) == 3.0) == (number >= START)
+
+
+def test_after_a_few_plain_steps_it_is_known_what_one_takes(costs):
+    for _ in range(KNOWN):
+        assert not costs.known(3) and costs.seconds(3) == (3.0 if costs._plains else 2.0)
+        costs.take(PLAIN, 3, 3.0)
+    assert costs.known(4) and not costs.known(1)
+
+
+def test_what_it_takes_that_a_draft_model_keeps_up_is_seen_beside_plain_steps_and_not_forgotten(costs):
+    costs.set(FOLLOWED, 1, 1.0)
+    for _ in range(KEPT):
+        costs.take(PLAIN, 1, 2.0)
+        costs.take(FOLLOWED, 1, 2.6)
+    assert costs.more(FOLLOWED, 1) == pytest.approx(0.3)
+    for number in range(2 * OLD):
+        costs.take(FOLLOWED, 1, 2.6 if number < RECENT else 5.2)
+    assert costs.more(FOLLOWED, 1) == pytest.approx(0.3) and costs.seconds(1) == pytest.approx(4.0)
 
 
 def test_a_plain_step_alone_waits(costs):
