@@ -97,9 +97,9 @@ def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]
 
 
 def _fitting(key: dict[str, int | str]) -> list[Sizes]:
-    """Sizes that divide the shape and leave room for three stages, best guess first; none for many tokens."""
+    """Sizes that divide the shape and leave room for three stages, best guess first; none for no tokens and for many."""
     tokens, found = _padded(int(key["tokens"])), [ONE] if gpu_one.fits(key) else []
-    if tokens > MOST or key["dtype"] != "bfloat16":
+    if not 0 < tokens <= MOST or key["dtype"] != "bfloat16":
         return found
     for consumers in (2, 4, 1):
         for block in (256, 512, 128):

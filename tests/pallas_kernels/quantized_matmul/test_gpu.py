@@ -88,7 +88,8 @@ def test_a_token_depends_on_itself_alone(interpreted, sizes):
     assert np.array_equal(first[0], other[0]) and np.isnan(other[1:]).all()
 
 
-def test_many_tokens_are_for_xla(interpreted):
-    case = Case("x", tokens=gpu.MOST + 1, features=128, outputs=64, dtype="bfloat16")
+@pytest.mark.parametrize("tokens", [0, gpu.MOST + 1])
+def test_no_tokens_and_many_are_for_xla(interpreted, tokens):
+    case = Case("x", tokens=tokens, features=128, outputs=64, dtype="bfloat16")
     inputs = case.make(0)
     assert np.array_equal(case.run(inputs, "gpu"), case.run(inputs, "xla"))
