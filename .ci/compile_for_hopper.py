@@ -107,12 +107,16 @@ def matmuls() -> list[MatmulCase]:
 
 
 def quantized() -> list[QuantizedCase]:
-    """Every format with few and many tokens, an 8B model's weights and a small one; zeros, tiles and inputs rounded to int8."""
+    """Every format with few and many tokens, an 8B model's weights and a small one; zeros, tiles and inputs rounded to int8; one token
+    with int8 weights of all sizes."""
     formats = ({"weight": "int8"}, {"weight": "int4", "group": 128}, {"weight": "int4", "group": 64, "zeros": "given"}, {"weight": "fp8"})
     base = QuantizedCase("quantized", 16, 4096, 6144, dtype="bfloat16")
     found = [replace(base, tokens=tokens, **form) for form in formats for tokens in (1, 16, 64)]
     found += [replace(base, features=14336, outputs=4096, **form) for form in formats]
     found += [replace(base, features=128, outputs=64, weight="int4"), replace(base, activations="int8")]
+    shapes = ((4096, 4096), (4096, 28672), (4096, 128256), (14336, 4096), (29568, 8192), (32768, 4096), (16256, 1032), (128, 8))
+    found += [replace(base, tokens=1, features=features, outputs=outputs) for features, outputs in shapes]
+    found += [replace(base, tokens=1, features=384, outputs=1032, dtype="float16", rows=8)]
     return [*found, replace(base, weight="fp8", group=128, rows=128, outputs=128256)]
 
 

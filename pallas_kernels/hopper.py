@@ -204,6 +204,14 @@ def load(ref: Any, layout: Any, *, coalesced: bool = True) -> Any:
     return plgpu.load(ref, layout=layout, optimized=coalesced)  # pyright: ignore[reportCallIssue]
 
 
+def store(ref: Any, values: Any) -> None:
+    """Registers into memory, in layouts that repeat numbers or leave gaps; from jax 0.12 on that must be allowed."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        ref[...] = values
+
+
 def spread(rows: Any, shape: tuple[int, ...]) -> Any:
     """One number per row, along the row."""
     return lax.broadcast_in_dim(rows, shape, [0])

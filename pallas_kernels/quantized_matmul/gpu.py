@@ -6,7 +6,8 @@ the inputs that they meet (TMA); consumers take 64 outputs each, bring them to t
 way, and copies are several blocks ahead. Scales of whole rows multiply the sums afterwards; those of groups multiply each group's sums.
 
 int8 and 4 bits become bfloat16 exactly. float8 becomes float16, and so do the inputs, each token brought near 1 by a power of two first.
-Zeros other than 8 are a small product of their own. Many tokens are XLA's: it has the vendor's kernels for them.
+Zeros other than 8 are a small product of their own. One token meets int8 in a kernel that converts the token in place of the weight
+(`gpu_one`). Many tokens are XLA's: it has the vendor's kernels for them.
 """
 
 import math
@@ -24,7 +25,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from pallas_kernels import dispatch, hopper, tuning
 from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
-from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.quantized_matmul import gpu_one, xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
 from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
 
@@ -35,13 +36,13 @@ STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups 
 
 
 class Sizes(NamedTuple):
-    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA."""
+    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA, one and zero to `gpu_one`."""
 
     consumers: int
     block: int
 
 
-XLA = Sizes(0, 0)
+XLA, ONE = Sizes(0, 0), Sizes(1, 0)
 
 
 class Plan(NamedTuple):
@@ -73,7 +74,7 @@ class Scratch(NamedTuple):
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why this cannot run on a target, or for what is known of a key; None when it can."""
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
-    if reason is not None:
+    if reason is not None or gpu_one.fits(key):
         return reason
     if key.get("dtype", "bfloat16") != "bfloat16":
         return f"its kernel takes inputs in bfloat16, not in {key['dtype']}"
@@ -96,9 +97,9 @@ def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]
 
 
 def _fitting(key: dict[str, int | str]) -> list[Sizes]:
-    """Sizes that divide the shape and leave room for three stages, best guess first; none for many tokens."""
-    tokens, found = _padded(int(key["tokens"])), []
-    if tokens > MOST:
+    """Sizes that divide the shape and leave room for three stages, best guess first; none for no tokens and for many."""
+    tokens, found = _padded(int(key["tokens"])), [ONE] if gpu_one.fits(key) else []
+    if not 0 < tokens <= MOST or key["dtype"] != "bfloat16":
         return found
     for consumers in (2, 4, 1):
         for block in (256, 512, 128):
@@ -130,6 +131,8 @@ def quantized_matmul(
         with tuning.forced(xla.heuristic("gpu", kind.key(x, weight))):
             return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     per_row = jnp.repeat(scales, outputs // scales.shape[0], axis=0)
+    if sizes == ONE:
+        return gpu_one.multiply(x, weight, per_row, out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype))
     inputs, per_token = _inputs(x, kind)
     plan = plan_of(sizes, inputs.shape[0], outputs, x.shape[1], kind)
     parts = _parts(inputs, weight, per_row if kind.inputs else None, plan=plan, interpreted=hopper.interpreting())

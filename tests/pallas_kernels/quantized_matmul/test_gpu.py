@@ -22,12 +22,40 @@ def test_sizes_fit_the_shape_and_the_memory(monkeypatch, shape, weight, tokens):
     assert gpu.heuristic("gpu", case.tuning_key()) in found
     assert found[-1] == gpu.XLA._asdict()
     for sizes in found[:-1]:
+        if sizes == gpu.ONE._asdict():
+            continue
         kind = gpu.Format(weight, 1, case.group, "float")
         plan = gpu.plan_of(gpu.Sizes(**sizes), tokens + -tokens % 8, case.outputs, case.features, kind)
         assert plan.deal.tiles * plan.consumers * 64 == case.outputs and plan.deal.length * plan.block == case.features
         assert plan.stages >= 2 and plan.block % plan.step == 0
         stage = plan.block * (plan.consumers * 64 * gpu.BITS[weight] // 8 + 2 * plan.tokens)
         assert plan.stages * stage + 1024 <= gpu.hopper.SHARED_BYTES
+
+
+def chosen(tokens, features, outputs, **changes):
+    return gpu.candidates("gpu", Case("x", tokens, features, outputs, **{"dtype": "bfloat16"} | changes).tuning_key())
+
+
+def test_one_token_of_int8_has_a_kernel_of_its_own():
+    first, *others = chosen(1, 4096, 6144)
+    assert first == gpu.ONE._asdict() == gpu.heuristic("gpu", Case("x", 1, 4096, 6144, dtype="bfloat16").tuning_key())
+    assert others == chosen(2, 4096, 6144) and len(others) > 2
+    assert chosen(1, 384, 200, rows=8) == chosen(1, 384, 200, dtype="float16") == [gpu.ONE._asdict(), gpu.XLA._asdict()]
+    for changes in ({"weight": "fp8"}, {"weight": "int4", "group": 128}, {"group": 128}, {"activations": "int8"}, {"dtype": "float32"}):
+        assert gpu.ONE._asdict() not in chosen(1, 4096, 6144, **changes)
+
+
+def test_one_token_is_taken_where_the_kernel_of_few_refuses(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    key = Case("x", 1, 384, 200, dtype="float16").tuning_key()
+    assert gpu.refusal(H200, key) is None
+    assert "float16" in gpu.refusal(H200, key | {"tokens": 2}) and "Hopper" in gpu.refusal(dispatch.Target("gpu", "NVIDIA A100"), key)
+
+
+@pytest.mark.parametrize("sizes", [gpu.ONE, gpu.Sizes(1, 128), gpu.XLA])
+def test_all_candidates_agree_on_one_token(interpreted, sizes, against_float64):
+    with tuning.forced(sizes._asdict()):
+        against_float64("quantized_matmul", "gpu", Case("x", 1, 384, 64, dtype="bfloat16", rows=32), range(2))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +88,8 @@ def test_a_token_depends_on_itself_alone(interpreted, sizes):
     assert np.array_equal(first[0], other[0]) and np.isnan(other[1:]).all()
 
 
-def test_many_tokens_are_for_xla(interpreted):
-    case = Case("x", tokens=gpu.MOST + 1, features=128, outputs=64, dtype="bfloat16")
+@pytest.mark.parametrize("tokens", [0, gpu.MOST + 1])
+def test_no_tokens_and_many_are_for_xla(interpreted, tokens):
+    case = Case("x", tokens=tokens, features=128, outputs=64, dtype="bfloat16")
     inputs = case.make(0)
     assert np.array_equal(case.run(inputs, "gpu"), case.run(inputs, "xla"))

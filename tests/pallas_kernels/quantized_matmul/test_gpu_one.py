@@ -1,0 +1,127 @@
+"""What becomes of one token, how its weight is dealt out, and which numbers a thread holds (the contract test runs it over the cases)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper
+
+one = pytest.importorskip("pallas_kernels.quantized_matmul.gpu_one")
+SHAPES = [(24, 128), (40, 384), (136, 640), (48, 4224)]  # outputs, inputs: with two workers one has fewer tiles of the second and third
+
+
+def drawn(outputs, inputs, scale=1.0, seed=0):
+    """A token of which outliers are 10^6 times the rest, its largest `scale`; weights of which many are -128; scales of rows."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((1, inputs)) * 10.0 ** rng.uniform(-3, 3, (1, inputs))
+    weight = np.where(rng.random((outputs, inputs)) < 0.1, -128, rng.integers(-128, 128, (outputs, inputs))).astype(np.int8)
+    scales = (10.0 ** rng.uniform(-4, -1, (outputs, 1))).astype(np.float32)
+    return jnp.asarray(x / np.abs(x).max() * scale, jnp.bfloat16), jnp.asarray(weight), jnp.asarray(scales)
+
+
+def wide(*arrays):
+    return [np.asarray(array, np.float64) for array in arrays]
+
+
+def far_off(found, x, weight, scales):
+    """The largest error, in what inputs that are off by the documented share of the largest may cause."""
+    x, weight, scales = wide(x, weight, scales)
+    unit = 2.0**-23 * max(np.abs(x).max(), 2.0**-100)
+    return (np.abs(np.asarray(found, np.float64) - x @ (weight * scales).T) / (unit * (np.abs(weight) * scales).sum(axis=1))).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-20])
+def test_against_float64(interpreted, shape, scale):
+    x, weight, scales = drawn(*shape, scale)
+    found = one.multiply(x, weight, scales, out_dtype=jnp.dtype(jnp.float32))
+    assert found.dtype == jnp.float32 and found.shape == (1, shape[0])
+    assert far_off(found, x, weight, scales) < 1 and jnp.abs(found).max() > 0
+    rounded = one.multiply(x, weight, scales, out_dtype=x.dtype)
+    assert rounded.dtype == x.dtype and np.array_equal(rounded, found.astype(x.dtype))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-35, 1e-38, 1e-40])
+def test_tiny_tokens_neither_overflow_nor_grow(interpreted, scale):
+    x, weight, scales = drawn(40, 384, scale)
+    found = one.multiply(x, weight, scales, out_dtype=jnp.dtype(jnp.float32))
+    assert far_off(found, x, weight, scales) < 1 and (scale > 0 or not found.any())
+
+
+def test_the_largest_sums_are_exact(interpreted):
+    """All limbs at their largest meet -128; longer tokens have room, too."""
+    x, weight, scales = jnp.full((1, 4096), -1.0, jnp.bfloat16), jnp.full((8, 4096), -128, jnp.int8), jnp.ones((8, 1), jnp.float32)
+    np.testing.assert_allclose(one.multiply(x, weight, scales, out_dtype=jnp.dtype(jnp.float32)), 4096 * 128, rtol=3e-7)
+    assert 128 * 128 * one.MOST_INPUTS < 2**31
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_token_that_is_not_finite_gives_nan(interpreted, bad):
+    x, weight, scales = drawn(24, 128)
+    assert jnp.isnan(one.multiply(x.at[0, 77].set(bad), weight, scales, out_dtype=jnp.dtype(jnp.float32))).all()
+
+
+def test_an_output_depends_on_its_own_row_alone(interpreted):
+    """The same bits, too, where a weight is dealt out in other tiles, inside jit or not."""
+    x, weight, scales = drawn(48, 384)
+    whole = jax.jit(lambda *given: one.multiply(*given, out_dtype=jnp.dtype(jnp.float32)))(x, weight, scales)
+    part = one.multiply(x, weight[8:32], scales[8:32], out_dtype=jnp.dtype(jnp.float32))
+    assert one.plan_of(48, 384).rows != one.plan_of(24, 384).rows
+    assert np.array_equal(whole[:, 8:32], part)
+
+
+@pytest.mark.parametrize("inputs", [128, 384, 4096, 14336, 16256, one.MOST_INPUTS])
+@pytest.mark.parametrize("outputs", [8, 200, 4096, 6144, 28672, 128256])
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_every_plan_covers_the_weight_and_fits(monkeypatch, inputs, outputs, interpreting):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    monkeypatch.setattr(hopper, "interpreting", lambda: interpreting)
+    plan = one.plan_of(outputs, inputs)
+    assert plan.tiles * plan.rows == outputs and plan.length * plan.block == inputs
+    assert plan.workers <= plan.tiles and plan.workers <= 132 and plan.stages >= 2
+    held = one.LIMBS * (inputs + one.PAD) + (64 * plan.block if interpreting else 0)
+    assert plan.stages * plan.rows * plan.block + held <= hopper.SHARED_BYTES - 2048
+
+
+@pytest.mark.parametrize(("shape", "busiest"), [((6144, 4096), 48), ((4096, 14336), 32), ((28672, 4096), 224)])
+def test_an_8b_layer_is_dealt_out_evenly(monkeypatch, shape, busiest):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    plan = one.plan_of(*shape)
+    assert -(-plan.tiles // plan.workers) * plan.rows == busiest
+
+
+def threads_of(layout, shape):
+    """[registers, lanes, numbers of a register] of the first warp: which number of an array each holds, from jax's own description."""
+    index = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        kept, cut = index.shape[: index.ndim - len(tile)], index.shape[index.ndim - len(tile) :]
+        split = index.reshape(*kept, *(part for size, step in zip(cut, tile, strict=True) for part in (size // step, step)))
+        first = len(kept)
+        outer, inner = range(first, first + 2 * len(tile), 2), range(first + 1, first + 2 * len(tile), 2)
+        index = split.transpose((*range(first), *outer, *inner))
+    warps, lanes = ([index.ndim + dim for dim in dims] for dims in (layout.warp_dims, layout.partitioned_lane_dims))
+    rest = [dim for dim in range(index.ndim) if dim not in (*warps, *lanes, index.ndim + layout.vector_dim)]
+    order = index.transpose((*warps, *rest, *lanes, index.ndim + layout.vector_dim))
+    return order.reshape(4, -1, 32, index.shape[layout.vector_dim])[0]
+
+
+def test_threads_hold_what_limbs_are_loaded_for(interpreted):
+    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
+    shape = layouts.WGMMA_LAYOUT_8BIT.registers_shape((64, 64))
+    held = threads_of(layouts.WGMMA_LAYOUT_8BIT, (64, 64))
+    for (_, part, *_), numbers in zip(np.ndindex(shape), held, strict=True):
+        for lane in range(32):
+            assert set(numbers[lane] // 64 % 4) == {lane // 4 % 4}
+            assert list(numbers[lane] % 64) == [16 * part + 4 * (lane % 4) + element for element in range(4)]
+
+
+def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
+    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
+    shape = layouts.WGMMA_LAYOUT.registers_shape((64, 32))
+    held = threads_of(layouts.WGMMA_LAYOUT, (64, 32))
+    first = [numbers for place, numbers in zip(np.ndindex(shape), held, strict=True) if not any(place[2:])]
+    for part, numbers in enumerate(first):
+        for lane in range(32):
+            assert set(numbers[lane] // 32) == {lane // 4}
+            assert list(numbers[lane] % 32) == [8 * part + 2 * (lane % 4) + element for element in range(2)]
