@@ -57,14 +57,16 @@ class Allowance:
         found.seconds += seconds
         found.tokens += tokens
 
-    def settle(self, size: int) -> None:
-        """Charge what is open."""
-        self._settled[size] = self.balance(size)
-        self._open.pop(size, None)
+    def settle(self, size: int) -> float:
+        """Charge what is open; how many plain steps it has gained, none if it cost some."""
+        if size not in self._open:
+            return 0.0
+        self._settled[size], found = self.balance(size), self._open.pop(size)
+        return max(0.0, found.tokens - found.seconds / self.plain(size))
 
     def charge(self, size: int, price: float) -> None:
-        """Charge so many plain steps besides."""
-        self._settled[size] = self._settled.get(size, self.start) - price
+        """Charge so many plain steps besides; below 0 they are paid in."""
+        self._settled[size] = min(self._settled.get(size, self.start) - price, self.most)
 
     def doubts(self, size: int) -> bool:
         """Whether there is nothing left by what is still open, so that plain steps should show first what they take now."""

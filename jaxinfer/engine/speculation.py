@@ -185,7 +185,7 @@ class Speculator:
     clock: Callable[[], float] = time.perf_counter
     history: History = field(default_factory=History)
     allowance: Allowance = field(init=False)
-    asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 1.0))
+    asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 4.0))
     _about: _Sequences = field(default_factory=_Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _since: _Since = field(default_factory=_Since)
@@ -280,7 +280,7 @@ class Speculator:
         if step.alike and (waited or steady):
             self.costs.take(way, size, took)
             if pace.apart >= AGAIN:
-                self.allowance.settle(size)
+                self.asking.charge(size, -self.allowance.settle(size))  # what drafts have gained is spent on asking for more
         if waited or pace.apart <= BEHIND:
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:

@@ -268,6 +268,17 @@ def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
     assert all(asked[:PATIENT]) and abs(sum(asked[PATIENT:]) - 400 * ASKING / 0.1) < 3  # each takes a tenth of a step
 
 
+def test_what_drafts_have_gained_is_spent_on_asking_for_more():
+    made = speculator(Fixed((7, 8, 9)))
+    observed(made, 7, 8, 9, drawn=4)
+    made._paces[1].drafting = False
+    made.asking.charge(1, 1.0)
+    for _ in range(AGAIN):
+        assert not made.asks(1)
+        observed(made)
+    assert made.asks(1) and made.asking.balance(1) == pytest.approx(2.0, abs=0.05)
+
+
 def test_what_was_said_and_not_used_is_compared_with_what_came():
     made = speculator(Fixed((7, 8, 9)), wide=9.0)
     made.allowance.charge(1, START)
