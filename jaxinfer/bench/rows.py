@@ -34,7 +34,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="one JSON object per row on stdout")
     group.add_argument("--out", type=Path, metavar="FILE", help="append the rows as JSON lines to a file too")
-    group.add_argument("--repeat", type=int, default=3, metavar="N", help="measurements of each row; the median counts unless it says otherwise [3]")
+    group.add_argument("--repeat", type=int, default=3, metavar="N", help="measurements of each row; mostly their median counts [3]")
 
 
 def stamp(device: str | None = None) -> dict[str, Any]:
