@@ -3,7 +3,7 @@
 Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for
 trials; a step with drafts is charged what it took beyond what its tokens cost without, by the clock, as soon as plain steps around it have
 shown what these take: a machine that gets slower is no fault of drafts. So even where every belief is wrong the loss is
-that share of the time, and `start` - `LEAST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
+that share of the time, and `start` - `DEEPEST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
 This file does not know why a step has drafts.
 """
 
@@ -16,6 +16,7 @@ SHARE = 0.008
 START = 2.0
 GAINED = 6.0
 MOST = 16.0  # what is saved up for a dear trial
+DEEPEST = -4.0  # no lower by what was open: a machine that has become faster meanwhile is no fault of drafts either
 LEAST = -2.0  # below it drafts are made only if they can be paid, whatever they promise
 
 
@@ -45,7 +46,7 @@ class Allowance:
         if size not in self._open:
             return settled
         gain = self._open[size].tokens - self._open[size].seconds / self.plain(size)
-        return settled + (gain if gain < 0 else max(0.0, min(gain, GAINED - settled)))
+        return settled + (max(gain, min(0.0, DEEPEST - settled)) if gain < 0 else max(0.0, min(gain, GAINED - settled)))
 
     def earn(self, size: int) -> None:
         """A step without drafts was made."""

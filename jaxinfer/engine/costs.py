@@ -48,9 +48,9 @@ PLAIN, FOLLOWED, ALONE = Way(1), Way(1, hidden=True), Way(1, waits=True)
 
 
 class Seen(NamedTuple):
-    """A step that was made. seconds: from the end of the one before. drawn: tokens. steady: it was launched behind another, as all are
-    where there are no drafts. followed: the draft model saw its tokens. ahead: what was launched meanwhile (its own bucket where
-    nothing ever is)."""
+    """A step that was made. seconds: from the end of the one before, 0 where nothing was running then. drawn: tokens. steady: it was
+    launched behind another, as all are where there are no drafts. followed: the draft model saw its tokens. alike: the host launched
+    another such step meanwhile and did nothing else, or never does anything meanwhile."""
 
     batch: Batch
     bucket: Bucket
@@ -58,7 +58,7 @@ class Seen(NamedTuple):
     drawn: int
     steady: bool = True
     followed: bool = False
-    ahead: Bucket | None = None
+    alike: bool = True
 
     @property
     def rows(self) -> int:
@@ -69,11 +69,6 @@ class Seen(NamedTuple):
     def way(self) -> Way:
         """How it was run."""
         return way_of(self.batch, self.bucket, followed=self.followed)
-
-    @property
-    def alike(self) -> bool:
-        """Whether the host did nothing else meanwhile than launch another such step."""
-        return self.ahead == self.bucket
 
 
 class Costs:

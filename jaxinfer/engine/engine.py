@@ -153,12 +153,12 @@ class Engine:
         flight = None if batch is None else self._launch(batch)
         outputs += self._take_pending()
         if flight is not None:
+            self._flights.append(flight)
             guided = any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows)
             if guided:
-                outputs += self._land(0)  # what a grammar allows depends on every token before; the devices compute meanwhile
+                outputs += self._land(1)  # what a grammar allows depends on every token before; the devices compute meanwhile
             draw = self.program.verify if flight.packed.shapes.bucket.decode_tokens > 1 else self.program.sample
             flight.sampled = draw(flight.computed, self._demand(flight.packed), self._masks(flight.packed) if guided else None)
-            self._flights.append(flight)
         outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
         return outputs
@@ -235,9 +235,10 @@ class Engine:
             raise RuntimeError("a flight is committed whose sampler was not launched")
         rows, drawn = flight.packed.rows, fetch(flight.packed, flight.sampled)
         counts = [len(drawn.get(index, ())) for index, _ in rows]
-        if self.speculator is not None and flight.batch.decode_tokens > 1:
-            self.speculator.learn((row, count) for (_, row), count in zip(rows, counts, strict=True))
         sequences = self.scheduler.commit(flight.batch, counts)
+        if self.speculator is not None and flight.batch.decode_tokens > 1:
+            drew = zip(rows, counts, sequences, strict=True)
+            self.speculator.learn((row, count) for (_, row), count, running in drew if running is not None)
         outputs = []
         for (index, row), sequence in zip(rows, sequences, strict=True):
             if row.samples and sequence is not None:
@@ -376,14 +377,13 @@ class Engine:
         return limit
 
     def _measure(self, flight: _Flight, drawn: int) -> None:
-        now, shapes, batch = time.perf_counter(), flight.packed.shapes, flight.batch
-        padded = shapes.bucket.tokens * shapes.replicas
-        phase = "mixed" if batch.prefills else "decode"
-        if self.speculator is not None and self._idle_since:
-            followed = not (flight.alone or self.program.config.draft is None)
-            ahead = self._flights[0].packed.shapes.bucket if self._flights else None if self._depth else shapes.bucket
-            self.speculator.observe(Seen(batch, shapes.bucket, now - self._idle_since, drawn, flight.steady, followed, ahead))
-        self.metrics.record(StepRecord(phase, now - max(flight.begun, self._idle_since), flight.host_gap, batch.tokens, padded))
+        now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
+        padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
+        if self.speculator is not None:
+            followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)
+            ahead = next(((later.packed.shapes.bucket, later.alone) for later in self._flights), None if self._depth else this)
+            self.speculator.observe(Seen(batch, shapes.bucket, since and now - since, drawn, flight.steady, followed, ahead == this))
+        self.metrics.record(StepRecord(phase, now - max(flight.begun, since), flight.host_gap, batch.tokens, padded))
         self._idle_since = now if self._active else 0.0  # waiting for work is no gap
 
     def _gauge(self) -> None:

@@ -25,6 +25,7 @@ from jaxinfer.engine.allowance import Allowance
 from jaxinfer.engine.costs import ALONE, FOLLOWED, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
+from jaxinfer.engine.pace import APART, Pace
 from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
@@ -34,15 +35,12 @@ from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
-FIRST, FRESH, AGAIN = 8, 256, 5  # after so many steps with drafts, later more, a few are made without, to see what these cost now
+FRESH, AGAIN = 256, 5  # after so many steps with drafts, at first fewer, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
-APART = 16  # steps without drafts between two trials, at least
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
-FADING = 0.9  # of what is known of excursions, with each that ends
-SPARED = 1.0  # plain steps that must be left for the draft model to keep up where drafts do not seem to pay
-PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
+SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.004  # of a plain step is what each plain step earns for being asked where drafts do not pay
-UNSEEN = 16  # tokens of a sequence that a draft model may have missed; each costs about 0.5 % of the drafts that stand
+UNSEEN = 16  # tokens of a sequence that a draft model may have missed; each costs 0.5 to 1 % of the drafts that stand
 BEHIND = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
 DEAREST = 2.5  # times what is usual is the most that a step is charged: what takes longer was held up by something else
 
@@ -83,47 +81,6 @@ class Plan(NamedTuple):
     def promise(self) -> float:
         """Tokens per second, those of a plain step being 1."""
         return self.tokens / self.cost
-
-
-@dataclass
-class Pace:
-    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
-    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
-    they are due. out: the draft model was left out of the last step. apart: plain steps since the last one with drafts. wide, returns:
-    steps with drafts, and plain ones that waited for one; these fade."""
-
-    drafting: bool = True
-    vain: int = 0
-    age: int = 0
-    looks: int = 0
-    until: int = FIRST
-    out: bool = False
-    apart: int = APART
-    wide: float = 2.0
-    returns: float = 1.0
-
-    def asked(self, *, believed: bool) -> None:
-        """Proposers were asked. believed: what they say is likely to pay."""
-        self.vain = 0 if believed else self.vain + 1
-        self.drafting = believed or (self.drafting and self.vain < PATIENT)
-
-    def drafted(self) -> None:
-        """A step with drafts was made."""
-        self.age += 1
-        self.apart = 0
-        self.wide += 1
-
-    def plain(self, *, steady: bool) -> None:
-        """One without was made; steady: behind another."""
-        self.apart += 1
-        if self.apart > APART:
-            self.until = FIRST
-        if steady:
-            self.age, self.looks = 0, max(0, self.looks - 1)
-
-    def returned(self) -> None:
-        """One without had to wait for one with drafts."""
-        self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1
 
 
 class Thought(NamedTuple):
@@ -227,12 +184,13 @@ class Speculator:
             return True
         size, about = self._size(len(batch.rows)), self._about
         pace, known = self._paces[size], bool(batch.prefills) or self.costs.known(size)  # a few steps show what plain ones take
-        wanted = pace.drafting or (
-            self.allowance.balance(size) >= SPARED and not all(about.lost(row.request.key) for row in batch.rows)
-        )  # so that drafts can be tried again
+        pace.drafting &= self.allowance.believes(size)
+        least = SAVED if pace.out else SPARED
+        wanted = pace.drafting or (self.allowance.balance(size) >= least and not all(about.lost(row.request.key) for row in batch.rows))
         if known and wanted:
             if pace.out and not batch.prefills:
-                pace.looks, pace.out = AGAIN, False  # a few behind those show what it takes that the draft model keeps up
+                pace.looks = AGAIN  # a few behind those show what it takes that the draft model keeps up
+            pace.out = False
             return False
         pace.out = True
         for row in batch.rows:
@@ -255,26 +213,40 @@ class Speculator:
         """Take in a step."""
         since, size = self._since, self._size(step.rows)
         self._since = _Since(waited=since.waited)
+        pace, usual = self._paces[size], self.costs.seconds(size)
+        (self.allowance if pace.drafting else self.asking).charge(size, min(since.seconds / usual, DEAREST))
+        if not step.seconds:
+            return
         if step.batch.prefills:
-            self.allowance.charge(size, self.costs.more(FOLLOWED, size) if step.followed else 0.0)
+            self._mixed(step, size)
         elif step.way.width == 1:
             self._plain(step, size, since)
         else:
-            self.costs.take(step.way, size, step.seconds + since.owed)
-            self._owe(step.way, size, step.seconds + since.owed, step.drawn / step.rows)
-            self._paces[size].drafted()
+            took = step.seconds - since.seconds + since.owed
+            self.costs.take(step.way, size, took)
+            self._owe(step.way, size, took, step.drawn / step.rows)
+            pace.drafted()
+
+    def _mixed(self, step: Seen, size: int) -> None:
+        """Take in a step with prompts: the draft model's part of it is charged, and that it had to wait for one with drafts."""
+        if step.followed:
+            more = self.costs.more(FOLLOWED, size)
+            self.allowance.charge(size, more / (1 + more) * step.seconds / self.costs.seconds(size))
+        if self._since.waited and not step.steady:
+            self._since.waited = False
+            self._paces[size].returned()
+            self.allowance.charge(size, self.costs.more(ALONE, size))
 
     def _plain(self, step: Seen, size: int, since: _Since) -> None:
         """Take in a step without drafts."""
         pace, way, took = self._paces[size], step.way, step.seconds - since.seconds
-        (self.allowance if pace.drafting else self.asking).charge(size, since.seconds / self.costs.seconds(size))
         waited = since.waited and not step.steady  # a steady one was launched before drafts were thought of
         if waited:
             self._since.waited, way, took = False, ALONE, took + since.owed
             pace.returned()
         elif since.wanted and self.costs.known(size):
-            self._since.owed = took - self.costs.seconds(size)
-            took = self.costs.seconds(size)
+            usual = self.costs.seconds(size) * (1 + self.costs.more(way, size))
+            self._since.owed, took = took - usual, usual
         pace.plain(steady=step.steady)
         steady = step.steady and pace.apart > BEHIND and not since.wanted
         if step.alike and (waited or steady):
@@ -332,6 +304,8 @@ class Speculator:
         plans = [plan for way in self.costs.ways if (plan := self._planned(way, found, size, rows)) is not None]
         if self.always:
             return max(plans, key=lambda plan: plan.tokens, default=None)
+        if not self.costs.known(size):
+            return None
         best, pace = max(plans, key=lambda plan: plan.promise, default=None), self._paces[size]
         believed = best is not None and best.promise > MARGIN and self.allowance.believes(size)
         pace.asked(believed=believed)

@@ -11,10 +11,11 @@ from jaxinfer.engine import speculation
 from jaxinfer.engine.allowance import LEAST, SHARE, START
 from jaxinfer.engine.costs import ALONE, FOLLOWED, KNOWN, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
+from jaxinfer.engine.pace import FIRST, PATIENT
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, ASKING, FIRST, PATIENT, UNSEEN, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, ASKING, SAVED, UNSEEN, Candidate, Speculator
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
 from tests.jaxinfer.conftest import scheduler
@@ -172,7 +173,7 @@ def drafted(name, drafts):
 def observed(made, *drafts, drawn=1, seconds=1.0, steady=True):
     """A step of one row has been made."""
     bucket = Bucket(0, 0, 1, 1 + len(drafts))
-    made.observe(Seen(Batch((drafted("0", drafts),), ()), bucket, seconds, drawn=drawn, steady=steady, ahead=bucket))
+    made.observe(Seen(Batch((drafted("0", drafts),), ()), bucket, seconds, drawn=drawn, steady=steady))
 
 
 def test_drafts_are_given_while_they_pay():
@@ -313,20 +314,18 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     step = Batch((drafted("0", ()),), ())
     assert not made.leaves_out(step)  # drafts are thought to pay
     made._paces[1].drafting = False
-    assert not made.leaves_out(step)  # that can be afforded for a while
-    for _ in range(12):
-        made.observe(Seen(step, Bucket(0, 0, 1), 1.1, drawn=1, followed=True, ahead=Bucket(0, 0, 1)))
-        made.observe(Seen(Batch((), step.decodes), Bucket(32, 1, 0), 1.0, drawn=1, followed=True))
     for _ in range(UNSEEN):
         assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
     assert not made._about.lost(("0", 0))  # a few tokens may be missing
     assert made.leaves_out(step)
-    for _ in range(300):
-        made.allowance.earn(1)
+    made.allowance.charge(1, -SAVED)
     assert made.leaves_out(step)  # it is too late for that sequence
+    assert not made.leaves_out(Batch((drafted("1", ()),), ()))  # another one can be tried, from what was saved up
     assert made.propose(candidates(2)) == {("0", 0): (7, 8, 9), ("1", 0): (DRAFTED,) * 3}
     made.forget(("0", 0))
-    made.allowance.charge(1, -START)
+    for _ in range(AGAIN):
+        assert not made.asks(1)  # it is seen first what keeping up takes
+        observed(made)
     assert made.propose(candidates()) == {("0", 0): (DRAFTED,) * 3}
 
 
@@ -337,7 +336,7 @@ def test_what_a_plain_step_takes_is_seen_first_without_and_then_with_the_draft_m
     while not made.asks(1):
         step = Batch((drafted("0", ()),), ())
         seen.append(not made.leaves_out(step))
-        made.observe(Seen(step, Bucket(0, 0, 1), 1.2 if seen[-1] else 1.0, drawn=1, followed=seen[-1], ahead=Bucket(0, 0, 1)))
+        made.observe(Seen(step, Bucket(0, 0, 1), 1.2 if seen[-1] else 1.0, drawn=1, followed=seen[-1]))
     assert seen == [False] * KNOWN + [True] * AGAIN
     assert made.costs.seconds(1) == 1.0 and made.costs.more(FOLLOWED, 1) == pytest.approx(0.2 * AGAIN / (AGAIN + 2))
 
@@ -347,10 +346,10 @@ def test_what_launching_drafts_takes_is_theirs_though_an_earlier_step_was_slower
     made.always = True
     for _ in range(40):
         for _ in range(5):
-            made.observe(Seen(Batch((drafted("0", ()),), ()), plain, 1.0, drawn=1, steady=True, ahead=plain))
+            made.observe(Seen(Batch((drafted("0", ()),), ()), plain, 1.0, drawn=1))
         assert made.propose(candidates())
-        made.observe(Seen(Batch((drafted("0", ()),), ()), plain, 3.0, drawn=1, steady=True, ahead=wide))
-        made.observe(Seen(Batch((drafted("0", (7, 8, 9)),), ()), wide, 1.0, drawn=1, steady=True))
+        made.observe(Seen(Batch((drafted("0", ()),), ()), plain, 3.0, drawn=1, alike=False))
+        made.observe(Seen(Batch((drafted("0", (7, 8, 9)),), ()), wide, 1.0, drawn=1, alike=False))
     assert made.costs.seconds(1) == 1.0 and made.costs.ratio(WIDE, 1) == pytest.approx(2.5)  # 3, of which the most that counts
     assert made.allowance.balance(1) < LEAST
 
@@ -365,6 +364,44 @@ def test_a_machine_that_gets_slower_is_no_fault_of_drafts():
         looks += not drafts
         observed(made, *drafts, drawn=1 + len(drafts), seconds=slow * (1.2 if drafts else 1.0))
     assert made.allowance.believes(1) and AGAIN <= looks < 30 and made.costs.seconds(1) == slow
+
+
+def test_a_question_that_was_held_up_is_not_charged_for_ever():
+    made, now = speculator(Fixed((7, 8, 9)), wide=9.0), [0.0]
+    made.clock = lambda: now[0]
+    made.proposers[0].rest = lambda: now.__setitem__(0, now[0] + 100.0)
+    made.propose(candidates())
+    observed(made, seconds=101.0)
+    assert made.allowance.balance(1) == pytest.approx(START - 2.5, abs=0.1) and made.costs.seconds(1) == 1.0
+
+
+def test_steps_with_prompts_are_charged_with_the_draft_models_part_and_with_waiting():
+    made = speculator(Fixed((DRAFTED,) * 3, "draft", device=True), alone=1.5)
+    made.costs.set(FOLLOWED, 1, 1.25)
+    batch, bucket = Batch((), (drafted("0", ()),)), Bucket(32, 1, 0)
+    made.observe(Seen(batch, bucket, 10.0, 1, followed=True))
+    assert made.allowance.balance(1) == START - 2.0  # a fifth of ten plain steps
+    assert made.propose(candidates())
+    made.observe(Seen(batch, bucket, 10.0, 1, steady=False))
+    assert made.allowance.balance(1) == pytest.approx(START - 2.5, abs=0.01)
+    for _ in range(2):
+        made.observe(Seen(batch, bucket, 10.0, 1, followed=True))
+    assert made.leaves_out(batch)  # too dear
+
+
+def test_what_happened_before_a_rest_is_due_to_nobody():
+    made = speculator(Fixed((7, 8, 9)))
+    assert made.propose(candidates())
+    made.observe(Seen(Batch((drafted("0", ()),), ()), Bucket(0, 0, 1), 0.0, 1))
+    observed(made, seconds=5.0)
+    assert made._since.owed == 0.0 and made._since.seconds == 0.0
+
+
+def test_rows_with_a_grammar_show_what_plain_steps_take(arranged):
+    engine = arranged("LookupProposer")
+    engine.speculator.always, engine.speculator.costs._plains = False, {}
+    run(engine, *[request for request in VARIETY if request.params.grammar is not None])
+    assert engine.speculator.costs.known(1)
 
 
 def test_ids_outside_of_the_vocabulary_are_refused():

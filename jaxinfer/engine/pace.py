@@ -1,0 +1,58 @@
+"""What happened lately at one number of rows: whether drafts seem to pay, and which steps are due. Plain Python.
+
+This file does not know what steps cost, or what drafts are worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FIRST = 8  # steps with drafts before the first that are made without, to see what these cost
+APART = 16  # steps without drafts between two trials, at least
+FADING = 0.9  # of what is known of excursions, with each that ends
+WIDE, RETURNS = 2.0, 1.0  # excursions are thought to be at first: steps with drafts, and plain ones that wait for them
+OLD = 128  # plain steps after which what is known of excursions no longer counts
+PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
+
+
+@dataclass
+class Pace:
+    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
+    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
+    they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts. wide,
+    returns: steps with drafts, and plain ones that waited for one; these fade."""
+
+    drafting: bool = True
+    vain: int = 0
+    age: int = 0
+    looks: int = 0
+    until: int = FIRST
+    out: bool = False
+    apart: int = APART
+    wide: float = WIDE
+    returns: float = RETURNS
+
+    def asked(self, *, believed: bool) -> None:
+        """Proposers were asked. believed: what they say is likely to pay."""
+        self.vain = 0 if believed else self.vain + 1
+        self.drafting = believed or (self.drafting and self.vain < PATIENT)
+
+    def drafted(self) -> None:
+        """A step with drafts was made."""
+        self.age += 1
+        self.apart = 0
+        self.wide += 1
+
+    def plain(self, *, steady: bool) -> None:
+        """One without was made; steady: behind another."""
+        self.apart += 1
+        if self.apart > APART:
+            self.until = FIRST
+        if self.apart % OLD == 0:
+            self.wide, self.returns = WIDE, RETURNS
+        if steady:
+            self.age, self.looks = 0, max(0, self.looks - 1)
+
+    def returned(self) -> None:
+        """One without had to wait for one with drafts."""
+        self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1

@@ -1,0 +1,40 @@
+"""Whether drafts seem to pay, and when plain steps are due."""
+
+import pytest
+
+from jaxinfer.engine.pace import APART, FADING, FIRST, OLD, PATIENT, RETURNS, WIDE, Pace
+
+
+def test_drafts_seem_to_pay_until_they_were_asked_for_in_vain_a_few_times():
+    pace = Pace()
+    for _ in range(PATIENT - 1):
+        pace.asked(believed=False)
+        assert pace.drafting
+    pace.asked(believed=False)
+    assert not pace.drafting
+    pace.asked(believed=True)
+    assert pace.drafting and pace.vain == 0
+
+
+def test_steady_plain_steps_are_looks_and_a_long_time_without_drafts_begins_anew():
+    pace = Pace(looks=2, until=64, apart=0)
+    pace.drafted()
+    pace.plain(steady=False)
+    assert (pace.age, pace.looks, pace.apart) == (1, 2, 1)
+    pace.plain(steady=True)
+    assert (pace.age, pace.looks) == (0, 1) and pace.until == 64
+    for _ in range(APART):
+        pace.plain(steady=True)
+    assert pace.looks == 0 and pace.until == FIRST
+
+
+def test_excursions_fade():
+    pace = Pace()
+    before = pace.wide, pace.returns
+    pace.drafted()
+    pace.returned()
+    assert (pace.wide, pace.returns) == pytest.approx((FADING * (before[0] + 1), FADING * before[1] + 1))
+    for _ in range(OLD):
+        assert pace.wide != WIDE
+        pace.plain(steady=True)
+    assert (pace.wide, pace.returns) == (WIDE, RETURNS)
