@@ -163,7 +163,7 @@ def test_where_drafts_pay_they_are_made(rows, stands, wide):
 def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
     world, steps = World(rows, stands, wide), 250 if rows < 64 else 90
     assert world.rate(steps) > 0.98 - (START - LEAST) / steps, world.steps  # what an account begins with may be lost once
-    assert world.rate(steps) > 0.98, world.steps
+    assert world.rate(steps) > 0.97, world.steps
 
 
 class Overlapping:
