@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -39,15 +40,15 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def stamp(device: str | None = None) -> dict[str, Any]:
     """What a figure means nothing without: device, host, versions, commit, date, command. Unless the device is given, jax is asked,
-    which starts its backend."""
+    which starts its backend. The command is without `--out`: where rows go says nothing of them."""
     if device is None:
         import jax
 
         from jaxinfer import devices
 
         device = devices.label(jax.devices()[0])
-    date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), redact("jaxinfer " + " ".join(sys.argv[1:]))
-    values = (device, host(), busy(), version("jax"), jaxinfer.__version__, commit(), date, command)
+    date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), re.sub(r" --out[ =]\S+", "", " ".join(["jaxinfer", *sys.argv[1:]]))
+    values = (device, host(), busy(), version("jax"), jaxinfer.__version__, commit(), date, redact(command))
     return dict(zip(STAMP, values, strict=True))
 
 

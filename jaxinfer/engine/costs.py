@@ -77,6 +77,7 @@ class Costs:
     def __init__(self) -> None:
         self._start: dict[tuple[Way, int], float] = {}
         self._plains: dict[int, deque[float]] = {}
+        self._usual: dict[int, float] = {}
         self._latest: dict[tuple[Way, int], int] = {}
         self._ratios: dict[tuple[Way, int], deque[float]] = {}
         self._typical: dict[tuple[Way, int], float] = {}
@@ -102,11 +103,14 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         self._steps += 1
-        plains = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
-        recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in plains)
+        beside = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
+        recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
         if way == PLAIN or (way == FOLLOWED and not recent):
             plain = seconds if way == PLAIN else seconds / self.ratio(FOLLOWED, size)
-            self._plains.setdefault(size, deque(maxlen=PLAINS)).append(plain)
+            plains = self._plains.setdefault(size, deque(maxlen=PLAINS))
+            plains.append(plain)
+            most = HELD_UP * _median(plains)
+            self._usual[size] = fmean([min(each, most) for each in plains])
         if way in (PLAIN, FOLLOWED):
             self._latest[way, size] = self._steps
         if way != PLAIN and recent:
@@ -145,11 +149,8 @@ class Costs:
             LookupError: no program measured holds them.
         """
         size = self.size(PLAIN, rows)
-        plains = self._plains.get(size)
-        if not plains:
-            return self._start[PLAIN, size]
-        most = HELD_UP * _median(plains)
-        return fmean(min(each, most) for each in plains)
+        found = self._usual.get(size)
+        return self._start[PLAIN, size] if found is None else found
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.allowance import Allowance
-from jaxinfer.engine.costs import ALONE, FOLLOWED, PLAIN, Costs, Seen, Way
+from jaxinfer.engine.costs import ALONE, FOLLOWED, HELD_UP, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.pace import APART, Pace
@@ -41,8 +41,7 @@ MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.004  # of a plain step is what each plain step earns for being asked where drafts do not pay
 UNSEEN = 16  # tokens of a sequence that a draft model may have missed; each costs 0.5 to 1 % of the drafts that stand
-BEHIND = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
-DEAREST = 2.5  # times what is usual is the most that a step is charged: what takes longer was held up by something else
+AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
 
 
 class Candidate(NamedTuple):
@@ -213,8 +212,10 @@ class Speculator:
         """Take in a step."""
         since, size = self._since, self._size(step.rows)
         self._since = _Since(waited=since.waited)
-        pace, usual = self._paces[size], self.costs.seconds(size)
-        (self.allowance if pace.drafting else self.asking).charge(size, min(since.seconds / usual, DEAREST))
+        pace = self._paces[size]
+        if since.seconds:
+            asked = since.seconds / self.costs.seconds(size)
+            (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
         if not step.seconds:
             return
         if step.batch.prefills:
@@ -248,12 +249,12 @@ class Speculator:
             usual = self.costs.seconds(size) * (1 + self.costs.more(way, size))
             self._since.owed, took = took - usual, usual
         pace.plain(steady=step.steady)
-        steady = step.steady and pace.apart > BEHIND and not since.wanted
+        steady = step.steady and pace.apart > AFTER and not since.wanted
         if step.alike and (waited or steady):
             self.costs.take(way, size, took)
             if pace.apart >= AGAIN:
                 self.asking.charge(size, -self.allowance.settle(size))  # what drafts have gained is spent on asking for more
-        if waited or pace.apart <= BEHIND:
+        if waited or pace.apart <= AFTER:
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
@@ -262,7 +263,7 @@ class Speculator:
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
         """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""
-        most = DEAREST * self.costs.seconds(size) * (1 + self.costs.more(way, size))
+        most = HELD_UP * self.costs.seconds(size) * (1 + self.costs.more(way, size))
         self.allowance.owe(size, min(seconds, most), tokens)
 
     def forget(self, key: Key) -> None:

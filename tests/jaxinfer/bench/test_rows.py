@@ -14,7 +14,7 @@ def flags(*arguments):
 
 
 def test_json_rows_are_stamped_and_appended(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["jaxinfer", "bench", "load", "--api-key", "sesame"])
+    monkeypatch.setattr(sys, "argv", ["jaxinfer", "bench", "load", "--out", "/somewhere/rows.jsonl", "--api-key", "sesame"])
     for _ in range(2):
         with rows.Report("throughput", flags("--json", "--out", str(tmp_path / "rows.jsonl"))) as report:
             report.add(workload="batch-1", seconds=0.25)

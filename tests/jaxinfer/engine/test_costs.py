@@ -109,4 +109,4 @@ def test_every_way_is_measured_for_all_rows(speculating):
     costs = measure(speculating.program)
     assert costs.ways == [WIDE, MODEL]
     assert all(costs.ratio(way, rows) > 0 for way in (FOLLOWED, WIDE, MODEL) for rows in (1, 2, 4))
-    assert all(seconds > 0 for seconds in costs.table().values()) and costs.more(ALONE, 1) >= 0
+    assert all(seconds > 0 for seconds in costs.table().values()) and {PLAIN, ALONE} <= {way for way, _ in costs.table()}

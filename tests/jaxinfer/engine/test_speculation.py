@@ -333,7 +333,7 @@ def test_what_a_plain_step_takes_is_seen_first_without_and_then_with_the_draft_m
     made, seen = Speculator((Fixed((DRAFTED,) * 3, "draft", device=True),), 3, 100, 1, Costs(), EngineMetrics(), unseen=True), []
     for way, seconds in ((PLAIN, 0.5), (ALONE, 0.5), (FOLLOWED, 0.5), (MODEL, 0.6)):
         made.costs.set(way, 1, seconds)
-    while not made.asks(1):
+    while not made.asks(1) and len(seen) < 100:
         step = Batch((drafted("0", ()),), ())
         seen.append(not made.leaves_out(step))
         made.observe(Seen(step, Bucket(0, 0, 1), 1.2 if seen[-1] else 1.0, drawn=1, followed=seen[-1]))
@@ -399,7 +399,8 @@ def test_what_happened_before_a_rest_is_due_to_nobody():
 
 def test_rows_with_a_grammar_show_what_plain_steps_take(arranged):
     engine = arranged("LookupProposer")
-    engine.speculator.always, engine.speculator.costs._plains = False, {}
+    engine.speculator.always = False
+    engine.speculator.costs._plains.clear()
     run(engine, *[request for request in VARIETY if request.params.grammar is not None])
     assert engine.speculator.costs.known(1)
 

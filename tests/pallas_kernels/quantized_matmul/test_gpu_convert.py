@@ -21,16 +21,22 @@ def test_bits_of():
     assert [convert.bits_of(dtype) for dtype in (jnp.int8, jnp.float8_e4m3fn, jnp.int4)] == [8, 8, 4]
 
 
-def columns_of(layout):
-    """Which column each (column register, lane, element) of the first row holds, from jax's own description of a layout."""
-    span = layout.tiling.tiles[0][1]
-    index = np.arange(64 * span).reshape(64, span) % span
+def tiled(index, layout):
+    """An array cut into a layout's tiles, outer dimensions first, as jax describes it."""
     for tile in layout.tiling.tiles:
         kept, cut = index.shape[: index.ndim - len(tile)], index.shape[index.ndim - len(tile) :]
         split = index.reshape(*kept, *(part for size, step in zip(cut, tile, strict=True) for part in (size // step, step)))
         first = len(kept)
         outer, inner = range(first, first + 2 * len(tile), 2), range(first + 1, first + 2 * len(tile), 2)
         index = split.transpose((*range(first), *outer, *inner))
+    return index
+
+
+def columns_of(layout):
+    """Which column each (column register, lane, element) of the first row holds, from jax's own description of a layout."""
+    span = layout.tiling.tiles[0][1]
+    index = np.arange(64 * span).reshape(64, span) % span
+    index = tiled(index, layout)
     lanes = [size for size in index.shape if size > 1][-2]
     return index.reshape(-1, 8, lanes, index.shape[-1])[0, 0]
 

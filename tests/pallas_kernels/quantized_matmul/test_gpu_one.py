@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
+from tests.pallas_kernels.quantized_matmul.test_gpu_convert import tiled
 
 one = pytest.importorskip("pallas_kernels.quantized_matmul.gpu_one")
 SHAPES = [(24, 128), (40, 384), (136, 640), (48, 4224)]  # outputs, inputs: with two workers one has fewer tiles of the second and third
@@ -93,13 +94,7 @@ def test_an_8b_layer_is_dealt_out_evenly(monkeypatch, shape, busiest):
 
 def threads_of(layout, shape):
     """[registers, lanes, numbers of a register] of the first warp: which number of an array each holds, from jax's own description."""
-    index = np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        kept, cut = index.shape[: index.ndim - len(tile)], index.shape[index.ndim - len(tile) :]
-        split = index.reshape(*kept, *(part for size, step in zip(cut, tile, strict=True) for part in (size // step, step)))
-        first = len(kept)
-        outer, inner = range(first, first + 2 * len(tile), 2), range(first + 1, first + 2 * len(tile), 2)
-        index = split.transpose((*range(first), *outer, *inner))
+    index = tiled(np.arange(np.prod(shape)).reshape(shape), layout)
     warps, lanes = ([index.ndim + dim for dim in dims] for dims in (layout.warp_dims, layout.partitioned_lane_dims))
     rest = [dim for dim in range(index.ndim) if dim not in (*warps, *lanes, index.ndim + layout.vector_dim)]
     order = index.transpose((*warps, *rest, *lanes, index.ndim + layout.vector_dim))
