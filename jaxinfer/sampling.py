@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 MAX_TOP = 20
 NEVER = float("-inf")
 ALL_ALLOWED = np.uint32(0xFFFFFFFF)
+NOT_FINITE, IMPOSSIBLE = -1, -2  # in place of a token
 
 
 def pytree(cls: type) -> Any:
@@ -63,16 +64,25 @@ class RowSettings:
 class Sampled:
     """One drawn token per row with its log probability under the unmodified logits (nats) and the most likely alternatives.
 
-    `finite` is False where the row's logits held a NaN or were all infinite, `possible` where the row's rules exclude every token.
-    Alternatives are zeros unless a row asked for any.
+    `told` is what the host has to know: the token, `NOT_FINITE` where the row's logits held a NaN or were all infinite, or `IMPOSSIBLE`
+    where the row's rules exclude every token. Alternatives are zeros unless a row asked for any.
     """
 
     token: Int[Array, " rows"]
+    told: Int[Array, " rows"]
     logprob: Float[Array, " rows"]
-    finite: Bool[Array, " rows"]
-    possible: Bool[Array, " rows"]
     top_tokens: Int[Array, "rows top"]
     top_logprobs: Float[Array, "rows top"]
+
+    @property
+    def finite(self) -> Bool[Array | np.ndarray, " rows"]:
+        """Whether the row's logits could be drawn from."""
+        return self.told != NOT_FINITE
+
+    @property
+    def possible(self) -> Bool[Array | np.ndarray, " rows"]:
+        """Whether the row's rules leave a token, where its logits are finite."""
+        return self.told != IMPOSSIBLE
 
 
 def sample(logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows vocab"], settings: RowSettings) -> Sampled:
@@ -85,7 +95,8 @@ def sample(logits: Float[Array, "rows vocab"], adjusted: Float[Array, "rows voca
     logprob, top_tokens, top_logprobs = jax.lax.cond(
         jnp.any(settings.logprobs >= 0), lambda: _reported(logits, token), lambda: _not_reported(token, logits.shape[-1])
     )
-    return Sampled(token=token, logprob=logprob, finite=finite, possible=possible, top_tokens=top_tokens, top_logprobs=top_logprobs)
+    told = jnp.where(finite, jnp.where(possible, token, IMPOSSIBLE), NOT_FINITE)
+    return Sampled(token=token, told=told, logprob=logprob, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
 def sample_plainly(logits: Float[Array, "rows vocab"], settings: RowSettings | None) -> Sampled:
@@ -99,7 +110,8 @@ def sample_plainly(logits: Float[Array, "rows vocab"], settings: RowSettings | N
         drawn = draw((logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None], settings)
         token = jnp.where(warm, drawn, token)
     logprob, top_tokens, top_logprobs = _not_reported(token, logits.shape[-1])
-    return Sampled(token=token, logprob=logprob, finite=finite, possible=finite, top_tokens=top_tokens, top_logprobs=top_logprobs)
+    told = jnp.where(finite, token, NOT_FINITE)
+    return Sampled(token=token, told=told, logprob=logprob, top_tokens=top_tokens, top_logprobs=top_logprobs)
 
 
 def penalised(

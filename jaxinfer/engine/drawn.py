@@ -16,12 +16,10 @@ from jaxinfer.step.verify import Verified
 
 
 class Drawn(NamedTuple):
-    """One token that a step drew for one row."""
+    """One token that a step drew for one row; below 0 why it could draw none."""
 
     token: int
     logprob: TokenLogprob | None
-    finite: bool
-    possible: bool
 
 
 def fetch(packed: Packed, sampled: Sampled | Verified) -> dict[int, list[Drawn]]:
@@ -30,7 +28,7 @@ def fetch(packed: Packed, sampled: Sampled | Verified) -> dict[int, list[Drawn]]
     verified = isinstance(sampled, Verified)
     found, counts = (sampled.drawn, np.asarray(sampled.counts).tolist()) if verified else (sampled, None)
     width = packed.shapes.bucket.decode_tokens if verified else 1
-    tokens, finite, possible = (np.asarray(values).tolist() for values in (found.token, found.finite, found.possible))
+    tokens = np.asarray(found.told).tolist()
     scores = None
     if any(asked is not None for _, asked in rows):
         scores = [np.asarray(values) for values in (found.logprob, found.top_tokens, found.top_logprobs)]
@@ -43,7 +41,7 @@ def fetch(packed: Packed, sampled: Sampled | Verified) -> dict[int, list[Drawn]]
 
     return {
         index: [
-            Drawn(tokens[at], logprob(at, asked), finite[at], possible[at])
+            Drawn(tokens[at], logprob(at, asked))
             for at in range(index * width, index * width + (1 if counts is None else counts[index]))
         ]
         for index, asked in rows

@@ -36,7 +36,7 @@ from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
 from jaxinfer.engine.speculation import Candidate, Seen
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
-from jaxinfer.sampling import Sampled
+from jaxinfer.sampling import IMPOSSIBLE, NOT_FINITE, Sampled
 from jaxinfer.step.forward import Computed, Demand
 from jaxinfer.step.inputs import Packed, pack
 from jaxinfer.step.score import Scored, places
@@ -83,7 +83,7 @@ class _Flight:
         if self.sampled is None:
             return True
         drawn = self.sampled.drawn if isinstance(self.sampled, Verified) else self.sampled
-        return drawn.token.is_ready()
+        return drawn.told.is_ready()
 
 
 class Engine:
@@ -280,11 +280,11 @@ class Engine:
 
     def _advance(self, active: _Active, drawn: Drawn) -> Output:
         """One more token for one sequence, inside its own wall."""
-        if not drawn.finite:
+        if drawn.token == NOT_FINITE:
             pages = self.scheduler.poison(active.sequence)
             self.program.wipe_pages([(active.sequence.replica, page) for page in pages])  # after all that was launched, before any reuse
             return self._end(active, FinishReason.ERROR, error="the model produced numbers that are not finite for this request")
-        if not drawn.possible:
+        if drawn.token == IMPOSSIBLE:
             return self._end(active, FinishReason.ERROR, error="the rules of this request leave no token to be drawn")
         self.scheduler.append(active.sequence, drawn.token)
         self.metrics.generation_tokens += active.counted

@@ -15,7 +15,7 @@ from jaxinfer.planner.estimate import Estimate
 from jaxinfer.planner.outcome import Plan
 from jaxinfer.planner.predict import Kernels, Phase
 from jaxinfer.step.program import Program
-from jaxinfer.step.sizes import ProgramSize, beside
+from jaxinfer.step.sizes import ProgramSize
 
 SLOW_NOTE = "attention is XLA's, which is several times slower than the kernels of this platform: {}"
 GUESS_NOTE = "programs were not compiled: their memory is a guess"
@@ -37,7 +37,7 @@ class Compiled:
     @property
     def needed(self) -> int:
         """Bytes that the whole list of programs needs on a device."""
-        return beside(self.program.sizes, self.program.config.keys).total
+        return self.program.bytes_beside
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ def _memory(best: Estimate, own: Compiled | None) -> dict[str, Any]:
     account = best.account
     pages = max(0, account.pages(best.reserved))
     kv = (pages + 1) * account.page
-    parts = beside(own.program.sizes, own.program.config.keys) if own else None
+    parts = own.program.beside if own else None
     return {
         "limit": account.limit, "weights": account.weights, "slots": account.slots, "programs": best.programs,
         "programs_from": "compiler" if own else "guess",
-        "programs_temporary": parts.forward + parts.others if parts else None, "programs_outputs": parts.outputs if parts else None,
+        "programs_temporary": parts.forward + parts.others if parts else None,
+        "programs_outputs": parts.outputs + parts.held if parts else None,
         "programs_code": parts.code if parts else None, "kv_pool": kv, "kv_token": account.page / best.page_size,
         "total": account.weights + account.slots + best.programs + kv, "lacking": max(0, best.lacking),
     }  # fmt: skip

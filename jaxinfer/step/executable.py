@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import cycle
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -31,23 +32,36 @@ NODES: dict[str, Any] = {cls.__name__: cls for cls in (Computed, DraftRows, Quan
 
 @dataclass(frozen=True)
 class Call:
-    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over. options: of XLA, by
-    name, for this program alone."""
+    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over; one that it does not
+    read is the memory for a result of the same shapes. options: of XLA, by name, for this program alone."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     out_shardings: Any
     donated: tuple[int, ...] = ()
+    keep_unused: bool = False
     options: Mapping[str, str | bool] = field(default_factory=dict)
 
     def lower(self) -> Any:
         """Trace it."""
-        return jax.jit(self.function, donate_argnums=self.donated, out_shardings=self.out_shardings).lower(*self.arguments)
+        made = jax.jit(self.function, donate_argnums=self.donated, out_shardings=self.out_shardings, keep_unused=self.keep_unused)
+        return made.lower(*self.arguments)
 
     @property
     def inputs(self) -> Iterator[str]:
         """Each argument array in words: what a program must have been compiled for to be called so."""
         return (_words(leaf) for leaf in jax.tree.leaves(self.arguments))
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """A function with one argument more, the last: memory for its results, so that these lie where they lay before."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function of all but the last."""
+        return self.function(*arguments[:-1])
 
 
 class Made(NamedTuple):
@@ -145,6 +159,25 @@ def load(data: bytes, description: Mapping[str, Any], arguments: tuple[Any, ...]
     )  # fmt: skip
     described = stages.make_args_info(jax.tree.structure((arguments, {})), (jax.tree.map(aval, arguments), {}), ())
     return jax.stages.Compiled(unloaded.load(), [], described, out_tree, no_kwargs=True)
+
+
+class InTurns:
+    """Copies of a program that run in turns. XLA launches a program on a GPU as a command buffer, and before each launch writes anew what
+    deals with arrays that lie elsewhere than at the one before. Two steps are in the air at a time, so what a step makes lies where it lay
+    two steps earlier: each of two copies finds all in its place, and its own command buffer is not running."""
+
+    def __init__(self, *runs: Callable[..., Any]) -> None:
+        self._runs = cycle(runs)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """What the copy whose turn it is makes of them."""
+        return next(self._runs)(*arguments)
+
+
+def twin(compiled: Any, call: Call, mesh: Mesh) -> jax.stages.Compiled:
+    """A second copy of a program on the mesh's devices."""
+    data, description = dump(compiled)
+    return load(data, description, call.arguments, mesh)
 
 
 def to_json(tree: Any) -> Any:

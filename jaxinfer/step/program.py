@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,24 +27,32 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.executable import Call, Compiler, Made, Source
+from jaxinfer.step.executable import Call, Compiler, InPlace, InTurns, Made, Source, twin
 from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, AloneKey, ProgramConfig, ProposeKey, SamplerKey, ScoreKey
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.propose import Propose
 from jaxinfer.step.score import Score, Scored, pack_targets
-from jaxinfer.step.sizes import ProgramSize, beside
+from jaxinfer.step.sizes import Beside, ProgramSize, beside
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
+PAIRED = ("gpu",)  # platforms where programs of steps run in turns with a second copy (see `InTurns`)
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
 
 
-def options_for(bucket: Bucket, platform: str) -> dict[str, str]:
-    """XLA's options for a forward program. A command buffer is written anew before a GPU starts on it, as every step brings other arrays;
-    prompts keep a GPU busy for long enough that kernels are launched one by one meanwhile."""
-    return {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" and bucket.prefill_tokens else {}
+def options_for(platform: str) -> dict[str, str]:
+    """XLA's options for a forward program with prompts. A command buffer is written anew before a GPU starts on it, as every such step
+    brings other arrays; prompts keep a GPU busy for long enough that kernels are launched one by one meanwhile."""
+    return {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" else {}
+
+
+def in_steps(key: Any) -> bool:
+    """Whether a program's runs follow one another closely: a forward pass without prompts, a sampler, a proposer."""
+    if isinstance(key, Bucket | AloneKey):
+        return not (key.bucket if isinstance(key, AloneKey) else key).prefill_tokens
+    return isinstance(key, SamplerKey | ProposeKey)
 
 
 class Program:
@@ -54,9 +63,11 @@ class Program:
         self.source: Source = Compiler() if source is None else source
         self.compile_seconds: dict[str, float] = {}
         self._compiled: dict[Any, Any] = {}
+        self._runs: dict[Any, Callable[..., Any]] = {}
         self._sizes: dict[Any, ProgramSize] = {}
         self._leaves: tuple[Array, ...] = ()
         self._kv: tuple[Any, ...] = ()
+        self._computed: dict[Bucket, Computed] = {}
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
         self._no_drafts: dict[Bucket, Array] = {}
@@ -77,6 +88,8 @@ class Program:
                 futures[-1].add_done_callback(lambda _: progress(stage, len(self._compiled), len(work)))
             for future in futures:
                 future.result()
+        if self._leaves:
+            self._pair(work)
 
     def measure(self) -> int:
         """Compile the programs that set what memory programs need only: `bytes_beside` before the pool has its size."""
@@ -94,9 +107,15 @@ class Program:
         return self._leaves[: len(self.config.graph.arrays)]
 
     @property
-    def bytes_beside(self) -> int:
+    def beside(self) -> Beside:
         """What the programs take on each device beside weights, pool and slots (see sizes.py)."""
-        return beside(self.sizes, self.config.keys).total
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._held)) // self.config.pool.replicas
+        return beside(self.sizes, self.config.keys, held)
+
+    @property
+    def bytes_beside(self) -> int:
+        """All of that."""
+        return self.beside.total
 
     def compiled(self, key: Any) -> Any:
         """A compiled program."""
@@ -115,7 +134,7 @@ class Program:
         if isinstance(key, ScoreKey):
             return self._score_call(self.config.shapes(key.bucket))
         if key == POOL:
-            return Call(self._empty_pool, (), self._pool_shardings)
+            return Call(self._empty, (), (self._pool_shardings, self._by_replica))
         if key == ADMIT:
             words = jax.ShapeDtypeStruct((slot_state.admission_words(self.config.max_tokens),), np.int32)
             return Call(slot_state.admit, (self._slot_structs, self._on_all(words)), self._replicated, donated=(0,))
@@ -127,7 +146,9 @@ class Program:
         """Take the weights and make the KV pool and the slots."""
         config = self.config
         self._leaves = tuple(leaves)
-        self._kv = self._compiled[POOL]()
+        self._pair(list(self._compiled))
+        self._kv, held = self._compiled[POOL]()
+        self._computed = dict(zip(self._held_buckets, held, strict=True))
         self._slots = jax.device_put(slot_state.neutral(config.spare_slot + 1, config.vocab), self._replicated)
         words = sampling.mask_words(config.vocab)
         for draws in {key.draws for key in config.samplers}:
@@ -139,7 +160,7 @@ class Program:
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
-        self._slots = self._compiled[ADMIT](self._slots, self._send(words, self._replicated))
+        self._slots = self._runs[ADMIT](self._slots, self._send(words, self._replicated))
 
     def forward(self, packed: Packed, drafting: Demand | None = None, *, alone: bool = False) -> Computed:
         """Launch the forward pass of a step. drafting: the draft model thinks of `DRAFTED` tokens first, for rows that ask so much of a
@@ -147,21 +168,30 @@ class Program:
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         if alone and self.config.draft is not None:
             weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
-            program = self._compiled[AloneKey(bucket)]
-            kv, computed = program(self._leaves[:weights], self._kv[:layers], self._slots, buffer)
+            program = self._runs[AloneKey(bucket)]
+            kv, computed = program(self._leaves[:weights], self._kv[:layers], self._slots, buffer, *self._place(bucket))
             self._kv = kv + self._kv[layers:]
-            return computed
+            return self._keep(bucket, computed)
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
         if drafting is not None:
             buffer = jax.device_put(buffer, self._by_replica)  # once for two programs
             extra = (self._propose(bucket, buffer, drafting),)
-        self._kv, computed = self._compiled[bucket](self._leaves, self._kv, self._slots, buffer, *extra)
+        self._kv, computed = self._runs[bucket](self._leaves, self._kv, self._slots, buffer, *extra, *self._place(bucket))
+        return self._keep(bucket, computed)
+
+    def _place(self, bucket: Bucket) -> tuple[Computed, ...]:
+        """Where the results of a step without prompts go: over those of the one before, which has drawn its tokens by then."""
+        return (self._computed.pop(bucket),) if bucket in self._computed else ()
+
+    def _keep(self, bucket: Bucket, computed: Computed) -> Computed:
+        if not bucket.prefill_tokens:
+            self._computed[bucket] = computed
         return computed
 
     def _propose(self, bucket: Bucket, buffer: Array, demand: Demand) -> Array:
         config, layers = self.config, len(self.config.graph.config.attention_shapes)
         leaves = self._leaves if config.draft is not None and config.draft.tapped else self._leaves[len(config.graph.arrays) :]
-        program = self._compiled[ProposeKey(bucket, demand is Demand.GREEDY)]
+        program = self._runs[ProposeKey(bucket, demand is Demand.GREEDY)]
         own, drafts = program(leaves, self._kv[layers:], self._slots, buffer)
         self._kv = self._kv[:layers] + own
         return drafts
@@ -173,10 +203,9 @@ class Program:
         """
         rows = computed.logits.shape[0]
         allowed = self._open_masks[rows] if mask is None else self._send(mask, self._by_replica)
-        sampler = self._compiled.get(SamplerKey(rows, demand)) or self._compiled[SamplerKey(rows)]
+        sampler = self._runs.get(SamplerKey(rows, demand)) or self._runs[SamplerKey(rows)]
         self._slots, sampled = sampler(computed.logits, computed.rows, allowed, self._slots)
-        for result in (sampled.token, sampled.finite, sampled.possible):
-            result.copy_to_host_async()
+        sampled.told.copy_to_host_async()
         return sampled
 
     def verify(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Verified:
@@ -184,8 +213,8 @@ class Program:
         draws = computed.logits.shape[0]
         rows, width = computed.rows.tokens.shape if isinstance(computed.rows, DraftRows) else (draws, 1)
         allowed = self._open_masks[draws] if mask is None else self._send(mask, self._by_replica)
-        self._slots, verified = self._compiled[SamplerKey(rows, demand, width)](computed.logits, computed.rows, allowed, self._slots)
-        for result in (verified.drawn.token, verified.drawn.finite, verified.drawn.possible, verified.counts):
+        self._slots, verified = self._runs[SamplerKey(rows, demand, width)](computed.logits, computed.rows, allowed, self._slots)
+        for result in (verified.drawn.told, verified.counts):
             result.copy_to_host_async()
         return verified
 
@@ -194,18 +223,18 @@ class Program:
         targets = pack_targets(packed)
         if targets is None:
             return None
-        program = self._compiled[ScoreKey(packed.shapes.bucket)]
+        program = self._runs[ScoreKey(packed.shapes.bucket)]
         return program(self.leaves, computed.hidden, self._send(targets, self._by_replica))
 
     def copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy pages before the next step: (replica, source, target) each."""
         for sources, targets in blocks(copies, self.config.pool.replicas, 2):
-            self._kv = self._compiled[COPY](self._kv, self._send(sources, self._by_replica), self._send(targets, self._by_replica))
+            self._kv = self._runs[COPY](self._kv, self._send(sources, self._by_replica), self._send(targets, self._by_replica))
 
     def wipe_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         """Fill pages with zeros before the next step: (replica, page) each."""
         for (ids,) in blocks(pages, self.config.pool.replicas, 1):
-            self._kv = self._compiled[WIPE](self._kv, self._send(ids, self._by_replica))
+            self._kv = self._runs[WIPE](self._kv, self._send(ids, self._by_replica))
 
     def _forward_call(self, shapes: Shapes, *, alone: bool = False) -> Call:
         config = self.config
@@ -218,7 +247,10 @@ class Program:
         size = (shapes.replicas * shapes.bucket.decode_rows, shapes.bucket.decode_tokens - 1)
         drafts = (jax.ShapeDtypeStruct(size, np.int32, sharding=self._by_replica),) if config.draft is not None and size[1] else ()
         arguments = (leaves, self._pool_structs[:pools], self._slot_structs, buffer, *drafts)
-        return Call(step, arguments, out, donated=(1,), options=options_for(shapes.bucket, config.placement.mesh.devices.flat[0].platform))
+        if not shapes.bucket.prefill_tokens:
+            arguments = (*arguments, self._computed_struct(shapes.bucket))
+            return Call(InPlace(step), arguments, out, donated=(1, len(arguments) - 1), keep_unused=True)
+        return Call(step, arguments, out, donated=(1,), options=options_for(config.placement.mesh.devices.flat[0].platform))
 
     def _proposer_call(self, key: ProposeKey) -> Call:
         config, draft, shapes = self.config, self.config.graphs[-1], self.config.shapes(key.bucket)
@@ -232,17 +264,29 @@ class Program:
         return Call(step, (leaves, pools, self._slot_structs, buffer), out, donated=(1,))
 
     def _sampler_call(self, key: SamplerKey) -> Call:
-        config, shape, rows = self.config, jax.ShapeDtypeStruct, key.rows
-        logits = shape((key.draws, config.vocab), np.float32, sharding=self._by_replica)
-        mask = shape((key.draws, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
-        of_row = shape((rows,), np.int32, sharding=self._by_replica)
-        of_rows = sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), of_row))
-        step = Sampler(config.spare_slot, config.placement, key.demand)
+        config = self.config
+        logits, of_rows = self._drawn_from(key.rows, key.width)
+        mask = jax.ShapeDtypeStruct((key.draws, sampling.mask_words(config.vocab)), np.uint32, sharding=self._by_replica)
+        step: Any = Sampler(config.spare_slot, config.placement, key.demand)
         if key.width > 1:
-            tokens = shape((rows, key.width), np.int32, sharding=self._by_replica)
-            of_rows = sampling.unchecked(DraftRows, dict.fromkeys(("slots", "positions", "lengths"), of_row) | {"tokens": tokens})
             step = Verifier(config.spare_slot, config.placement, key.demand, config.forced)
         return Call(step, (logits, of_rows, mask, self._slot_structs), (self._replicated, self._replicated), donated=(3,))
+
+    def _drawn_from(self, rows: int, width: int) -> tuple[Any, Any]:
+        """Descriptions of logits and of their rows."""
+        shape = partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._by_replica)
+        logits = shape((rows * width, self.config.vocab), dtype=np.float32)
+        if width == 1:
+            return logits, sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), shape((rows,))))
+        of_row = dict.fromkeys(("slots", "positions", "lengths"), shape((rows,)))
+        return logits, sampling.unchecked(DraftRows, of_row | {"tokens": shape((rows, width))})
+
+    def _computed_struct(self, bucket: Bucket) -> Any:
+        """What a step without prompts makes."""
+        graph, replicas = self.config.graph, self.config.pool.replicas
+        logits, rows = self._drawn_from(bucket.rows * replicas, bucket.decode_tokens)
+        hidden = jax.ShapeDtypeStruct((bucket.tokens * replicas, graph.config.hidden_size), graph.dtype, sharding=self._by_replica)
+        return sampling.unchecked(Computed, {"hidden": hidden, "logits": logits, "rows": rows})
 
     def _score_call(self, shapes: Shapes) -> Call:
         config, shape, bucket = self.config, jax.ShapeDtypeStruct, shapes.bucket
@@ -258,8 +302,26 @@ class Program:
         with the call, which is sooner."""
         return values.copy() if sharding.mesh.size == 1 else jax.device_put(values.copy(), sharding)
 
-    def _empty_pool(self) -> tuple[Any, ...]:
-        return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), self._pool_structs)
+    def _empty(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """A pool, and room for what steps without prompts compute."""
+        return jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), (self._pool_structs, self._held))
+
+    @property
+    def _held_buckets(self) -> tuple[Bucket, ...]:
+        return tuple(bucket for bucket in self.config.buckets if not bucket.prefill_tokens)
+
+    @property
+    def _held(self) -> tuple[Any, ...]:
+        return tuple(map(self._computed_struct, self._held_buckets))
+
+    def _pair(self, keys: Sequence[Any]) -> None:
+        """Have the programs that a GPU runs step by step run in turns with a second copy of each."""
+        mesh = self.config.placement.mesh
+        steps = [key for key in keys if mesh.devices.flat[0].platform in PAIRED and in_steps(key)]
+        with ThreadPoolExecutor(self.config.threads) as pool:
+            copies = pool.map(lambda key: twin(self._compiled[key], self.call(key), mesh), steps)
+            pairs = {key: InTurns(self._compiled[key], copy) for key, copy in zip(steps, copies, strict=True)}
+        self._runs.update({key: pairs.get(key, self._compiled[key]) for key in keys})
 
     def _make(self, key: Any, make: Callable[[], Made]) -> None:
         begun = time.perf_counter()

@@ -36,21 +36,23 @@ class ProgramSize:
 
 @dataclass(frozen=True)
 class Beside:
-    """The largest forward's temporaries, two steps' outputs, the largest other program's temporaries, and all code; bytes per device."""
+    """The largest forward's temporaries, two steps' outputs, what steps without prompts compute (each bucket keeps its own), the largest
+    other program's temporaries, and all code; bytes per device."""
 
     forward: int
     outputs: int
+    held: int
     others: int
     code: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.forward + self.outputs + self.others + self.code
+        return self.forward + self.outputs + self.held + self.others + self.code
 
 
-def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any]) -> Beside:
-    """What the programs `keys` need, of which those in `sizes` were compiled."""
+def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any], held: int = 0) -> Beside:
+    """What the programs `keys` need, of which those in `sizes` were compiled, with what steps leave in place."""
     forwards = [size for key, size in sizes.items() if isinstance(key, FORWARDS)]
     others = [size.temporary for key, size in sizes.items() if not isinstance(key, FORWARDS)]
     largest: dict[Any, int] = {}
@@ -60,7 +62,7 @@ def beside(sizes: Mapping[Any, ProgramSize], keys: Iterable[Any]) -> Beside:
     code = sum(sizes[key].code if key in sizes else largest.get(kind(key), unseen) for key in keys)
     return Beside(
         forward=max((size.temporary for size in forwards), default=0), outputs=2 * max((size.output for size in forwards), default=0),
-        others=max(others, default=0), code=code,
+        held=held, others=max(others, default=0), code=code,
     )  # fmt: skip
 
 

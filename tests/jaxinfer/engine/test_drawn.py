@@ -6,7 +6,7 @@ import numpy as np
 from jaxinfer.batch import LAST_SAMPLED, Batch, Row
 from jaxinfer.engine.drawn import fetch
 from jaxinfer.request import Request, SamplingParams
-from jaxinfer.sampling import Sampled
+from jaxinfer.sampling import IMPOSSIBLE, Sampled
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.inputs import Shapes, pack
 from jaxinfer.step.verify import Verified
@@ -15,8 +15,7 @@ from jaxinfer.step.verify import Verified
 def sampled(count):
     tokens = jnp.arange(100, 100 + count, dtype=jnp.int32)
     top = (jnp.tile(tokens[:, None], (1, 2)), jnp.zeros((count, 2), jnp.float32))
-    yes = jnp.ones(count, jnp.bool_)
-    return Sampled(tokens, -jnp.arange(count, dtype=jnp.float32), yes, yes.at[1].set(False), *top)
+    return Sampled(tokens, tokens.at[1].set(IMPOSSIBLE), -jnp.arange(count, dtype=jnp.float32), *top)
 
 
 def packed(width, *rows):
@@ -29,8 +28,8 @@ def row(name, *drafts, logprobs=None):
 
 def test_a_plain_row_has_one_token():
     found = fetch(packed(1, row("a"), row("b", logprobs=1)), sampled(2))
-    assert [[item.token for item in found[index]] for index in (0, 1)] == [[100], [101]]
-    assert found[0][0].logprob is None and found[0][0].possible and not found[1][0].possible
+    assert [[item.token for item in found[index]] for index in (0, 1)] == [[100], [IMPOSSIBLE]]
+    assert found[0][0].logprob is None
     assert found[1][0].logprob.logprob == -1.0 and found[1][0].logprob.top == ((101, 0.0),)
 
 

@@ -55,9 +55,9 @@ def test_a_batch_that_fits_no_bucket_is_an_error_and_no_compilation(plain, batch
 
 def test_prompts_on_gpus_do_without_command_buffers(plain):
     mixed, decode = Bucket(32, 4, 4), Bucket(0, 0, 4)
-    assert options_for(mixed, "gpu") == {"xla_gpu_enable_command_buffer": ""}
-    assert options_for(decode, "gpu") == options_for(mixed, "cpu") == options_for(mixed, "tpu") == {}
-    assert all(plain.program.call(key).options == options_for(key, "cpu") for key in (mixed, decode))
+    assert options_for("gpu") == {"xla_gpu_enable_command_buffer": ""}
+    assert options_for("cpu") == options_for("tpu") == {}
+    assert all(plain.program.call(key).options == {} for key in (mixed, decode))
 
 
 def test_one_shape_of_everything(plain):
