@@ -1,16 +1,19 @@
 """Tokens per second with drafts beside none: an engine for each way to draft, on stories, chats and copying, turn by turn in one run.
 
-Answers end where the model ends them, or after `--tokens`. Copying is asked for within what the embedded model has learnt, a list of nine
-words, so that what is measured is copying: once where the text stands in the question alone ("copying"), once where the same has been
-asked for and answered before ("again"), as when a text is edited or an answer made anew. At least `LEAST` prompts run, one after another if
-few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many of its lines as are needed, from the first).
+Stories and chats go on for `--tokens`, whatever the model says: in narrow numbers a near tie may fall differently, and an answer that ends
+early leaves steps with fewer rows, which cost as much. Other answers end where the model ends them, or after `--tokens`. Copying is asked
+for within what the embedded model has learnt, a list of nine words, so that what is measured is copying: once where the text stands in the
+question alone ("copying"), once where the same has been asked for and answered before ("again"), as when a text is edited or an answer made
+anew. At least `LEAST` prompts run, one after another if few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many
+of its lines as are needed, from the first).
 
 A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
 whether all tokens are those of the engine without drafts (`equal`; in narrow numbers a near tie may fall differently).
 
-In every turn the engine without drafts runs first and last, with the others between; every other turn goes backwards. `speedup` is the
-ratio of its time per token, the mean of the turn's two runs, to a way's, over all turns; `interval` is the 90 % interval of that
-(`turns.py`). The row "control" compares the engine without drafts with itself, one end of the turns with the other: what it says is noise.
+In every turn the engine without drafts runs at both ends, which neighbours share, and in the middle; between, each way runs once on the way
+there and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after itself. `speedup` is
+the ratio of the time per token at the ends, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of
+that (`turns.py`). The row "control" compares the run in the middle with the ends: what it says is noise.
 `costs_little` answers whether drafts cost at most 3 % (`MOST_LOSS`), whatever the batch: "shown" if the whole interval lies at 0.97 or
 above, "broken" if all of it lies below, else "not shown", as after fewer than 8 turns. `--seconds` gives each kind and batch so long, its
 warm-up included, for as many turns as that makes. The whole sweep, 9 minutes of measuring:
@@ -47,6 +50,7 @@ BATCHES = (1, 8, 64)
 WAYS = ("lookup", "draft", "auto")
 ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
 KINDS = ("story", "chat", "copying", "again")
+ENDLESS = ("story", "chat")
 CONTROL = "control"
 LEAST = 4  # prompts of a turn: a run of one at a time takes about as long as of 64, and there is time for many turns
 MOST_LOSS = 0.03
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             remark(f"{kind}, {batch} at once")
             most = max(batch, LEAST)
             texts = prompts(kind, most, opened[0].tokenizer) if lines is None else own(lines, opened[0], most, args.tokens)
-            for row in measure(named, Load(texts, batch, args.tokens), args.repeat, args.seconds):
+            for row in measure(named, Load(texts, batch, args.tokens, kind in ENDLESS), args.repeat, args.seconds):
                 equal = equal and (row["equal"] or row["dtype"] != "float32")
                 report.add(kind=kind, batch=batch, **row)
     return int(not equal)
@@ -122,15 +126,16 @@ def _configs(args: argparse.Namespace, ways: Sequence[str], most: int) -> list[E
 
 
 class Load(NamedTuple):
-    """Prompts, how many of them run at once, and the most tokens of an answer."""
+    """Prompts, how many of them run at once, and the most tokens of an answer; endless: it has exactly so many."""
 
     texts: Sequence[Sequence[int]]
     batch: int
     tokens: int
+    endless: bool = False
 
     def requests(self) -> list[Request]:
-        """Greedy ones that end where the model ends them. Each call has a salt of its own: only these share cached beginnings."""
-        salt, params = secrets.token_hex(8), SamplingParams.of(temperature=0.0, max_tokens=self.tokens)
+        """Greedy ones. Each call has a salt of its own: only these share cached beginnings."""
+        salt, params = secrets.token_hex(8), SamplingParams.of(temperature=0.0, max_tokens=self.tokens, ignore_eos=self.endless)
         return [Request(f"bench-{number}", tuple(text), params, cache_salt=salt) for number, text in enumerate(self.texts)]
 
 
@@ -147,34 +152,41 @@ class Made(NamedTuple):
 
 
 def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0) -> list[dict[str, Any]]:
-    """One row for each engine and one for the control; the first engine is the one without drafts, which runs at both ends of a turn. The
-    first turn warms up and fills the history of drafts; every other one goes backwards, so that a machine that gets slower or faster
-    favours none. There are at least `repeat` more, and as many as begin before so many seconds have passed."""
-    base, end = next(iter(named)), time.perf_counter() + seconds
-    order = [*named.items(), (CONTROL, named[base])]
-    runs = {name: Runs(_counts(engine)) for name, engine in order}
+    """One row for each engine and one for the control; the first engine is the one without drafts. The first turn warms up and fills the
+    history of drafts. There are at least `repeat` more, and as many as begin before so many seconds have passed."""
+    base, *ways = named
+    engines_of, end = {**named, CONTROL: named[base]}, time.perf_counter() + seconds
+    runs = {name: Runs(_counts(engine)) for name, engine in engines_of.items()}
+
+    def run_one(name: str) -> None:
+        begun = time.perf_counter()
+        made = answers(engines_of[name], load)
+        runs[name].add(made, time.perf_counter() - begun)
+        runs[name].equal &= made.tokens == runs[base].last.tokens
+
+    run_one(base)
     for turn in count():
         if turn > repeat and time.perf_counter() >= end:
             break
-        for name, engine in order[:: -1 if turn % 2 else 1]:
-            begun = time.perf_counter()
-            made = answers(engine, load)
-            runs[name].add(made, time.perf_counter() - begun)
-        for each in runs.values():
-            each.equal &= each.last.tokens == runs[base].last.tokens
-    first, again = runs[base].paces[1:], runs[CONTROL].paces[1:]
-    both = [(one + other) / 2 for one, other in zip(first, again, strict=True)]
+        for name in (*ways, CONTROL, *reversed(ways), base):
+            run_one(name)
+    ends = runs[base].paces[1:]
+    paces = {name: _means(runs[name].paces[2::2], runs[name].paces[3::2]) for name in ways}
+    paces |= {base: _means(ends, ends[1:]), CONTROL: runs[CONTROL].paces[1:]}
     rows = []
-    for name, engine in order:
-        paces = both if name == base else runs[name].paces[1:]
-        ratio = turns.compare(first if name == CONTROL else both, paces)
+    for name, engine in engines_of.items():
+        ratio = turns.compare(paces[base], paces[name])
         rows.append({
-            "way": name, **engines.about(engine), "tokens_per_second": len(paces) / sum(paces), "speedup": ratio.value,
+            "way": name, **engines.about(engine), "tokens_per_second": len(paces[name]) / sum(paces[name]), "speedup": ratio.value,
             "interval": ratio.interval and tuple(round(bound, 4) for bound in ratio.interval),
             "costs_little": ratio.at_least(1 - MOST_LOSS), **runs[name].about(_counts(engine)),
             "turns": [round(each, 3) for each in ratio.turns],
         })  # fmt: skip
     return rows
+
+
+def _means(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [(one + other) / 2 for one, other in zip(first, second, strict=False)]
 
 
 @dataclass

@@ -87,8 +87,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
 
 
 def heuristic(platform: str, key: dict[str, int | str]) -> dict[str, int]:
-    """Sizes that were never measured. Not `gpu_one`, which has not run on a card as it is now: a tuned row chooses it."""
-    return next(sizes for sizes in (*_fitting(key), XLA) if sizes != ONE)._asdict()
+    """Sizes that were never measured."""
+    return candidates(platform, key)[0]
 
 
 def candidates(platform: str, key: dict[str, int | str]) -> list[dict[str, int]]:

@@ -28,6 +28,11 @@ def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
     assert auto["interval"][0] - 1e-4 <= auto["speedup"] <= auto["interval"][1] + 1e-4 and len(auto["turns"]) == 2
 
 
+def test_stories_and_chats_have_so_many_tokens_whatever_the_model_says():
+    ends = [request.params.stop.ignore_eos for request in (*LOAD.requests(), *LOAD._replace(endless=True).requests())]
+    assert ends == [False, True] and set(speculation.ENDLESS) < set(speculation.KINDS)
+
+
 class Clocked:
     """Stands for an engine whose runs take so many seconds, by how many runs there were before; `ran` is shared and names them all."""
 
@@ -53,18 +58,25 @@ def clocked(monkeypatch):
     return lambda name, seconds, **made: Clocked(name, ran, seconds, **made)
 
 
-def test_the_engine_without_drafts_runs_at_both_ends_of_a_turn(clocked):
+def test_no_engine_runs_right_after_itself_and_turns_share_their_ends(clocked):
     named = {name: clocked(name, lambda number: 1.0) for name in ("off", "lookup", "draft")}
     speculation.measure(named, LOAD, 2)
-    assert named["off"].ran == ["off", "lookup", "draft", "off", "off", "draft", "lookup", "off", "off", "lookup", "draft", "off"]
+    assert named["off"].ran == ["off", *3 * ["lookup", "draft", "off", "draft", "lookup", "off"]]
 
 
 def test_a_machine_that_gets_slower_favours_none(clocked):
     off, way = (clocked(name, lambda number: 10.0 + number) for name in ("off", "way"))
     _, found, control = speculation.measure({"off": off, "way": way}, LOAD, 8)
     assert found["speedup"] == pytest.approx(1) and found["turns"] == [1.0] * 8 and found["costs_little"] == "shown"
-    assert control["speedup"] == pytest.approx(1) and control["turns"][0] > 1 > control["turns"][1]
-    assert control["interval"][0] < 1 < control["interval"][1] and control["costs_little"] == "not shown"
+    assert control["speedup"] == pytest.approx(1) and control["turns"] == [1.0] * 8
+
+
+@pytest.mark.parametrize(("slow", "ratio"), [(0, 1.5), (2, 2 / 3)])  # every other end, or the middle of every other turn
+def test_the_control_says_how_far_the_engine_without_drafts_is_from_itself(clocked, slow, ratio):
+    off, way = clocked("off", lambda number: 2.0 if number % 8 == slow else 1.0), clocked("way", lambda number: 1.0)
+    _, found, control = speculation.measure({"off": off, "way": way}, LOAD, 16)
+    assert control["speedup"] == pytest.approx(ratio) and found["speedup"] == pytest.approx(1.5 if slow == 0 else 1.0)
+    assert control["costs_little"] == ("broken" if slow else "shown")
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(1.0, "shown"), (1.03, "shown"), (1.04, "broken")])
@@ -86,7 +98,7 @@ def test_tokens_that_differed_once_are_not_equal(clocked, monkeypatch):
 
     def answers(engine, load):
         made = inner(engine, load)
-        return speculation.Made({"only": (9, 9, 9, 9)}, 4) if len(engine.ran) == 5 else made  # in the second of four turns
+        return speculation.Made({"only": (9, 9, 9, 9)}, 4) if len(engine.ran) == 6 else made  # in the second of four turns
 
     monkeypatch.setattr(speculation, "answers", answers)
     rows = speculation.measure({"off": off, "way": way}, LOAD, 3)
@@ -95,7 +107,7 @@ def test_tokens_that_differed_once_are_not_equal(clocked, monkeypatch):
 
 def test_turns_go_on_until_the_time_is_over(clocked):
     off, way = (clocked(name, lambda number: 1.0) for name in ("off", "way"))
-    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 30.0)[1]["turns"]) == 9  # and one that warms up, of 3 seconds each
+    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 30.0)[1]["turns"]) == 7  # and one that warms up, of 4 seconds each
     assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 1.0)[1]["turns"]) == 2
 
 

@@ -13,7 +13,7 @@ from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
 from jaxinfer.sharding import make_mesh
 from jaxinfer.step import executable
-from jaxinfer.step.executable import Call, Compiler, dump, from_json, load, to_json
+from jaxinfer.step.executable import Call, Compiler, InTurns, dump, from_json, load, to_json
 from jaxinfer.step.forward import Computed
 from jaxinfer.step.keys import POOL, WIPE, SamplerKey
 from pallas_kernels import QuantizedKV
@@ -118,3 +118,9 @@ def test_options_that_xla_refuses(small):
         Compiler({"no_such_option": "1"}).begin("key", small[1])()
     with pytest.raises(ConfigError, match=r"XLA refuses \{'one': '1', 'other': '3'\}"):
         Compiler({"one": "1", "other": "2"}).begin("key", replace(small[1], options={"other": "3"}))()
+
+
+def test_copies_run_in_turns():
+    ran = []
+    both = InTurns(lambda value: ran.append("first") or value, lambda value: ran.append("second") or -value)
+    assert [both(1), both(2), both(3)] == [1, -2, 3] and ran == ["first", "second", "first"]

@@ -9,7 +9,9 @@ import pytest
 
 from jaxinfer.batch import LAST_SAMPLED, Admission, Batch, Row
 from jaxinfer.request import Request, SamplingParams
+from jaxinfer.step import program as program_module
 from jaxinfer.step.buckets import Bucket
+from jaxinfer.step.executable import InTurns
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
 from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, SamplerKey, ScoreKey
@@ -77,6 +79,36 @@ def test_a_step_takes_over_pool_and_slots(plain):
     step(program, Batch((), rows(1, (1, 2))))
     assert all(array.is_deleted() for array in before)
     assert not any(array.is_deleted() for array in (*program.leaves, *program._kv))
+
+
+def test_steps_without_prompts_compute_into_the_same_memory(plain):
+    """What launches them on a GPU costs twice as much where arrays move. Prompts' results are left to who has them."""
+    program, decode, mixed = plain.program, Batch(rows(2, (LAST_SAMPLED,), start=1), ()), Batch((), rows(1, (1, 2)))
+    kept = program.forward(pack(mixed, program.config.bucket_for(mixed)))
+    found = []
+    for _ in range(3):
+        computed = program.forward(pack(decode, program.config.bucket_for(decode)))
+        found.append((computed, [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(computed)]))
+        program.sample(computed)
+    assert found[0][1] == found[1][1] == found[2][1]
+    assert [computed.logits.is_deleted() for computed, _ in found] == [True, True, False] and not kept.logits.is_deleted()
+    assert program.beside.held == sum(leaf.nbytes for leaf in jax.tree.leaves(program._computed))
+
+
+def test_programs_of_steps_run_in_turns_with_a_copy_on_gpus(plain, monkeypatch):
+    program, decode, mixed = plain.program, Bucket(0, 0, 4), Bucket(32, 4, 4)
+    assert not any(isinstance(run, InTurns) for run in program._runs.values())
+    monkeypatch.setattr(program_module, "PAIRED", ("cpu",))
+    monkeypatch.setattr(program, "_runs", dict(program._runs))
+    program._pair([decode, SamplerKey(4), mixed])
+    assert [key for key, run in program._runs.items() if isinstance(run, InTurns)] == [decode, SamplerKey(4)]
+    batch, drawn = Batch(rows(2, (3,), start=1), ()), []
+    for _ in range(3):
+        computed = program.forward(pack(batch, program.config.shapes(decode)))
+        drawn.append((np.array(computed.logits), np.asarray(program.sample(computed).told)))
+    for logits, told in drawn[1:]:
+        np.testing.assert_array_equal(logits, drawn[0][0])
+        np.testing.assert_array_equal(told, drawn[0][1])
 
 
 def test_rows_without_a_request_write_only_what_nobody_reads(plain):
