@@ -274,8 +274,8 @@ class Program:
 
     def _drawn_from(self, rows: int, width: int) -> tuple[Any, Any]:
         """Descriptions of logits and of their rows."""
-        shape = partial(jax.ShapeDtypeStruct, dtype=np.int32, sharding=self._by_replica)
-        logits = shape((rows * width, self.config.vocab), dtype=np.float32)
+        shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=self._by_replica)
+        logits = jax.ShapeDtypeStruct((rows * width, self.config.vocab), jnp.float32, sharding=self._by_replica)
         if width == 1:
             return logits, sampling.unchecked(RowInputs, dict.fromkeys(("slots", "positions", "samples"), shape((rows,))))
         of_row = dict.fromkeys(("slots", "positions", "lengths"), shape((rows,)))
