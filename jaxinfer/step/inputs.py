@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -88,20 +89,16 @@ def pack(batch: Batch, shapes: Shapes) -> Packed:
     """Lay a batch out in a bucket; in one without decode rows, decodes are the first prefill rows.
 
     Raises:
-        ValueError: a row names the guard page or too few pages, or is unsettled where no program settles it; scheduler, pool and programs
-            disagree.
+        ValueError: a row names the guard page, too few pages or too many, or is unsettled where no program settles it; scheduler, pool and
+            programs disagree.
     """
     batch = batch if shapes.bucket.decode_rows else batch.folded()
-    buffer = np.zeros(shapes.buffer, np.int32)
-    parts = _views(buffer, shapes)
-    parts["positions"].fill(PADDING_POSITION)
-    parts["page_tables"].fill(GUARD_PAGE)
-    parts["slots"].fill(shapes.spare_slot)
-    rows = batch.rows
-    places = np.array(list(_places(batch, shapes)), np.int64).reshape(-1, 3).T
+    layout = _layout(shapes)
+    buffer, rows = layout.empty.copy(), batch.rows
+    places = list(_places(batch, shapes))
     if rows:
-        _write(parts, rows, places, shapes.page_size)
-    indices = (places[0] * shapes.bucket.rows + places[1]).tolist()
+        _write(buffer.reshape(-1), layout, rows, np.array(places, np.int64).T)
+    indices = (replica * shapes.bucket.rows + index for replica, index, _ in places)
     return Packed(shapes, buffer, tuple(zip(indices, rows, strict=True)))
 
 
@@ -128,36 +125,60 @@ def _places(batch: Batch, shapes: Shapes) -> Iterator[tuple[int, int, int]]:
         tokens[replica] += len(row.tokens)
 
 
-def _views(buffer: np.ndarray, shapes: Shapes) -> dict[str, np.ndarray]:
-    """Each field of the buffer in its own shape behind the replicas; writing there writes to the buffer."""
-    offsets = shapes.offsets()
-    return {name: buffer[:, slice(*offsets[name])].reshape(-1, *shape) for name, shape in shapes.fields().items()}
+@dataclass(frozen=True)
+class _Layout:
+    """What a buffer of some shapes holds where no row is, and where in a replica's part its fields begin. words: of such a part."""
+
+    empty: Int[np.ndarray, "replicas words"]
+    words: int
+    begins: dict[str, int]
+    pages_per_row: int
+    page_size: int
 
 
-def _write(parts: dict[str, np.ndarray], rows: tuple[Row, ...], places: np.ndarray, page_size: int) -> None:
-    """Fill in the rows, each at its place: what is one number a row for all rows at once, only longer ones' tokens row by row."""
+@cache
+def _layout(shapes: Shapes) -> _Layout:
+    """Made once for each bucket."""
+    empty, offsets = np.zeros(shapes.buffer, np.int32), shapes.offsets()
+    for name, value in (("positions", PADDING_POSITION), ("page_tables", GUARD_PAGE), ("slots", shapes.spare_slot)):
+        empty[:, slice(*offsets[name])] = value
+    begins = {name: begin for name, (begin, _) in offsets.items()}
+    return _Layout(empty, shapes.buffer[1], begins, shapes.pages_per_row, shapes.page_size)
+
+
+def _write(flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ...], places: Int[np.ndarray, "3 rows"]) -> None:
+    """Fill in the rows, each at its place (replica, index, first token): what is one number a row for all rows at once, only longer ones'
+    tokens row by row."""
     replicas, indices, firsts = places
-    counts, starts = np.array([len(row.tokens) for row in rows]), np.array([row.start for row in rows])
-    ends = starts + counts
-    for name, values in (
-        ("query_starts", firsts), ("query_lengths", counts), ("kv_lengths", ends), ("slots", [row.slot for row in rows]),
-        ("samples", [row.samples for row in rows]), ("unsettled", [row.unsettled for row in rows]),
-    ):  # fmt: skip
-        if name in parts:
-            parts[name][replicas, indices] = values
-        elif any(values):
-            raise ValueError("a row waits for what came of its drafts, but this program cannot tell")
-    parts["tokens"][replicas, firsts] = [row.tokens[0] for row in rows]
-    parts["positions"][replicas, firsts] = starts
-    for number in np.flatnonzero(counts > 1):
-        row, replica, first, count = rows[number], replicas[number], firsts[number], counts[number]
-        parts["tokens"][replica, first : first + count] = row.tokens
-        parts["positions"][replica, first : first + count] = np.arange(row.start, row.start + count)
+    parts, begins = replicas * layout.words, layout.begins
+    counts, starts = [len(row.tokens) for row in rows], [row.start for row in rows]
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    of_rows = {
+        "query_starts": firsts, "query_lengths": counts, "kv_lengths": ends, "slots": [row.slot for row in rows],
+        "samples": [row.samples for row in rows], "unsettled": [row.unsettled for row in rows],
+    }  # fmt: skip
+    if "unsettled" not in begins and any(of_rows.pop("unsettled")):
+        raise ValueError("a row waits for what came of its drafts, but this program cannot tell")
+    at = parts + indices
+    for name, values in of_rows.items():
+        flat[at + begins[name]] = values
+    at = parts + firsts
+    flat[at + begins["tokens"]] = [row.tokens[0] for row in rows]
+    flat[at + begins["positions"]] = starts
+    for number, count in enumerate(counts):
+        if count > 1:
+            row, first = rows[number], int(at[number])
+            flat[first + begins["tokens"] : first + begins["tokens"] + count] = row.tokens
+            flat[first + begins["positions"] : first + begins["positions"] + count] = np.arange(row.start, row.start + count)
     pages, held = array("i"), np.array([len(row.pages) for row in rows])
     for row in rows:
         pages.extend(row.pages)
-    owners, ids = np.repeat(np.arange(len(rows)), held), np.asarray(pages)
-    parts["page_tables"][replicas[owners], indices[owners], np.arange(len(ids)) - (np.cumsum(held) - held)[owners]] = ids
-    for wrong in (*np.flatnonzero(held * page_size < ends), *owners[ids == GUARD_PAGE]):
+    ids = np.asarray(pages)
+    amiss = (held * layout.page_size < ends) | (held > layout.pages_per_row)
+    if amiss.any() or (ids == GUARD_PAGE).any():
+        owners = np.repeat(np.arange(len(rows)), held)
+        wrong = (*np.flatnonzero(amiss), *owners[ids == GUARD_PAGE])[0]
         found = list(rows[wrong].pages)
-        raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, or the guard page")
+        raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, too many, or the guard page")
+    tables = parts + begins["page_tables"] + indices * layout.pages_per_row
+    flat[np.repeat(tables - (np.cumsum(held) - held), held) + np.arange(len(ids))] = ids
