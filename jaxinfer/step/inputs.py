@@ -151,8 +151,8 @@ def _write(flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ..
     tokens row by row."""
     replicas, indices, firsts = places
     parts, begins = replicas * layout.words, layout.begins
-    counts, starts = [len(row.tokens) for row in rows], [row.start for row in rows]
-    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    counts, starts = np.array([len(row.tokens) for row in rows]), np.array([row.start for row in rows])
+    ends = starts + counts
     of_rows = {
         "query_starts": firsts, "query_lengths": counts, "kv_lengths": ends, "slots": [row.slot for row in rows],
         "samples": [row.samples for row in rows], "unsettled": [row.unsettled for row in rows],
@@ -165,11 +165,18 @@ def _write(flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ..
     at = parts + firsts
     flat[at + begins["tokens"]] = [row.tokens[0] for row in rows]
     flat[at + begins["positions"]] = starts
-    for number, count in enumerate(counts):
-        if count > 1:
-            row, first = rows[number], int(at[number])
-            flat[first + begins["tokens"] : first + begins["tokens"] + count] = row.tokens
-            flat[first + begins["positions"] : first + begins["positions"] + count] = np.arange(row.start, row.start + count)
+    for number in np.flatnonzero(counts > 1):
+        row, first, count = rows[number], at[number], counts[number]
+        flat[first + begins["tokens"] : first + begins["tokens"] + count] = row.tokens
+        flat[first + begins["positions"] : first + begins["positions"] + count] = np.arange(row.start, row.start + count)
+    _write_pages(flat, layout, rows, ends, parts, indices)
+
+
+def _write_pages(
+    flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ...], ends: Int[np.ndarray, " rows"],
+    parts: Int[np.ndarray, " rows"], indices: Int[np.ndarray, " rows"],
+) -> None:  # fmt: skip
+    """Fill in the rows' page tables, all at once; ends: how far they have to reach."""
     pages, held = array("i"), np.array([len(row.pages) for row in rows])
     for row in rows:
         pages.extend(row.pages)
@@ -180,5 +187,5 @@ def _write(flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ..
         wrong = (*np.flatnonzero(amiss), *owners[ids == GUARD_PAGE])[0]
         found = list(rows[wrong].pages)
         raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, too many, or the guard page")
-    tables = parts + begins["page_tables"] + indices * layout.pages_per_row
+    tables = parts + layout.begins["page_tables"] + indices * layout.pages_per_row
     flat[np.repeat(tables - (np.cumsum(held) - held), held) + np.arange(len(ids))] = ids
