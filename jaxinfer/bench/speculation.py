@@ -31,9 +31,9 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, product
+from itertools import count, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,8 +171,8 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
         for name in (*ways, CONTROL, *reversed(ways), base):
             run_one(name)
     ends = runs[base].paces[1:]
-    paces = {name: _means(runs[name].paces[2::2], runs[name].paces[3::2]) for name in ways}
-    paces |= {base: _means(ends, ends[1:]), CONTROL: runs[CONTROL].paces[1:]}
+    paces = {name: _means(zip(runs[name].paces[2::2], runs[name].paces[3::2], strict=True)) for name in ways}
+    paces |= {base: _means(pairwise(ends)), CONTROL: runs[CONTROL].paces[1:]}
     rows = []
     for name, engine in engines_of.items():
         ratio = turns.compare(paces[base], paces[name])
@@ -185,8 +185,8 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
     return rows
 
 
-def _means(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    return [(one + other) / 2 for one, other in zip(first, second, strict=False)]
+def _means(pairs: Iterable[tuple[float, float]]) -> list[float]:
+    return [(one + other) / 2 for one, other in pairs]
 
 
 @dataclass

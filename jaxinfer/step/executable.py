@@ -32,8 +32,8 @@ NODES: dict[str, Any] = {cls.__name__: cls for cls in (Computed, DraftRows, Quan
 
 @dataclass(frozen=True)
 class Call:
-    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over; one that it does not
-    read is the memory for a result of the same shapes. options: of XLA, by name, for this program alone."""
+    """A function with descriptions of its arguments (each with its sharding). donated: which of them it takes over. keep_unused: also
+    those that it does not read, which are memory for results of the same shapes. options: of XLA, by name, for this program alone."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]

@@ -127,13 +127,11 @@ def _places(batch: Batch, shapes: Shapes) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What a buffer of some shapes holds where no row is, and where in a replica's part its fields begin. words: of such a part."""
+    """What a buffer of some shapes holds where no row is, and where in a replica's part its fields begin."""
 
+    shapes: Shapes
     empty: Int[np.ndarray, "replicas words"]
-    words: int
     begins: dict[str, int]
-    pages_per_row: int
-    page_size: int
 
 
 @cache
@@ -142,26 +140,26 @@ def _layout(shapes: Shapes) -> _Layout:
     empty, offsets = np.zeros(shapes.buffer, np.int32), shapes.offsets()
     for name, value in (("positions", PADDING_POSITION), ("page_tables", GUARD_PAGE), ("slots", shapes.spare_slot)):
         empty[:, slice(*offsets[name])] = value
-    begins = {name: begin for name, (begin, _) in offsets.items()}
-    return _Layout(empty, shapes.buffer[1], begins, shapes.pages_per_row, shapes.page_size)
+    return _Layout(shapes, empty, {name: begin for name, (begin, _) in offsets.items()})
 
 
 def _write(flat: Int[np.ndarray, " words"], layout: _Layout, rows: tuple[Row, ...], places: Int[np.ndarray, "3 rows"]) -> None:
     """Fill in the rows, each at its place (replica, index, first token): what is one number a row for all rows at once, only longer ones'
     tokens row by row."""
     replicas, indices, firsts = places
-    parts, begins = replicas * layout.words, layout.begins
+    parts, begins = replicas * layout.empty.shape[1], layout.begins
     counts, starts = np.array([len(row.tokens) for row in rows]), np.array([row.start for row in rows])
     ends = starts + counts
     of_rows = {
         "query_starts": firsts, "query_lengths": counts, "kv_lengths": ends, "slots": [row.slot for row in rows],
         "samples": [row.samples for row in rows], "unsettled": [row.unsettled for row in rows],
     }  # fmt: skip
-    if "unsettled" not in begins and any(of_rows.pop("unsettled")):
-        raise ValueError("a row waits for what came of its drafts, but this program cannot tell")
     at = parts + indices
     for name, values in of_rows.items():
-        flat[at + begins[name]] = values
+        if name in begins:
+            flat[at + begins[name]] = values
+        elif any(values):
+            raise ValueError("a row waits for what came of its drafts, but this program cannot tell")
     at = parts + firsts
     flat[at + begins["tokens"]] = [row.tokens[0] for row in rows]
     flat[at + begins["positions"]] = starts
@@ -181,11 +179,11 @@ def _write_pages(
     for row in rows:
         pages.extend(row.pages)
     ids = np.asarray(pages)
-    amiss = (held * layout.page_size < ends) | (held > layout.pages_per_row)
+    shapes, amiss = layout.shapes, (held * layout.shapes.page_size < ends) | (held > layout.shapes.pages_per_row)
     if amiss.any() or (ids == GUARD_PAGE).any():
         owners = np.repeat(np.arange(len(rows)), held)
         wrong = (*np.flatnonzero(amiss), *owners[ids == GUARD_PAGE])[0]
         found = list(rows[wrong].pages)
         raise ValueError(f"row {indices[wrong]} has {ends[wrong]} tokens in pages {found}: too few, too many, or the guard page")
-    tables = parts + layout.begins["page_tables"] + indices * layout.pages_per_row
+    tables = parts + layout.begins["page_tables"] + indices * shapes.pages_per_row
     flat[np.repeat(tables - (np.cumsum(held) - held), held) + np.arange(len(ids))] = ids

@@ -34,7 +34,7 @@ from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, AloneKey, ProgramConfig,
 from jaxinfer.step.pages import AT_ONCE, PageEdit, blocks
 from jaxinfer.step.propose import Propose
 from jaxinfer.step.score import Score, Scored, pack_targets
-from jaxinfer.step.sizes import Beside, ProgramSize, beside
+from jaxinfer.step.sizes import Beside, ProgramSize, beside, kind
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
@@ -50,9 +50,7 @@ def options_for(platform: str) -> dict[str, str]:
 
 def in_steps(key: Any) -> bool:
     """Whether a program's runs follow one another closely: a forward pass without prompts, a sampler, a proposer."""
-    if isinstance(key, Bucket | AloneKey):
-        return not (key.bucket if isinstance(key, AloneKey) else key).prefill_tokens
-    return isinstance(key, SamplerKey | ProposeKey)
+    return kind(key) == "decode" or isinstance(key, SamplerKey | ProposeKey)
 
 
 class Program:

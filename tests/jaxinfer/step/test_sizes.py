@@ -26,7 +26,7 @@ def test_the_largest_of_each_counts():
     sizes = {DECODE: ProgramSize(5, 2, 0), MIXED: ProgramSize(3, 4, 0), Sampler(4, 2): ProgramSize(11, 9, 0), "admit": ProgramSize(1, 1, 0)}
     assert beside(sizes, sizes) == Beside(forward=5, outputs=8, held=0, others=11, code=0)
     assert beside(sizes, sizes).total == 24
-    assert beside({}, [DECODE]).total == 0
+    assert beside({}, [DECODE]).total == 0 and beside({}, [DECODE], held=7).total == 7
 
 
 def test_code_of_programs_not_compiled_is_that_of_the_largest_of_their_kind():
