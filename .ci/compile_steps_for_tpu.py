@@ -38,7 +38,7 @@ from jaxinfer.step.buckets import Bucket
 SLICES = {"v5e-8": 8, "v6e-8": 8, "v5p-8": 4, "tpu7x-8": 8}  # devices
 PAGES = 513  # of the pool, guard page included
 COPIED = re.compile(r" = (?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<shape>[\d,]*)\](?P<layout>\S*) (copy|transpose)\(")
-ARGUMENT = re.compile(r" = (?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<shape>[\d,]*)\]\S* parameter\(")
+ARGUMENT = re.compile(r" = (?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<shape>[\d,]*)\]\S* parameter\((?P<number>\d+)\)")
 KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
@@ -69,10 +69,11 @@ def held(key: Bucket, program: Any, sizing: Any) -> list[str]:
         wrong.append(f"collectives {found}, the sharding implies {implied}")
     memory = program._compiled[key].memory_analysis()
     pool = sum(prod(spec.shape) * spec.dtype.itemsize for spec in jax.tree.leaves(program.config.kv_specs))
-    pool //= mesh_size
-    if memory.alias_size_in_bytes < pool:
-        wrong.append(f"{memory.alias_size_in_bytes} bytes are updated in place, the pool has {pool}")
-    found = copies(text, least=1 << 20)
+    weights, pools, *rest = program.call(key).arguments
+    results = 0 if key.prefill_tokens else sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rest[-1]))
+    if memory.alias_size_in_bytes < pool // mesh_size + results:
+        wrong.append(f"{memory.alias_size_in_bytes} bytes are updated in place, the pool has {pool // mesh_size}, results {results}")
+    found = copies(text, len(jax.tree.leaves((weights, pools))), least=1 << 20)
     shape = sizing.model.graph.config.heads
     known = _kind_of("bf16", f"{sizing.model.graph.config.hidden_size},{shape.kv_heads // mesh_size},{shape.group},{shape.head_dim}")
     if found.pop(known, 0) > layers:
@@ -81,10 +82,10 @@ def held(key: Bucket, program: Any, sizing: Any) -> list[str]:
     return wrong
 
 
-def copies(text: str, least: int) -> Counter[Any]:
-    """Arguments of at least so many bytes (weights, pools) that the program makes again in another order, and how often."""
+def copies(text: str, first: int, least: int) -> Counter[Any]:
+    """Of the first arguments (weights, pools) those of at least so many bytes that the program makes again in another order."""
     entry = text[text.index("\nENTRY ") :]
-    given = {_kind_of(match["dtype"], match["shape"]) for match in ARGUMENT.finditer(entry)}
+    given = {_kind_of(match["dtype"], match["shape"]) for match in ARGUMENT.finditer(entry) if int(match["number"]) < first}
     found: Counter[Any] = Counter()
     for match in COPIED.finditer(text):
         size = collectives.SIZES.get(match["dtype"], 1) * prod(_sizes(match["shape"]))
