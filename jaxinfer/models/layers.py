@@ -63,13 +63,15 @@ class StepContext:
     """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
 
     positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
-    is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`.
+    is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`; meters:
+    those that another model of the same program left (`pallas_kernels.token_chain`).
     """
 
     positions: Int32[Array, "tokens"]
     metadata: PagedMetadata | Sequences
     placement: Placement
     tapped: tuple[int, ...] = ()
+    meters: Int32[Array, "meters"] | None = None
 
 
 class Dim(NamedTuple):
@@ -83,6 +85,13 @@ class AttentionResult(NamedTuple):
     """What attention adds to the residual stream, and its pool with this step's keys and values."""
 
     hidden: Float[Array, "tokens embed"]
+    kv: Pool
+
+
+class MixResult(NamedTuple):
+    """Values weighted by attention, of each query head, and the pool with this step's keys and values."""
+
+    hidden: Float[Array, "tokens kv_heads group head_dim"]
     kv: Pool
 
 
@@ -183,8 +192,12 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens embed"], placement: Placement) -> Float[Array, "tokens embed"]:
         """The MLP's contribution to the residual stream."""
-        gate_up = self.gate_up(x, placement)
-        return self.down(self.activation(gate_up[:, 0]) * gate_up[:, 1], placement)
+        return self.down(gated(self.gate_up(x, placement), self.activation), placement)
+
+
+def gated(x: Float[Array, "tokens 2 mlp"], activation: Callable[[Array], Array]) -> Float[Array, "tokens mlp"]:
+    """activation(first half) * second half."""
+    return activation(x[:, 0]) * x[:, 1]
 
 
 class HeadShape(NamedTuple):
@@ -237,15 +250,18 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens embed"], kv: Pool, context: StepContext) -> AttentionResult:
         """The attention's contribution to the residual stream. Writes this step's keys and values into kv, which the caller donates."""
-        shape, tokens = self.shape, x.shape[0]
-        qkv = self.qkv(x, context.placement)
+        mixed = self.mix(self.qkv(x, context.placement), kv, context)
+        return AttentionResult(self.out(mixed.hidden, context.placement), mixed.kv)
+
+    def mix(self, qkv: Float[Array, "tokens kv_heads lines head_dim"], kv: Pool, context: StepContext) -> MixResult:
+        """All between the two projections."""
+        shape, tokens = self.shape, qkv.shape[0]
         q = qkv[:, :, : shape.group].reshape(tokens, shape.heads, shape.head_dim)
         k = qkv[:, :, -2]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         result = attend(q, k, qkv[:, :, -1], kv, context, spec=self.spec, rope=self.rope)
-        grouped = result.out.reshape(tokens, shape.kv_heads, shape.group, shape.head_dim)
-        return AttentionResult(self.out(grouped, context.placement), result.kv)
+        return MixResult(result.out.reshape(tokens, shape.kv_heads, shape.group, shape.head_dim), result.kv)
 
 
 # Layers of one shape share one trace of the op, most of what tracing a model costs; XLA inlines the calls.

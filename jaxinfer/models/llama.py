@@ -29,7 +29,7 @@ from jaxinfer.models.layers import (
     StepContext,
     logits,
 )
-from jaxinfer.models.residual import LayerResult, ModelOutput, Stream, through
+from jaxinfer.models.residual import LayerResult, Link, ModelOutput, Stream, through
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Joined, Part, Transform
 from pallas_kernels import Pool
@@ -86,14 +86,13 @@ class Block(nnx.Module):
 
     def __call__(self, stream: Stream, kv: Pool, context: StepContext) -> LayerResult:
         """The residual stream after this layer. Writes to kv, which the caller donates."""
-        before = stream.normed(self.attention_norm, context.placement)
-        attended = self.attention(before.normed, kv, context)
-        between = Stream(before.total, attended.hidden).normed(self.mlp_norm, context.placement)
-        return LayerResult(Stream(between.total, self.feed(between.normed, context)), attended.kv)
+        before = stream.projected(self.attention_norm, self.attention.qkv, context.placement)
+        mixed = self.attention.mix(before.value, kv, context)
+        return LayerResult(self.feed(before.stream.then(Link(self.attention.out), of=mixed.hidden), context), mixed.kv)
 
-    def feed(self, x: Float[Array, "tokens embed"], context: StepContext) -> Float[Array, "tokens embed"]:
-        """The MLP's contribution to the residual stream."""
-        return self.mlp(x, context.placement)
+    def feed(self, stream: Stream, context: StepContext) -> Stream:
+        """The residual stream after the MLP."""
+        return stream.then(Link(self.mlp.gate_up, self.mlp_norm, self.mlp.activation), Link(self.mlp.down))
 
 
 class Model(nnx.Module):

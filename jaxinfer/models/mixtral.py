@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxinfer.config import ConfigError
 from jaxinfer.models import llama
 from jaxinfer.models.experts import Experts, ExpertShape
 from jaxinfer.models.hf import Fields
 from jaxinfer.models.layers import Attention, HeadShape, RMSNorm, StepContext
+from jaxinfer.models.residual import Stream
 from jaxinfer.models.weights import Joined, Part, Stacked, Transform
 
 # What Hugging Face takes for fields that are not there, where it is not what others take.
@@ -58,9 +58,10 @@ class Block(llama.Block):
         self.mlp_norm = RMSNorm(size, epsilon, dtype)
         self.experts = Experts(size, config.intermediate_size, config.experts, dtype)
 
-    def feed(self, x: Float[Array, "tokens embed"], context: StepContext) -> Float[Array, "tokens embed"]:
-        """The experts' contribution to the residual stream."""
-        return self.experts(x, context)
+    def feed(self, stream: Stream, context: StepContext) -> Stream:
+        """The residual stream after the experts."""
+        before = stream.normed(self.mlp_norm, context.placement)
+        return Stream(before.total, self.experts(before.normed, context), meters=stream.meters)
 
 
 class Model(llama.Model):

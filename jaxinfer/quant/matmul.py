@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxinfer.quant import blocks
 from jaxinfer.quant.observe import Observed
-from jaxinfer.quant.qarray import QArray
+from jaxinfer.quant.qarray import INT8, QArray
 from jaxinfer.sharding import Axes, Rules, partition
 from pallas_kernels import dense_matmul, grouped_matmul, quantized_matmul
 
@@ -48,6 +48,26 @@ def matmul(
     else:
         out = dense_matmul(x.reshape(tokens, into), weight.reshape(-1, into), out_dtype=out_dtype, implementation=implementation)
     return out.reshape(tokens, *out_shape)
+
+
+class Rows(NamedTuple):
+    """A weight as a plain matrix, and a scale for each of its rows if it has some."""
+
+    values: Shaped[Array, "out in"]
+    scales: Float[Array, "out 1"] | None
+
+
+def rows_of(weight: Weight | Observed, contracting: int) -> Rows | None:
+    """A weight [out.., into..] that is an array, or int8 with a scale for each output and nothing else; None for any other."""
+    if isinstance(weight, Observed):
+        return None
+    out = math.prod(weight.shape[: len(weight.shape) - contracting])
+    if not isinstance(weight, QArray):
+        return Rows(weight.reshape(out, -1), None)
+    bare = weight.zeros is None and weight.smooth is None and weight.order is None and weight.activations == "float"
+    if not bare or weight.values.dtype != INT8 or math.prod(weight.scales.shape[len(weight.shape) - contracting :]) > 1:
+        return None
+    return Rows(weight.values.reshape(out, -1), _matrix(weight, weight.scales, contracting))
 
 
 def grouped(

@@ -99,7 +99,7 @@ class Forward:
         if self.draft is not None:
             small: Any = self.draft.bind(others)
             follow = HeadBeside(small, model).follow if tapped else ModelBeside(small, self.graph.config.vocab_size).follow
-            pools += follow(current, result.features, seen, context)
+            pools += follow(current, result.features, seen, replace(context, meters=result.meters))
         if bucket.decode_tokens > 1:
             return pools, Computed(result.hidden, model.head(result.hidden, self.placement), _draft_rows(inputs, current, bucket))
         tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens

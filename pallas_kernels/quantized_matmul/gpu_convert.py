@@ -54,6 +54,6 @@ def _halves(_: Any, values: Any) -> Any:
         bits = utils.bitcast(register, word)
         for tile in range(4):
             low = arith.shrui(bits, utils.c(4 * tile, word)) if tile else bits
-            found = llvm.inline_asm(word, [low], code, "=r,r")
+            found: Any = llvm.inline_asm(word, [low], code, "=r,r")
             pairs[(place[0], 4 * place[1] + tile, *place[2:])] = utils.bitcast(found, pair)
     return mgpu.FragmentedArray(_registers=pairs, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)

@@ -1,37 +1,28 @@
 """One token times an int8 weight with a scale for each row, on Hopper GPUs (Pallas Mosaic GPU): the weight is never converted.
 
-The token becomes fixed point of 24 bits, cut into three int8 numbers, its limbs: x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor. Limbs
-are the left side of int8 products, in registers (row r of 64 holds limb r % 4, every fourth is left out of the sums); the weight goes
-from shared memory to the tensor cores as it is stored. Their sums are integers, so exact in any order; joined in float32, scaled and
-rounded once. All of it is one kernel: each block of threads makes the limbs for itself while its first blocks of the weight are on their
-way, a producer copies ahead (TMA), one consumer multiplies. Tiles are whole, so there are no parts to add up.
-
-What is lost: an input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is larger. A token with an infinity or NaN
-gives NaN everywhere.
+The token's limbs (`hopper_token.Limbs`) are the left side of int8 products; the weight goes from shared memory to the tensor cores as it is
+stored. All of it is one kernel: each block of threads makes the limbs for itself while its first blocks of the weight are on their way, a
+producer copies ahead (TMA), one consumer multiplies. Tiles are whole, so there are no parts to add up.
 """
 
 import math
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch, hopper
-from pallas_kernels.hopper import ACC, COLUMNS, TILE, WHOLE
+from pallas_kernels.hopper import ACC, COLUMNS, TILE
+from pallas_kernels.hopper_token import LIMBS, MOST_INPUTS, PAD, Limbs, pieces_of
 
-LIMBS, PAD = 3, 16  # rows of limbs, and bytes behind each, so that the rows lie in different banks
-PERIOD = 4  # rows of the left side after which limbs begin again; what the last holds does not count
+TOKEN = Limbs()
 THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
 PIECE, KEPT = 4096, 16384  # inputs that are cut at a time; a longer token is loaded twice, since it would not fit the registers
-RANGE = 8355700.0  # what the largest input becomes: three signed bytes hold 8355711, and a quotient is rounded
-LEAST = 2.0**-100  # of a token's largest: its factor is no denormal number
-MOST_INPUTS = 32768  # limbs leave room for three blocks; sums stay below 2^31
 ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)  # of a tile: what one product of int8 can have
 STAGE, STAGES = 32768, 12  # bytes of a block and blocks on their way, at most
 REGISTERS = [232, 40]  # of a thread: of the consumer and of the producer
@@ -105,7 +96,7 @@ def _product(
     """Compiled as a function, so that a model's layers lower it once. interpreted only keeps traces for the interpreter apart."""
     scratch = (
         hopper.swizzled((plan.stages, plan.rows, plan.block), jnp.int8),
-        plgpu.SMEM((LIMBS, plan.inputs + PAD), jnp.int8),
+        TOKEN.room(plan.inputs),
         plgpu.Barrier(num_barriers=plan.stages),
         plgpu.Barrier(num_barriers=plan.stages),
         *((hopper.swizzled((TILE, plan.block), jnp.int8),) if interpreted else ()),
@@ -126,7 +117,8 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
-        factor = _cut(plan, x, scratch.limbs)
+        load = partial(_load, x)
+        factor = TOKEN.put(pieces_of(load, plan.inputs, PIECE), scratch.limbs, None if plan.inputs <= KEPT else load)
         lax.fori_loop(0, mine, lambda number, _: _consume(plan, scales, out, scratch, number, factor), None)
 
     @pl.when(warpgroup == 1)
@@ -145,24 +137,6 @@ def _produce(plan: Plan, weight: Any, scratch: Scratch, used: Any) -> None:
     plgpu.copy_gmem_to_smem(block, scratch.weight.at[slot], scratch.full.at[slot])
 
 
-def _cut(plan: Plan, x: Any, limbs: Any) -> Any:
-    """Write the token's limbs; the factor that makes numbers of them, NaN for a token that is not finite."""
-    whole, rest = divmod(plan.inputs, PIECE)
-    places = [pl.ds(index * PIECE, PIECE) for index in range(whole)] + [pl.ds(whole * PIECE, rest)] * (rest > 0)
-    pieces = [_load(x, place) for place in places]
-    tops = [jnp.max(reduce(jnp.maximum, map(jnp.abs, same))) for same in (pieces[:whole], pieces[whole:]) if same]
-    top = reduce(jnp.maximum, tops)
-    largest = jnp.maximum(top, LEAST)
-    for place, piece in zip(places, pieces, strict=True):
-        wide = piece if plan.inputs <= KEPT else _load(x, place)
-        shifted = jnp.rint(wide * (RANGE / largest)).astype(jnp.int32) + 0x808080  # bytes of this are limbs + 128
-        for limb in range(LIMBS):
-            byte = lax.shift_right_logical(shifted, jnp.full_like(shifted, 8 * limb)) ^ 0x80
-            limbs.at[limb, place][...] = byte.astype(jnp.int8)
-    plgpu.commit_smem()
-    return jnp.where(top < jnp.inf, largest * (1.0 / RANGE), jnp.nan)
-
-
 def _load(x: Any, place: Any) -> Any:
     vector = math.gcd(place.size // THREADS, VECTOR)
     return hopper.load(x.at[place], plgpu.Layout.WG_STRIDED((place.size,), vec_size=vector)).astype(jnp.float32)
@@ -177,16 +151,13 @@ def _consume(plan: Plan, scales: Any, out: Any, scratch: Scratch, number: Any, f
         return accumulator[...]
 
     sums = pl.run_scoped(accumulate, ACC((TILE, plan.rows), jnp.int32))
-    limb = plgpu.broadcasted_iota(jnp.int32, sums.shape, 0, layout=WHOLE) & (PERIOD - 1)
-    worth = jnp.where(limb == 0, 1.0, jnp.where(limb == 1, 2.0**8, jnp.where(limb == 2, 2.0**16, 0.0)))
-    joined = _joined(sums.astype(jnp.float32) * worth)
-    found = joined * hopper.load(scales.at[outputs], COLUMNS, coalesced=False).astype(jnp.float32) * factor
+    found = TOKEN.joined(sums) * hopper.load(scales.at[outputs], COLUMNS, coalesced=False).astype(jnp.float32) * factor
     hopper.store(out.at[outputs], found.astype(out.dtype))
 
 
 def _add_block(plan: Plan, accumulator: Any, scratch: Scratch, used: Any, place: Any) -> None:
     slot = lax.rem(used + place, jnp.int32(plan.stages))
-    token = _operand(plan, scratch.limbs.at[:, pl.ds(place * plan.block, plan.block)])
+    token = TOKEN.taken(scratch.limbs, place * plan.block, plan.block)
     plgpu.barrier_wait(scratch.full.at[slot])
     if scratch.spilled is not None:
         scratch.spilled[...] = token
@@ -195,58 +166,3 @@ def _add_block(plan: Plan, accumulator: Any, scratch: Scratch, used: Any, place:
     plgpu.wgmma(accumulator, token, scratch.weight.at[slot].transpose((1, 0)))
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(scratch.free.at[slot])
-
-
-def _operand(plan: Plan, limbs: Any) -> Any:
-    """Limbs [3, block] in shared memory as the left side of a product: the three and the last once more, again and again."""
-    if hopper.interpreting():
-        found = limbs[...]
-        return jnp.tile(jnp.concatenate([found, found[-1:]]), (TILE // PERIOD, 1))
-    made = plgpu.ShapeDtypeStruct((TILE, plan.block), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
-    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_repeated, plan))(limbs)
-
-
-def _repeated(plan: Plan, _: Any, limbs: Any) -> Any:
-    """Each thread's 4 neighbours of every 16 inputs: they are the same for all of its rows."""
-    from jax.experimental.mosaic.gpu import fragmented_array as layouts
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
-
-    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    lane = arith.remui(utils.thread_idx(), utils.c(32, word))
-    row = arith.andi(arith.shrui(lane, utils.c(2, word)), utils.c(PERIOD - 1, word))
-    limb = arith.minui(row, utils.c(LIMBS - 1, word))
-    column = arith.shli(arith.andi(lane, utils.c(3, word)), utils.c(2, word))
-    begin = arith.addi(arith.muli(limb, utils.c(plan.inputs + PAD, word)), column)
-    loaded = []
-    for part in range(plan.block // 16):
-        pointer = utils.getelementptr(utils.memref_ptr(limbs), [arith.addi(begin, utils.c(16 * part, word))], byte)
-        loaded.append(utils.bitcast(llvm.load(word, pointer), ir.VectorType.get((4,), byte)))
-    registers = np.empty(layouts.WGMMA_LAYOUT_8BIT.registers_shape((TILE, plan.block)), dtype=object)
-    for place in np.ndindex(registers.shape):
-        registers[place] = loaded[place[1]]
-    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_LAYOUT_8BIT, _is_signed=True)
-
-
-def _joined(sums: Any) -> Any:
-    """The rows of a tile's sums are four, again and again: those added up."""
-    if hopper.interpreting():
-        return sums[:PERIOD].sum(axis=0)
-    made = plgpu.ShapeDtypeStruct((sums.shape[1],), jnp.float32, layout=COLUMNS)
-    return plgpu.inline_mgpu(arg_types=(WHOLE,), return_type=made)(_over_lanes)(sums)
-
-
-def _over_lanes(_: Any, sums: Any) -> Any:
-    """Lanes 4 and 8 apart hold neighbouring rows of the same columns."""
-    from jax.experimental.mosaic.gpu import fragmented_array as layouts
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    registers = np.empty(layouts.WGMMA_COL_LAYOUT.registers_shape((sums.shape[1],)), dtype=object)
-    for place in np.ndindex(registers.shape):
-        found = sums.registers[(0, place[0], *[0] * (sums.registers.ndim - 2))]
-        for distance in (4, 8):
-            found = arith.addf(found, utils.shfl_bfly(found, distance))
-        registers[place] = found
-    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_COL_LAYOUT, _is_signed=None)

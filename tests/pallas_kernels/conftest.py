@@ -60,7 +60,7 @@ def oracle(op, case):
     """The reference's function itself, not through the api, whose checks know served dtypes only."""
     call = getattr(importlib.import_module(f"pallas_kernels.{op}.reference"), op)
     names = inspect.signature(call).parameters
-    statics = {name: getattr(case, name) for name in ("spec", "causal", "activations", "epsilon", "offset") if name in names}
+    statics = {name: getattr(case, name) for name in ("spec", "causal", "activations", "epsilon", "offset", "forms") if name in names}
     return jax.jit(lambda inputs: call(**dict.fromkeys(names) | statics | inputs), compiler_options=QUICK)
 
 

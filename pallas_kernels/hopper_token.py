@@ -1,0 +1,181 @@
+"""One token as the left side of products on Hopper GPUs, in registers; the weight is the right side, in shared memory as it is stored.
+
+A product has 64 rows and the token is one, so what the others hold is free to choose. With weights of the token's own dtype (`Same`) every
+row is the token. With int8 weights (`Limbs`) the token becomes fixed point of 24 bits, cut into three int8 numbers, its limbs:
+x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor; row r holds limb r % 4, every fourth is left out of the sums. Those are integers, so exact
+in any order, joined in float32. An input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is larger; a token with an
+infinity or NaN gives NaN everywhere.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import COLUMNS, TILE, WHOLE
+
+LIMBS, PAD = 3, 16  # rows of limbs, and bytes behind each, so that the rows lie in different banks
+PERIOD = 4  # rows of the left side after which limbs begin again; what the last holds does not count
+RANGE = 8355700.0  # what the largest input becomes: three signed bytes hold 8355711, and a quotient is rounded
+LEAST = 2.0**-100  # of a token's largest: its factor is no denormal number
+MOST_INPUTS = 32768  # limbs leave room for three blocks; sums stay below 2^31
+
+
+class Piece(NamedTuple):
+    """A part of a token: where it lies, and its numbers in float32 registers."""
+
+    place: Any
+    values: Any
+
+
+@runtime_checkable
+class LeftSide(Protocol):
+    """How a token meets a weight. room: shared memory that it is written to once; sums: dtype of what a product adds up."""
+
+    sums: Any
+
+    def room(self, inputs: int) -> Any:
+        """The shared memory for so many inputs."""
+        ...
+
+    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
+        """Write the token; the factor that results are multiplied by. again: loads a piece once more, if the token is not to be kept."""
+        ...
+
+    def taken(self, room: Any, begin: Any, block: int) -> Any:
+        """So many inputs from `begin` on, as the left side [64, block] of a product."""
+        ...
+
+    def joined(self, sums: Any) -> Any:
+        """What a product's rows [64, columns] come to, as float32 [columns]."""
+        ...
+
+
+class Limbs:
+    """For int8 weights."""
+
+    sums = jnp.int32
+
+    def room(self, inputs: int) -> Any:
+        """Three rows of limbs."""
+        return plgpu.SMEM((LIMBS, inputs + PAD), jnp.int8)
+
+    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
+        """Cut it into limbs."""
+        sizes = dict.fromkeys(piece.values.shape[0] for piece in pieces)
+        alike = [[jnp.abs(piece.values) for piece in pieces if piece.values.shape[0] == size] for size in sizes]
+        top = reduce(jnp.maximum, [jnp.max(reduce(jnp.maximum, same)) for same in alike])
+        largest = jnp.maximum(top, LEAST)
+        for place, values in pieces:
+            wide = values if again is None else again(place)
+            shifted = jnp.rint(wide * (RANGE / largest)).astype(jnp.int32) + 0x808080  # bytes of this are limbs + 128
+            for limb in range(LIMBS):
+                byte = lax.shift_right_logical(shifted, jnp.full_like(shifted, 8 * limb)) ^ 0x80
+                room.at[limb, place][...] = byte.astype(jnp.int8)
+        plgpu.commit_smem()
+        return jnp.where(top < jnp.inf, largest * (1.0 / RANGE), jnp.nan)
+
+    def taken(self, room: Any, begin: Any, block: int) -> Any:
+        """The three limbs and the last once more, again and again."""
+        limbs = room.at[:, pl.ds(begin, block)]
+        if hopper.interpreting():
+            found = limbs[...]
+            return jnp.tile(jnp.concatenate([found, found[-1:]]), (TILE // PERIOD, 1))
+        made = plgpu.ShapeDtypeStruct((TILE, block), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
+        return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_repeated, room.shape[1], block))(limbs)
+
+    def joined(self, sums: Any) -> Any:
+        """Limbs by what they are worth."""
+        limb = plgpu.broadcasted_iota(jnp.int32, sums.shape, 0, layout=WHOLE) & (PERIOD - 1)
+        worth = jnp.where(limb == 0, 1.0, jnp.where(limb == 1, 2.0**8, jnp.where(limb == 2, 2.0**16, 0.0)))
+        return _first_rows(sums.astype(jnp.float32) * worth, PERIOD)
+
+
+class Same:
+    """For weights of the token's dtype."""
+
+    sums = jnp.float32
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+
+    def room(self, inputs: int) -> Any:
+        """The token."""
+        return plgpu.SMEM((inputs,), self._dtype)
+
+    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
+        """Write it as it is."""
+        for place, values in pieces:
+            room.at[place][...] = values.astype(self._dtype)
+        plgpu.commit_smem()
+        return jnp.float32(1)
+
+    def taken(self, room: Any, begin: Any, block: int) -> Any:
+        """The token in every row."""
+        inputs = room.at[pl.ds(begin, block)]
+        if hopper.interpreting():
+            return jnp.broadcast_to(inputs[...], (TILE, block))
+        return lax.broadcast_in_dim(hopper.load(inputs, COLUMNS, coalesced=False), (TILE, block), [1])
+
+    def joined(self, sums: Any) -> Any:
+        """Any of the rows."""
+        return _first_rows(sums, 1)
+
+
+def _repeated(stride: int, block: int, _: Any, limbs: Any) -> Any:
+    """Each thread's 4 neighbours of every 16 inputs: they are the same for all of its rows."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    lane = arith.remui(utils.thread_idx(), utils.c(32, word))
+    row = arith.andi(arith.shrui(lane, utils.c(2, word)), utils.c(PERIOD - 1, word))
+    limb = arith.minui(row, utils.c(LIMBS - 1, word))
+    column = arith.shli(arith.andi(lane, utils.c(3, word)), utils.c(2, word))
+    begin = arith.addi(arith.muli(limb, utils.c(stride, word)), column)
+    loaded = []
+    for part in range(block // 16):
+        pointer = utils.getelementptr(utils.memref_ptr(limbs), [arith.addi(begin, utils.c(16 * part, word))], byte)
+        loaded.append(utils.bitcast(llvm.load(word, pointer), ir.VectorType.get((4,), byte)))
+    registers = np.empty(layouts.WGMMA_LAYOUT_8BIT.registers_shape((TILE, block)), dtype=object)
+    for place in np.ndindex(registers.shape):
+        registers[place] = loaded[place[1]]
+    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_LAYOUT_8BIT, _is_signed=True)
+
+
+def _first_rows(sums: Any, count: int) -> Any:
+    """The sum of the first `count` rows (1 or 4) of float32 [64, columns], of which all others are repetitions, in every thread."""
+    if hopper.interpreting():
+        return sums[:count].sum(axis=0)
+    made = plgpu.ShapeDtypeStruct((sums.shape[1],), jnp.float32, layout=COLUMNS)
+    return plgpu.inline_mgpu(arg_types=(WHOLE,), return_type=made)(partial(_over_lanes, count))(sums)
+
+
+def _over_lanes(count: int, _: Any, sums: Any) -> Any:
+    """Lanes 4 and 8 apart hold neighbouring rows of the same columns."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    registers = np.empty(layouts.WGMMA_COL_LAYOUT.registers_shape((sums.shape[1],)), dtype=object)
+    for place in np.ndindex(registers.shape):
+        found = sums.registers[(0, place[0], *[0] * (sums.registers.ndim - 2))]
+        for distance in (4, 8) if count == PERIOD else ():
+            found = arith.addf(found, utils.shfl_bfly(found, distance))
+        registers[place] = found
+    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_COL_LAYOUT, _is_signed=None)
+
+
+def pieces_of(load: Callable[[Any], Any], inputs: int, size: int) -> list[Piece]:
+    """A token of so many inputs, `size` of them loaded at a time."""
+    whole, rest = divmod(inputs, size)
+    places = [pl.ds(index * size, size) for index in range(whole)] + [pl.ds(whole * size, rest)] * (rest > 0)
+    return [Piece(place, load(place)) for place in places]

@@ -1,0 +1,46 @@
+"""What a chain means: its links one by one, each as its own op's reference."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
+
+from pallas_kernels.attention import accumulation_dtype
+from pallas_kernels.dense_matmul import reference as dense
+from pallas_kernels.quantized_matmul import reference as quantized
+from pallas_kernels.residual_norm.reference import residual_norm
+
+
+class Form(NamedTuple):
+    """What is static of a link: whether it is gated, and of its norm, if it has one, what is added to the mean square and to the weight."""
+
+    gated: bool = False
+    epsilon: float = 1e-6
+    offset: float = 0.0
+
+
+def token_chain(
+    x: Float[Array, "1 in"],
+    held: Float[Array, "1 features"],
+    weights: Sequence[Shaped[Array, "_ _"]],
+    scales: Sequence[Float[Array, "_ 1"] | None],
+    norms: Sequence[Float[Array, "_"] | None],
+    *,
+    forms: tuple[Form, ...],
+    meters: Int32[Array, "meters"] | None = None,
+) -> tuple[Array, ...]:
+    """See api.token_chain; the counters go through as they are."""
+    value, total = x, held
+    for weight, scale, norm, form in zip(weights, scales, norms, forms, strict=True):
+        if norm is not None:
+            value, total = residual_norm(total, value, norm, epsilon=form.epsilon, offset=form.offset)
+        value = dense.dense_matmul(value, weight) if scale is None else quantized.quantized_matmul(value, weight, scale)
+        value = gated(value) if form.gated else value
+    return (value, total) if meters is None else (value, total, meters)
+
+
+def gated(value: Float[Array, "1 both"]) -> Float[Array, "1 half"]:
+    """silu(first half) * second half (Shazeer, arXiv 2002.05202), rounded once."""
+    gate, up = jnp.split(value.astype(accumulation_dtype(value.dtype)), 2, axis=1)
+    return (gate / (1 + jnp.exp(-gate)) * up).astype(value.dtype)
