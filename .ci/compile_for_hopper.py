@@ -5,9 +5,9 @@ Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, a matmul of few tokens, or a norm.
-A case that does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's interpreter,
-and a card does.
+Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, a matmul of few tokens, a chain of them, or
+a norm. A case that does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's
+interpreter, and a card does.
 """
 
 import argparse
@@ -40,6 +40,8 @@ from pallas_kernels.quantized_matmul import gpu as quantized_gpu
 from pallas_kernels.quantized_matmul.cases import Case as QuantizedCase
 from pallas_kernels.residual_norm import gpu as norm_gpu
 from pallas_kernels.residual_norm.cases import Case as NormCase
+from pallas_kernels.token_chain import cases as chain_cases
+from pallas_kernels.token_chain import gpu as chain_gpu
 
 H200 = (Path(__file__).parents[1] / "jaxinfer" / "planner" / "targets" / "h200.txtpb").read_text()
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
@@ -200,6 +202,9 @@ def products() -> Iterator[Planned]:
             yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, 1)
     for case in norms():
         yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
+    for case in (*chain_cases.TUNING, *chain_cases.CASES):
+        for sizes in chain_gpu.candidates("gpu", case.tuning_key()):
+            yield Planned(f"chain {case.name}", case, sizes, 1)
 
 
 def kernels_in(case: Any, mesh: Mesh) -> int:
@@ -209,6 +214,8 @@ def kernels_in(case: Any, mesh: Mesh) -> int:
         given = {name: jax.ShapeDtypeStruct(shape, case.dtype) for name, shape in shapes.items()}
     elif isinstance(case, QuantizedCase):
         given = jax.eval_shape(lambda: case.make(0))  # weights of a gigabyte
+    elif isinstance(case, chain_cases.Case):
+        given = case.described()
     else:
         given = case.make(0)  # partly NumPy: no trace
     given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())), given)

@@ -65,9 +65,9 @@ def rows_of(weight: Weight | Observed, contracting: int) -> Rows | None:
     if not isinstance(weight, QArray):
         return Rows(weight.reshape(out, -1), None)
     bare = weight.zeros is None and weight.smooth is None and weight.order is None and weight.activations == "float"
-    if not bare or weight.values.dtype != INT8 or math.prod(weight.scales.shape[len(weight.shape) - contracting :]) > 1:
+    if not bare or weight.values.dtype != INT8 or weight.scales.shape != (*weight.shape[:-contracting], *[1] * contracting):
         return None
-    return Rows(weight.values.reshape(out, -1), _matrix(weight, weight.scales, contracting))
+    return Rows(weight.values.reshape(out, -1), weight.scales.reshape(out, 1))
 
 
 def grouped(

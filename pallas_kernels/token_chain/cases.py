@@ -60,7 +60,7 @@ class Case:
         x = rng.standard_normal((1, self.inputs)) * np.where(rng.random((1, self.inputs)) < 0.02, 30, 1)
         plain, coded = [], []
         for outputs, inputs in self.shapes:
-            plain.append(rng.standard_normal((outputs, inputs), np.float32) / np.sqrt(inputs))
+            plain.append(rng.standard_normal((outputs, inputs), np.float32) * np.float32(inputs**-0.5))
             scales = np.abs(plain[-1]).max(axis=1, keepdims=True) / 127
             coded.append((np.rint(plain[-1] / scales).astype(np.int8), scales))
         norms = [rng.standard_normal(self.features).astype(dtype) if part.normed else None for part in self.parts]
@@ -73,6 +73,17 @@ class Case:
             "norms": norms,
         }
         return jax.tree.map(jnp.asarray, made)
+
+    def described(self) -> dict[str, Any]:
+        """What `make` gives, without its numbers."""
+        shaped, int8 = jax.ShapeDtypeStruct, self.weight == "int8"
+        return {
+            "x": shaped((1, self.inputs), self.dtype),
+            "held": shaped((1, self.features), self.dtype),
+            "weights": [shaped(shape, "int8" if int8 else self.dtype) for shape in self.shapes],
+            "scales": [shaped((outputs, 1), "float32") if int8 else None for outputs, _ in self.shapes],
+            "norms": [shaped((self.features,), self.dtype) if part.normed else None for part in self.parts],
+        }
 
     def run(self, inputs: dict[str, Any], implementation: str) -> tuple[jax.Array, jax.Array]:
         """The op on what `make` gave: result and residual stream."""

@@ -163,7 +163,7 @@ def token_chain(
     return value[None], total[None], meters
 
 
-def plan_of(weights: Sequence[Array], norms: Sequence[Array | None], forms: Sequence[Form], dtype: Any, sizes: Sizes) -> Plan:
+def plan_of(weights: Sequence[Any], norms: Sequence[Any], forms: Sequence[Form], dtype: Any, sizes: Sizes) -> Plan:
     """How weights are dealt out: the rows of a tile are those with which the busiest worker has least to do."""
     cores, stored, links = hopper.cores(), weights[0].dtype, []
     for weight, norm, form in zip(weights, norms, forms, strict=True):

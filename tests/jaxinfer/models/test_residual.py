@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.models.layers import Placement, RMSNorm, Sequences, StepContext
-from jaxinfer.models.residual import LayerResult, Stream, through
+from jaxinfer.models import residual
+from jaxinfer.models.layers import Dim, Placement, Projection, RMSNorm, Sequences, StepContext, gelu_tanh
+from jaxinfer.models.residual import LayerResult, Link, Stream, through
+from jaxinfer.quant.observe import Observed
+from jaxinfer.quant.quantise import quantise
 from jaxinfer.sharding import make_mesh
-from pallas_kernels import Normed, dispatch
+from pallas_kernels import Normed, dispatch, token_chain
 
 RANDOM = np.random.default_rng(0)
 BF16 = np.dtype(jnp.bfloat16)
@@ -74,3 +77,111 @@ def test_layers_hand_on_the_stream_and_taps_are_its_sums():
     assert np.array_equal(out.features, jnp.concatenate([sums[0], sums[2], sums[3]], axis=1))
     assert np.array_equal(out.hidden, norm(sums[3]))
     assert through([], x, (), context(), norm=norm).features is None
+
+
+def projection(out, into, *, scheme=None, bias=False):
+    made = Projection([Dim(size) for size in out], [Dim(size) for size in into], BF16, bias=bias)
+    weight = drawn(*out, *into) * 0.1
+    made.weight.set_value(weight if scheme is None else quantise(np.asarray(weight), len(into), scheme))
+    if bias:
+        made.bias.set_value(drawn(*out))
+    return made
+
+
+def layer_of(scheme=None, **changes):
+    """A stream in front of what a layer does behind its attention, and the next layer's norm and first matmul."""
+    out, gate_up, down, qkv = (
+        projection(*shape, scheme=scheme) for shape in (((8,), (2, 3)), ((2, 6), (8,)), ((8,), (6,)), ((2, 4), (8,)))
+    )
+    links = Link(out), Link(gate_up, norm_of(8, 0.0), changes.get("gate", jax.nn.silu)), Link(changes.get("down", down))
+    tokens = changes.get("tokens", 1)
+    return Stream(drawn(tokens, 8)).then(*links, of=drawn(tokens, 2, 3)), norm_of(8, 1.0), qkv
+
+
+def written_out(stream, norm, qkv, placement):
+    (out, *_), (gate_up, first, gate), (down, *_) = stream.links
+    between = Stream(stream.held, out(stream.added, placement)).normed(first, placement)
+    both = gate_up(between.normed, placement)
+    after = Stream(between.total, down(gate(both[:, 0]) * both[:, 1], placement)).normed(norm, placement)
+    return qkv(after.normed, placement), after.total
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_matmuls_that_are_still_to_be_done_are_done_one_by_one(tokens):
+    placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(tokens=tokens)
+    found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
+    assert found.value.shape == (tokens, 2, 4) and found.stream.added is None
+    assert np.array_equal(found.value, value) and np.array_equal(found.stream.held, total)
+    assert np.array_equal(stream.total(placement), total) and np.array_equal(stream.normed(norm, placement).total, total)
+    settled = stream.settled(placement)
+    assert not settled.links and settled.settled(placement) is settled and np.array_equal(settled.total(placement), total)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As if there were a kernel for chains: what it is given, and the counters that it hands on."""
+    seen = []
+
+    def chain(x, held, weights, scales, norms, *, forms, meters, implementation):
+        seen.append((len(weights), meters))
+        found = token_chain(x, held, weights, scales, norms, forms=forms, implementation="xla")
+        return found._replace(meters=jnp.full(128, len(seen), jnp.int32))
+
+    monkeypatch.setattr(residual, "one_kernel", lambda x, weights, scales, implementation: implementation == "auto")
+    monkeypatch.setattr(residual, "token_chain", chain)
+    return seen
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_one_token_goes_through_one_kernel(kernels, scheme):
+    placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(scheme)
+    found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
+    assert found.value.shape == (1, 2, 4) and found.value.dtype == value.dtype
+    for mine, wanted in ((found.value, value), (found.stream.held, total)):
+        np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(wanted, np.float32), rtol=2**-5, atol=2**-5)
+    again = found.stream.then(*stream.links, of=stream.added).settled(placement)
+    assert [(links, None if meters is None else int(meters[0])) for links, meters in kernels] == [(4, None), (3, 1)]
+    assert int(again.meters[0]) == 2 and again.added.shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 2},
+        {"gate": gelu_tanh},
+        {"down": projection((8,), (6,), bias=True)},
+        {"down": projection((8,), (6,), scheme="int8")},
+    ],
+)
+def test_what_no_kernel_does_is_done_one_by_one(kernels, monkeypatch, changes):
+    """Weights of two kinds are told apart by the op."""
+    placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(**changes)
+    monkeypatch.setattr(residual, "one_kernel", lambda x, weights, scales, implementation: all(scale is None for scale in scales))
+    found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
+    assert np.array_equal(found.value, value) and np.array_equal(found.stream.held, total) and not kernels
+
+
+def test_weights_whose_inputs_are_looked_at_are_multiplied_one_by_one(kernels):
+    stream, norm, qkv = layer_of()
+    noted = []
+    down = stream.links[2].projection
+    down.weight.set_value(Observed(down.weight.get_value(), noted.append))
+    stream.projected(norm, qkv, Placement(make_mesh({})))
+    assert len(noted) == 1 and not kernels
+
+
+def test_several_devices_share_a_chain_as_they_share_matmuls(kernels):
+    placement, (stream, norm, qkv) = Placement(make_mesh({"tensor": 2})), layer_of()
+    assert stream.projected(norm, qkv, placement).value.shape == (1, 2, 4) and not kernels
+
+
+def test_a_tapped_stream_is_summed_once_and_counters_leave_the_last_layer(kernels):
+    placement, (stream, norm, _) = Placement(make_mesh({})), layer_of()
+
+    def layer(before, pool, context):
+        return LayerResult(Stream(before.total(placement), meters=before.meters).then(*stream.links, of=stream.added), pool)
+
+    context = StepContext(jnp.arange(1, dtype=jnp.int32), Sequences(1), placement, (1, 2), jnp.full(128, 9, jnp.int32))
+    out = through([layer] * 2, stream.held, (jnp.zeros(1),) * 2, context, norm=norm)
+    assert [(links, int(meters[0])) for links, meters in kernels] == [(3, 9), (3, 1)]
+    assert int(out.meters[0]) == 2 and out.features.shape == (1, 16)

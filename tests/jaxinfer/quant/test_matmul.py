@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxinfer.quant.blocks import counts
-from jaxinfer.quant.matmul import matmul, sharded_matmul
+from jaxinfer.quant.matmul import matmul, rows_of, sharded_matmul
+from jaxinfer.quant.observe import Observed
 from jaxinfer.quant.qarray import FP8, INT8, PACKED, QArray, dequantize
 from jaxinfer.quant.quantise import quantise
 from jaxinfer.sharding import DEFAULT_RULES, make_mesh
@@ -130,3 +131,29 @@ def test_activations_are_quantised_token_by_token():
     wanted = product * 10.0 ** np.arange(6.0)[:, None, None] / 1e3
     errors = np.abs(found - wanted).max((1, 2)) / np.abs(wanted).max((1, 2))
     assert errors.min() > 1e-4 and errors.max() < 0.02
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_a_weight_stand_for_it(case):
+    _, weight, _ = arrays(case)
+    contracting = CASES[case][2]
+    matrix = (math.prod(weight.shape[: weight.ndim - contracting]), math.prod(weight.shape[-contracting:]))
+    plain, coded = rows_of(weight, contracting), rows_of(quantise(np.asarray(weight), contracting, "int8"), contracting)
+    assert plain is not None and coded is not None and plain.scales is None
+    assert np.array_equal(plain.values, weight.reshape(matrix))
+    assert coded.values.dtype == INT8 and coded.scales is not None and coded.scales.shape == (matrix[0], 1)
+    twin = dequantize(quantise(np.asarray(weight), contracting, "int8"))
+    np.testing.assert_allclose(coded.values.astype(jnp.float32) * coded.scales, twin.reshape(matrix), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "fp8", "int4"])
+def test_other_weights_have_no_such_rows(scheme):
+    weight = quantise(RANDOM.normal(size=(8, 128)).astype(np.float32), 1, scheme)
+    assert rows_of(weight, 1) is None and rows_of(Observed(weight, print), 1) is None
+
+
+@pytest.mark.parametrize("changes", [{"smooth": (16,)}, {"order": (16,)}, {"scales": (8, 2)}, {"scales": (2, 1)}], ids=str)
+def test_int8_has_such_rows_with_a_scale_for_each_and_nothing_else(changes):
+    weight = quantise(RANDOM.normal(size=(8, 16)).astype(np.float32), 1, "int8")
+    made = {name: jnp.arange(16) if name == "order" else jnp.ones(shape) for name, shape in changes.items()}
+    assert rows_of(weight, 1) is not None and rows_of(replace(weight, **made), 1) is None

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from tests.pallas_kernels.quantized_matmul.test_gpu_convert import tiled
 
 one = pytest.importorskip("pallas_kernels.quantized_matmul.gpu_one")
 SHAPES = [(24, 128), (40, 384), (136, 640), (48, 4224)]  # outputs, inputs: with two workers one has fewer tiles of the second and third
@@ -90,33 +89,3 @@ def test_an_8b_layer_is_dealt_out_evenly(monkeypatch, shape, busiest):
     monkeypatch.setattr(hopper, "cores", lambda: 132)
     plan = one.plan_of(*shape)
     assert -(-plan.tiles // plan.workers) * plan.rows == busiest
-
-
-def threads_of(layout, shape):
-    """[registers, lanes, numbers of a register] of the first warp: which number of an array each holds, from jax's own description."""
-    index = tiled(np.arange(np.prod(shape)).reshape(shape), layout)
-    warps, lanes = ([index.ndim + dim for dim in dims] for dims in (layout.warp_dims, layout.partitioned_lane_dims))
-    rest = [dim for dim in range(index.ndim) if dim not in (*warps, *lanes, index.ndim + layout.vector_dim)]
-    order = index.transpose((*warps, *rest, *lanes, index.ndim + layout.vector_dim))
-    return order.reshape(4, -1, 32, index.shape[layout.vector_dim])[0]
-
-
-def test_threads_hold_what_limbs_are_loaded_for(interpreted):
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    shape = layouts.WGMMA_LAYOUT_8BIT.registers_shape((64, 64))
-    held = threads_of(layouts.WGMMA_LAYOUT_8BIT, (64, 64))
-    for (_, part, *_), numbers in zip(np.ndindex(shape), held, strict=True):
-        for lane in range(32):
-            assert set(numbers[lane] // 64 % 4) == {lane // 4 % 4}
-            assert list(numbers[lane] % 64) == [16 * part + 4 * (lane % 4) + element for element in range(4)]
-
-
-def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    shape = layouts.WGMMA_LAYOUT.registers_shape((64, 32))
-    held = threads_of(layouts.WGMMA_LAYOUT, (64, 32))
-    first = [numbers for place, numbers in zip(np.ndindex(shape), held, strict=True) if not any(place[2:])]
-    for part, numbers in enumerate(first):
-        for lane in range(32):
-            assert set(numbers[lane] // 32) == {lane // 4}
-            assert list(numbers[lane] % 32) == [8 * part + 2 * (lane % 4) + element for element in range(2)]

@@ -1,0 +1,102 @@
+"""What is refused, how weights are dealt out, and links in jax's interpreter (the contract test runs it over the cases)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dispatch, hopper
+from pallas_kernels.token_chain.cases import CASES, TUNING
+
+gpu = pytest.importorskip("pallas_kernels.token_chain.gpu")
+H200 = dispatch.Target("gpu", "NVIDIA H200")
+KEY = CASES[0].tuning_key()
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "reason"),
+    [
+        (dispatch.Target("gpu", "NVIDIA A100"), {}, "Hopper"),
+        (H200, {"dtype": "float32", "weight": "float32"}, "float32"),
+        (H200, {"weight": "mixed"}, "all int8 with scales, or all of the token's dtype"),
+        (H200, {"dtype": "float16", "weight": "bfloat16"}, "all int8 with scales, or all of the token's dtype"),
+        (H200, {"in2": 192}, "inputs in multiples of 128 up to 32768"),
+        (H200, {"in2": 32896}, "inputs in multiples of 128 up to 32768"),
+        (H200, {"out1": 24}, "outputs in multiples of 16"),
+        (H200, {}, None),
+        (H200, {"weight": "bfloat16"}, None),
+    ],
+)
+def test_what_it_refuses(monkeypatch, target, changes, reason):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    found = gpu.refusal(target, KEY | changes)
+    assert found is None if reason is None else reason in found
+    assert gpu.refusal(target, {}) is None or target != H200
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="cannot be traced before")
+@pytest.mark.parametrize(("name", "meetings"), [("layer", 3), ("last", 2), ("gated", 0)])
+def test_a_chain_is_one_kernel_whose_blocks_meet_between_links(monkeypatch, name, meetings):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    case = next(case for case in CASES if case.name == name)
+    with dispatch.assumed(H200):
+        traced = str(jax.make_jaxpr(lambda inputs: case.run(inputs, "gpu"))(case.make(0)))
+    assert traced.count("name=_chain") == 1
+    assert traced.count("_meet.<locals>.meet") == meetings
+
+
+def plan_for(case, slot):
+    given = [jax.ShapeDtypeStruct(shape, jnp.int8 if case.weight == "int8" else case.dtype) for shape in case.shapes]
+    norms = [True if part.normed else None for part in case.parts]
+    return gpu.plan_of(given, norms, case.forms, jnp.dtype(case.dtype), gpu.Sizes(slot))
+
+
+@pytest.mark.parametrize("case", [*CASES, *TUNING], ids=lambda case: case.name)
+@pytest.mark.parametrize("slot", gpu.SLOTS)
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_every_plan_covers_the_weights_and_fits(monkeypatch, case, slot, interpreting):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    monkeypatch.setattr(hopper, "interpreting", lambda: interpreting)
+    plan = plan_for(case, slot)
+    assert plan.workers <= 132 and plan.stages >= 2 and plan.workers >= 1
+    for link, (outputs, inputs), form in zip(plan.links, case.shapes, case.forms, strict=True):
+        assert (link.tiles * link.rows, link.length * link.block) == (outputs, inputs)
+        assert link.rows % (16 if form.gated else 8) == 0 and link.results == outputs // (1 + form.gated)
+        assert link.rows * link.block * plan.stored.itemsize <= slot and slot % (link.block * plan.stored.itemsize) == 0
+    widest = max(link.inputs for link in plan.links)
+    token = 3 * (widest + 16) if case.weight == "int8" else 2 * widest
+    spilled = 64 * max(plan.blocks) * plan.stored.itemsize if interpreting else 0
+    assert plan.stages * slot + token + spilled <= hopper.SHARED_BYTES - 2048
+
+
+@pytest.mark.parametrize("case", TUNING, ids=lambda case: case.name)
+def test_an_8b_layer_is_dealt_out_evenly(monkeypatch, case):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    plan = plan_for(case, gpu.SLOTS[0])
+    busiest = [-(-link.tiles // plan.workers) * link.rows for link in plan.links]
+    assert busiest == [32, 224, 32, 48]
+
+
+@pytest.mark.parametrize("weight", ["int8", "plain"])
+def test_results_depend_on_their_own_rows_alone(interpreted, weight):
+    """The same bits where a weight is dealt out in other tiles."""
+    case = next(case for case in CASES if case.name == "gated")
+    inputs = case.make(0)
+    first = case.run(inputs, "gpu")[0]
+    gate, up = jnp.split(inputs["weights"][0], 2)
+    part = case.run(inputs | {"weights": [jnp.concatenate([gate[16:64], up[16:64]])]}, "gpu")[0]
+    assert np.array_equal(first[:, 16:64], part)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_is_not_finite_is_not_hidden(interpreted, bad):
+    case = next(case for case in CASES if case.name == "layer")
+    inputs = case.make(0)
+    out, total = case.run(inputs | {"x": inputs["x"].at[0, 5].set(bad)}, "gpu")
+    assert jnp.isnan(out).all() and not jnp.isfinite(total).any()
+
+
+def test_sizes():
+    assert gpu.heuristic("gpu", KEY) in gpu.candidates("gpu", KEY)
+    assert dispatch.choose("token_chain", "auto", dispatch.Target("gpu", "NVIDIA H200"), KEY) == "xla"
+    assert "card" in gpu.BY_NAME
