@@ -16,6 +16,7 @@ from pallas_kernels.dense_matmul.api import dense_matmul as dense_matmul
 from pallas_kernels.flash_attention.api import SegmentIds as SegmentIds
 from pallas_kernels.flash_attention.api import flash_attention as flash_attention
 from pallas_kernels.grouped_matmul.api import grouped_matmul as grouped_matmul
+from pallas_kernels.norm import rms_norm as rms_norm
 from pallas_kernels.paged_attention.api import PagedMetadata as PagedMetadata
 from pallas_kernels.paged_attention.api import PagedResult as PagedResult
 from pallas_kernels.paged_attention.api import kv_layout as kv_layout
@@ -27,7 +28,6 @@ from pallas_kernels.paged_attention.pool import code_dtype as code_dtype
 from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_matmul
 from pallas_kernels.residual_norm.api import residual_norm as residual_norm
 from pallas_kernels.residual_norm.reference import Normed as Normed
-from pallas_kernels.residual_norm.reference import rms_norm as rms_norm
 from pallas_kernels.token_chain.api import Chained as Chained
 from pallas_kernels.token_chain.api import one_kernel as one_kernel
 from pallas_kernels.token_chain.api import token_chain as token_chain

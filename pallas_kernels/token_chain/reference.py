@@ -1,4 +1,4 @@
-"""What a chain means: its links one by one, each as its own op's reference."""
+"""What a chain means: its links one by one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.attention import accumulation_dtype
-from pallas_kernels.dense_matmul import reference as dense
-from pallas_kernels.quantized_matmul import reference as quantized
-from pallas_kernels.residual_norm.reference import residual_norm
+from pallas_kernels.norm import rms_norm
 
 
 class Form(NamedTuple):
@@ -34,10 +32,18 @@ def token_chain(
     value, total = x, held
     for weight, scale, norm, form in zip(weights, scales, norms, forms, strict=True):
         if norm is not None:
-            value, total = residual_norm(total, value, norm, epsilon=form.epsilon, offset=form.offset)
-        value = dense.dense_matmul(value, weight) if scale is None else quantized.quantized_matmul(value, weight, scale)
+            total = total + value
+            value = rms_norm(total, norm, epsilon=form.epsilon, offset=form.offset)
+        value = matmul(value, weight, scale)
         value = gated(value) if form.gated else value
     return (value, total) if meters is None else (value, total, meters)
+
+
+def matmul(x: Float[Array, "1 in"], weight: Shaped[Array, "out in"], scale: Float[Array, "out 1"] | None) -> Float[Array, "1 out"]:
+    """x @ (weight * scale).T, summed wide, rounded once."""
+    wide = accumulation_dtype(x.dtype)
+    product = jnp.matmul(x.astype(wide), weight.astype(wide).T, precision="highest")
+    return (product if scale is None else product * scale.astype(wide).T).astype(x.dtype)
 
 
 def gated(value: Float[Array, "1 both"]) -> Float[Array, "1 half"]:
