@@ -63,15 +63,15 @@ class StepContext:
     """What every layer of one step reads. Lives inside a trace only, so it is not a pytree.
 
     positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
-    is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`; meters:
-    those that another model of the same program left (`pallas_kernels.token_chain`).
+    is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`.
+    counters: the program's (`pallas_kernels.counters`).
     """
 
     positions: Int32[Array, "tokens"]
     metadata: PagedMetadata | Sequences
     placement: Placement
     tapped: tuple[int, ...] = ()
-    meters: Int32[Array, "meters"] | None = None
+    counters: Any = None
 
 
 class Dim(NamedTuple):

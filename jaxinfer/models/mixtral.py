@@ -61,7 +61,7 @@ class Block(llama.Block):
     def feed(self, stream: Stream, context: StepContext) -> Stream:
         """The residual stream after the experts."""
         before = stream.normed(self.mlp_norm, context.placement)
-        return Stream(before.total, self.experts(before.normed, context), meters=stream.meters)
+        return Stream(before.total, self.experts(before.normed, context), counters=stream.counters)
 
 
 class Model(llama.Model):

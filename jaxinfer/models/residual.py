@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from jaxinfer.models.layers import Placement, Projection, RMSNorm, StepContext, gated
 from jaxinfer.quant.matmul import rows_of
@@ -42,13 +42,13 @@ class Projected(NamedTuple):
 class Stream(NamedTuple):
     """The residual stream: what it holds, and what is still to be added to it (None: nothing), once `links` have made that of `added`.
 
-    meters: see `pallas_kernels.token_chain`.
+    counters: see `StepContext`.
     """
 
     held: Float[Array, "tokens embed"]
     added: Float[Array, "tokens *into"] | None = None
     links: tuple[Link, ...] = ()
-    meters: Int32[Array, "meters"] | None = None
+    counters: Any = None
 
     def then(self, *links: Link, of: Float[Array, "tokens *into"] | None = None) -> Stream:
         """With more matmuls behind those that there are; of: what the first one multiplies, where there are none."""
@@ -64,9 +64,9 @@ class Stream(NamedTuple):
         """A projection of the norm of the sum."""
         found = _in_one_kernel(self.then(Link(projection, norm)), placement) if self.links else None
         if found is not None and found.added is not None:
-            return Projected(found.added, Stream(found.held, meters=found.meters))
+            return Projected(found.added, Stream(found.held, counters=self.counters))
         normed = self.normed(norm, placement)
-        return Projected(projection(normed.normed, placement), Stream(normed.total, meters=self.meters))
+        return Projected(projection(normed.normed, placement), Stream(normed.total, counters=self.counters))
 
     def settled(self, placement: Placement) -> Stream:
         """The same stream with no matmul to be done."""
@@ -98,18 +98,18 @@ def _normed(held: Float[Array, "tokens embed"], added: Float[Array, "tokens embe
 
 
 def _one_by_one(stream: Stream, placement: Placement) -> Stream:
-    held, value, links, meters = stream
+    held, value, links, counters = stream
     for projection, norm, gate in links:
         if norm is not None:
             value, held = _normed(held, value, norm, placement)
         value = projection(value, placement)
         value = value if gate is None else gated(value, gate)
-    return Stream(held, value, meters=meters)
+    return Stream(held, value, counters=counters)
 
 
 def _in_one_kernel(stream: Stream, placement: Placement) -> Stream | None:
     """What comes of a stream's links if a kernel can do them all: one token on one device, SwiGLU, no biases, weights all alike."""
-    held, x, links, meters = stream
+    held, x, links, counters = stream
     projections = [link.projection for link in links]
     rows = [rows_of(each.weight.get_value(), each.weight.contracting) for each in projections]
     whole = [each for each in rows if each is not None]
@@ -121,10 +121,10 @@ def _in_one_kernel(stream: Stream, placement: Placement) -> Stream | None:
         return None
     norms = [None if link.norm is None else link.norm.weight.get_value() for link in links]
     found = token_chain(
-        token, held, weights, scales, norms, forms=tuple(map(_form, links)), meters=meters, implementation=placement.implementation
+        token, held, weights, scales, norms, forms=tuple(map(_form, links)), counters=counters, implementation=placement.implementation
     )  # fmt: skip
     out = projections[-1].weight.spec.shape[: -projections[-1].weight.contracting]
-    return Stream(found.total, found.out.reshape(1, *out), meters=found.meters)
+    return Stream(found.total, found.out.reshape(1, *out), counters=counters)
 
 
 def _form(link: Link) -> Form:
@@ -140,14 +140,11 @@ class LayerResult(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """Hidden states after the final norm, each layer's pool with this step's keys and values, and features if they were asked for.
-
-    meters: for another model in the same program, as `StepContext.meters`."""
+    """Hidden states after the final norm, each layer's pool with this step's keys and values, and features if they were asked for."""
 
     hidden: Float[Array, "tokens embed"]
     kv: tuple[Pool, ...]
     features: Float[Array, "tokens features"] | None = None
-    meters: Int32[Array, "meters"] | None = None
 
 
 def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], context: StepContext, *, norm: RMSNorm) -> ModelOutput:
@@ -156,7 +153,7 @@ def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], co
     A model file that runs its layers through here and hands `features` on can be the target of a head (`eagle.py`): they are the residual
     stream before each layer whose number is in `context.tapped` (the number of layers: after the last), side by side.
     """
-    pools, placement, stream, tapped = [], context.placement, Stream(x, meters=context.meters), {}
+    pools, placement, stream, tapped = [], context.placement, Stream(x, counters=context.counters), {}
     for number, (layer, pool) in enumerate(zip(layers, kv, strict=True)):
         stream = stream.settled(placement) if number in context.tapped else stream
         tapped[number] = stream
@@ -167,4 +164,4 @@ def through(layers: Any, x: Float[Array, "tokens embed"], kv: Sequence[Pool], co
     tapped[len(pools)] = stream
     sums = [tapped[number].total(placement) for number in context.tapped]
     features = jnp.concatenate(sums, axis=-1) if sums else None
-    return ModelOutput(stream.normed(norm, placement).normed, tuple(pools), features, stream.meters)
+    return ModelOutput(stream.normed(norm, placement).normed, tuple(pools), features)

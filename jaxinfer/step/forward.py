@@ -30,7 +30,7 @@ from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata, Pool
+from pallas_kernels import PagedMetadata, Pool, counters
 
 
 @pytree
@@ -92,14 +92,15 @@ class Forward:
             kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows, decode_tokens=bucket.decode_tokens,
         )  # fmt: skip
         tapped = () if self.draft is None else self.draft.tapped
-        context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement, tapped=tapped)
+        counted = counters() if self.placement.mesh.size == 1 else None
+        context = StepContext(inputs.positions, metadata, self.placement, tapped, counted)
         current = current_tokens(inputs, slots, self.shapes, drafts)
         result = model(current, kv, context)
         pools = result.kv
         if self.draft is not None:
             small: Any = self.draft.bind(others)
             follow = HeadBeside(small, model).follow if tapped else ModelBeside(small, self.graph.config.vocab_size).follow
-            pools += follow(current, result.features, seen, replace(context, meters=result.meters))
+            pools += follow(current, result.features, seen, context)
         if bucket.decode_tokens > 1:
             return pools, Computed(result.hidden, model.head(result.hidden, self.placement), _draft_rows(inputs, current, bucket))
         tokens = result.hidden.reshape(replicas, bucket.tokens, -1)  # by replica, so that none needs another's tokens

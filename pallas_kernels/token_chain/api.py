@@ -5,25 +5,23 @@ before to end; in one kernel the next weight is on its way by then.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.checks import describe, require, require_dtype, require_shape
 from pallas_kernels.token_chain.reference import Form
 
 OP = "token_chain"
-METERS = 128  # counters by which the kernels of one program know that all of a kernel's blocks are there
 
 
 class Chained(NamedTuple):
-    """What the last matmul gives, the residual stream with everything added but that, and counters for the next chain of the program."""
+    """What the last matmul gives, and the residual stream with everything added but that."""
 
     out: Float[Array, "1 out"]
     total: Float[Array, "1 features"]
-    meters: Int32[Array, "meters"]
 
 
 def token_chain(
@@ -34,20 +32,19 @@ def token_chain(
     norms: Sequence[Float[Array, "_"] | None],
     *,
     forms: tuple[Form, ...],
-    meters: Int32[Array, "meters"] | None = None,
+    counters: Any = None,
     implementation: str = "auto",
 ) -> Chained:
     """For each link: where it has a norm, what there is so far is added to the residual stream `held`, and the sum's root mean square norm
     goes on; then comes the matmul, y = x @ (weight * scales).T (scales None: a weight of x's dtype, else int8); where the form is gated,
     silu of y's first half times its second half. Sums are float32, every result is rounded to x's dtype.
 
-    meters: those of the program's chain before, None for its first: two chains must not run at the same time, since the blocks of each
-    wait for one another, and so no chain starts before the other's counters are there. Raises ValueError when shapes or dtypes do not fit.
+    counters: the program's, see `hopper_counters`; None: chains of this program must not run at the same time by themselves. Raises
+    ValueError when shapes or dtypes do not fit.
     """
     check(x, held, weights, scales, norms, forms)
     module = dispatch.resolve(OP, implementation, dispatch.target(), key_of(x, weights, scales))
-    before = jnp.zeros((METERS,), jnp.int32) if meters is None else meters
-    return Chained(*module.token_chain(x, held, weights, scales, norms, forms=forms, meters=before))
+    return Chained(*module.token_chain(x, held, weights, scales, norms, forms=forms, counters=counters))
 
 
 def one_kernel(x: Array, weights: Sequence[Array], scales: Sequence[Array | None], implementation: str) -> bool:

@@ -2,12 +2,12 @@
 
 Each multiprocessor has one block of threads from the first link to the last. A weight's rows are cut into tiles, which are dealt out by
 their number. A producer copies blocks of this block's tiles into a ring of slots (TMA), those of the next links as well, since weights
-depend on nothing; a consumer has the token as the left side of products (`hopper_token`). Behind each link all blocks meet: each adds one
-to the link's counter in memory and waits until all have, since every result of a link is an input of the next. Then each loads the whole
-token, adds it to the residual stream and normalises it for itself. The first block writes the stream, and counters for the next chain.
+depend on nothing; a consumer has the token as the left side of products (`hopper_token`). Behind each link all blocks meet
+(`hopper_counters`), since every result of a link is an input of the next. Then each loads the whole token, adds it to the residual stream
+and normalises it for itself. The first block writes the stream.
 
-All blocks must run at once: there are no more of them than multiprocessors, and chains of a program run one after another (api).
-A link on its own is the whole kernel without counters; so the interpreter, which has no such counters, runs the links one by one.
+All blocks must run at once: there are no more of them than multiprocessors. A link on its own is the whole kernel without counters; so the
+interpreter, which knows none, runs the links one by one.
 """
 
 import math
@@ -21,12 +21,12 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import dispatch, hopper, tuning
+from pallas_kernels import dispatch, hopper, hopper_counters, tuning
 from pallas_kernels.hopper import ACC, COLUMNS, TILE
 from pallas_kernels.hopper_token import MOST_INPUTS, LeftSide, Limbs, Piece, Same, pieces_of
-from pallas_kernels.token_chain.api import METERS, key_of
+from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form
 
 BY_NAME = "it has not run on a card yet"
@@ -110,10 +110,9 @@ class Refs(NamedTuple):
     weights: tuple[Any, ...]
     scales: tuple[Any, ...]
     norms: tuple[Any, ...]
-    meters: Any
+    counters: Any
     passed: tuple[Any, ...]
     totals: tuple[Any, ...]
-    fresh: Any
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
@@ -121,6 +120,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
     if reason is not None:
         return reason
+    if int(key.get("links", 0)) > hopper_counters.MEETINGS + 1:
+        return f"its kernel has counters for {hopper_counters.MEETINGS + 1} links, not for {key['links']}"
     if key.get("weight", "int8") not in ("int8", key.get("dtype")):
         return "its kernel wants weights that are all int8 with scales, or all of the token's dtype"
     for number in range(int(key.get("links", 0))):
@@ -148,8 +149,8 @@ def token_chain(
     norms: Sequence[Float[Array, "_"] | None],
     *,
     forms: tuple[Form, ...],
-    meters: Int32[Array, "meters"],
-) -> tuple[Array, ...]:
+    counters: Any = None,
+) -> tuple[Array, Array]:
     """See api.token_chain."""
     sizes = Sizes(**tuning.sizes("token_chain", "gpu", dispatch.target(), key_of(x, weights, scales)))
     value, total, links = x.reshape(-1), held.reshape(-1), tuple(zip(weights, scales, norms, forms, strict=True))
@@ -157,10 +158,9 @@ def token_chain(
         some_weights, some_scales, some_norms, some_forms = zip(*part, strict=True)
         plan = plan_of(some_weights, some_norms, some_forms, x.dtype, sizes)
         flat = tuple(None if scale is None else scale.reshape(-1) for scale in some_scales)
-        value, total, meters = _chain(
-            value, total, some_weights, flat, some_norms, meters, plan=plan, interpreted=hopper.interpreting()
-        )  # fmt: skip
-    return value[None], total[None], meters
+        found = counters if counters is not None or len(plan.links) == 1 else hopper_counters.made()
+        value, total = _chain(value, total, some_weights, flat, some_norms, found, plan=plan, interpreted=hopper.interpreting())
+    return value[None], total[None]
 
 
 def plan_of(weights: Sequence[Any], norms: Sequence[Any], forms: Sequence[Form], dtype: Any, sizes: Sizes) -> Plan:
@@ -187,29 +187,25 @@ def _chain(
     weights: tuple[Shaped[Array, "_ _"], ...],
     scales: tuple[Float[Array, "_"] | None, ...],
     norms: tuple[Float[Array, "_"] | None, ...],
-    meters: Int32[Array, "meters"],
+    counters: Any,
     *,
     plan: Plan,
     interpreted: bool,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array]:
     """Compiled as a function, so that a model's layers lower it once. interpreted only keeps traces for the interpreter apart."""
     given = (x, held, weights, tuple(s for s in scales if s is not None), tuple(n for n in norms if n is not None))
     passed = tuple(jax.ShapeDtypeStruct((link.results,), plan.dtype) for link in plan.links)
     totals = tuple(jax.ShapeDtypeStruct(held.shape, plan.dtype) for link in plan.links if link.normed)
-    fresh = jax.ShapeDtypeStruct((METERS,), jnp.int32)
 
     def body(x: Any, held: Any, weights: Any, scales: Any, norms: Any, *rest: Any) -> None:
-        (meters, passed, totals, fresh, made) = rest if len(plan.links) > 1 else (None, *rest[:2], None, rest[2])
+        counters, passed, totals, made = rest if len(plan.links) > 1 else (None, *rest)
         ring, *others = made
         scratch = Scratch(dict(zip(plan.blocks, ring, strict=True)), *others)
-        _body(plan, Refs(x, held, weights, scales, norms, meters, passed, totals, fresh), scratch)
+        _body(plan, Refs(x, held, weights, scales, norms, counters, passed, totals), scratch)
 
-    kernel = partial(hopper.kernel, body, _scratch(plan), grid={"worker": plan.workers}, registers=REGISTERS)
-    if len(plan.links) == 1:
-        found, sums = kernel(out_type=(passed, totals))(*given)
-    else:
-        found, sums, meters = kernel(out_type=(passed, totals, fresh))(*given, jax.new_ref(meters))
-    return found[-1], sums[-1] if sums else held, meters
+    run = hopper.kernel(body, _scratch(plan), out_type=(passed, totals), grid={"worker": plan.workers}, registers=REGISTERS)
+    found, sums = run(*given, *([counters] if len(plan.links) > 1 else []))
+    return found[-1], sums[-1] if sums else held
 
 
 def _scratch(plan: Plan) -> tuple[Any, ...]:
@@ -235,15 +231,14 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
-        if refs.fresh is not None:
-            clear = plgpu.layout_cast(jnp.zeros((METERS,), jnp.int32), plgpu.Layout.WG_STRIDED((METERS,), vec_size=1))
-            pl.when(worker == 0)(lambda: refs.fresh.__setitem__(Ellipsis, clear))
         for number in range(len(plan.links)):
             if number:
-                _meet(refs.meters, number - 1, plan.workers)
+                hopper_counters.meet(refs.counters, number - 1, plan.workers)
             factor = _enter(plan, refs, scratch, number)
             consume = partial(_consume, plan, refs, scratch, number, factor)
             lax.fori_loop(0, mine[number], lambda index, _, run=consume, begin=begins[number]: run(begin, index), None)
+        if refs.counters is not None:
+            hopper_counters.leave(refs.counters, len(plan.links) - 1, plan.workers)
 
     @pl.when(warpgroup == 1)
     def _producer() -> None:
@@ -364,19 +359,3 @@ def _halves(values: Any) -> list[Any]:
         return array(_registers=first), array(_registers=second)
 
     return list(plgpu.inline_mgpu(arg_types=(COLUMNS,), return_type=(made, made))(split)(values))
-
-
-def _meet(meters: Any, number: int, workers: int) -> None:
-    """Wait until all blocks of threads are done with a link: what they wrote can be read then."""
-
-    def meet(_: Any, meters: Any) -> None:
-        from jax.experimental.mosaic.gpu import utils
-        from jaxlib.mlir import ir
-
-        word = ir.IntegerType.get_signless(32)
-        meter = utils.SemaphoreRef(utils.getelementptr(utils.memref_ptr(meters), [number], word))
-        utils.warpgroup_barrier()
-        meter.signal(1, memory_scope="gpu")
-        meter.wait(workers, decrement=False, memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(meet)(meters)

@@ -1,10 +1,10 @@
 """What a chain means: its links one by one."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.attention import accumulation_dtype
 from pallas_kernels.norm import rms_norm
@@ -26,9 +26,10 @@ def token_chain(
     norms: Sequence[Float[Array, "_"] | None],
     *,
     forms: tuple[Form, ...],
-    meters: Int32[Array, "meters"] | None = None,
-) -> tuple[Array, ...]:
-    """See api.token_chain; the counters go through as they are."""
+    counters: Any = None,
+) -> tuple[Array, Array]:
+    """See api.token_chain; counters are for kernels."""
+    del counters
     value, total = x, held
     for weight, scale, norm, form in zip(weights, scales, norms, forms, strict=True):
         if norm is not None:
@@ -36,7 +37,7 @@ def token_chain(
             value = rms_norm(total, norm, epsilon=form.epsilon, offset=form.offset)
         value = matmul(value, weight, scale)
         value = gated(value) if form.gated else value
-    return (value, total) if meters is None else (value, total, meters)
+    return value, total
 
 
 def matmul(x: Float[Array, "1 in"], weight: Shaped[Array, "out in"], scale: Float[Array, "out 1"] | None) -> Float[Array, "1 out"]:

@@ -119,13 +119,12 @@ def test_matmuls_that_are_still_to_be_done_are_done_one_by_one(tokens):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """As if there were a kernel for chains: what it is given, and the counters that it hands on."""
+    """As if there were a kernel for chains: how many links it is given, and which counters."""
     seen = []
 
-    def chain(x, held, weights, scales, norms, *, forms, meters, implementation):
-        seen.append((len(weights), meters))
-        found = token_chain(x, held, weights, scales, norms, forms=forms, implementation="xla")
-        return found._replace(meters=jnp.full(128, len(seen), jnp.int32))
+    def chain(x, held, weights, scales, norms, *, forms, counters, implementation):
+        seen.append((len(weights), counters))
+        return token_chain(x, held, weights, scales, norms, forms=forms, implementation="xla")
 
     monkeypatch.setattr(residual, "one_kernel", lambda x, weights, scales, implementation: implementation == "auto")
     monkeypatch.setattr(residual, "token_chain", chain)
@@ -135,13 +134,13 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_one_token_goes_through_one_kernel(kernels, scheme):
     placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(scheme)
+    stream = stream._replace(counters="counters")
     found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
     assert found.value.shape == (1, 2, 4) and found.value.dtype == value.dtype
     for mine, wanted in ((found.value, value), (found.stream.held, total)):
         np.testing.assert_allclose(np.asarray(mine, np.float32), np.asarray(wanted, np.float32), rtol=2**-5, atol=2**-5)
     again = found.stream.then(*stream.links, of=stream.added).settled(placement)
-    assert [(links, None if meters is None else int(meters[0])) for links, meters in kernels] == [(4, None), (3, 1)]
-    assert int(again.meters[0]) == 2 and again.added.shape == (1, 8)
+    assert kernels == [(4, "counters"), (3, "counters")] and again.added.shape == (1, 8) and again.counters == "counters"
 
 
 @pytest.mark.parametrize(
@@ -175,13 +174,12 @@ def test_several_devices_share_a_chain_as_they_share_matmuls(kernels):
     assert stream.projected(norm, qkv, placement).value.shape == (1, 2, 4) and not kernels
 
 
-def test_a_tapped_stream_is_summed_once_and_counters_leave_the_last_layer(kernels):
+def test_a_tapped_stream_is_summed_once(kernels):
     placement, (stream, norm, _) = Placement(make_mesh({})), layer_of()
 
     def layer(before, pool, context):
-        return LayerResult(Stream(before.total(placement), meters=before.meters).then(*stream.links, of=stream.added), pool)
+        return LayerResult(Stream(before.total(placement), counters=before.counters).then(*stream.links, of=stream.added), pool)
 
-    context = StepContext(jnp.arange(1, dtype=jnp.int32), Sequences(1), placement, (1, 2), jnp.full(128, 9, jnp.int32))
+    context = StepContext(jnp.arange(1, dtype=jnp.int32), Sequences(1), placement, (1, 2), "counters")
     out = through([layer] * 2, stream.held, (jnp.zeros(1),) * 2, context, norm=norm)
-    assert [(links, int(meters[0])) for links, meters in kernels] == [(3, 9), (3, 1)]
-    assert int(out.meters[0]) == 2 and out.features.shape == (1, 16)
+    assert kernels == [(3, "counters")] * 2 and out.features.shape == (1, 16)

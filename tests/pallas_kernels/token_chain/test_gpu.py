@@ -23,6 +23,7 @@ KEY = CASES[0].tuning_key()
         (H200, {"in2": 192}, "inputs in multiples of 128 up to 32768"),
         (H200, {"in2": 32896}, "inputs in multiples of 128 up to 32768"),
         (H200, {"out1": 24}, "outputs in multiples of 16"),
+        (H200, {"links": 17}, "counters for 16 links, not for 17"),
         (H200, {}, None),
         (H200, {"weight": "bfloat16"}, None),
     ],
@@ -42,7 +43,7 @@ def test_a_chain_is_one_kernel_whose_blocks_meet_between_links(monkeypatch, name
     with dispatch.assumed(H200):
         traced = str(jax.make_jaxpr(lambda inputs: case.run(inputs, "gpu"))(case.make(0)))
     assert traced.count("name=_chain") == 1
-    assert traced.count("_meet.<locals>.meet") == meetings
+    assert traced.count("meet.<locals>.wait") == meetings and traced.count("leave.<locals>.clear") == (meetings > 0)
 
 
 def plan_for(case, slot):

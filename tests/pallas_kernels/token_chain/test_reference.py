@@ -27,9 +27,3 @@ def test_gating_is_rounded_once():
     value = jnp.asarray([[1.0, -2.0, 3.0, 5.0]], jnp.bfloat16)
     wide = np.asarray([3 / (1 + np.exp(-1.0)), -10 / (1 + np.exp(2.0))], np.float32)
     assert np.array_equal(reference.gated(value), jnp.asarray(wide, jnp.bfloat16)[None])
-
-
-def test_counters_go_through():
-    inputs = CASES[0].make(0)
-    assert len(reference.token_chain(**inputs, forms=CASES[0].forms)) == 2
-    assert reference.token_chain(**inputs, forms=CASES[0].forms, meters=jnp.ones(128, jnp.int32))[2].sum() == 128

@@ -1,0 +1,16 @@
+"""Counters that the kernels of one program share, where there are kernels that count."""
+
+import importlib
+from typing import Any
+
+from pallas_kernels import dispatch
+
+
+def counters() -> Any:
+    """A reference to a program's counters, made once inside its trace and handed to the ops that ask for it; None where nothing counts.
+
+    Kernels that have it run one after another: see `hopper_counters`, which is imported on GPUs alone.
+    """
+    if dispatch.target().platform != "gpu":
+        return None
+    return importlib.import_module("pallas_kernels.hopper_counters").made()
