@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch, tuning
+from pallas_kernels.counters import counted
 
 TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3}  # as the tests have it
 
@@ -45,7 +46,7 @@ def checked(op: str, case: Any, sizes: dict[str, int], repeat: int) -> dict[str,
     """One case with one choice of sizes."""
     inputs, begin = case.make(0), time.perf_counter()
     with tuning.forced(sizes):
-        run = jax.jit(lambda given: case.run(given, "gpu"))
+        run = jax.jit(lambda given: case.run(counted(case, given), "gpu"))
         first = jax.block_until_ready(run(inputs))
     same = jax.jit(
         lambda one, other: jnp.stack(

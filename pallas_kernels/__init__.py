@@ -12,7 +12,7 @@
 """
 
 from pallas_kernels.attention import AttentionSpec as AttentionSpec
-from pallas_kernels.counters import counters as counters
+from pallas_kernels.counters import shared_counters as shared_counters
 from pallas_kernels.dense_matmul.api import dense_matmul as dense_matmul
 from pallas_kernels.flash_attention.api import SegmentIds as SegmentIds
 from pallas_kernels.flash_attention.api import flash_attention as flash_attention

@@ -70,11 +70,13 @@ def refusal(target: Target, key: Key) -> str | None:
 
 def cores() -> int:
     """Streaming multiprocessors of the device that is traced for, as many blocks of threads run at once; 2 for the interpreter."""
-    if interpreting():
-        return 2
+    return 2 if interpreting() else known_cores() or 132
+
+
+def known_cores() -> int | None:
+    """As many as the device that is traced for says it has; None if it does not say."""
     described = jax.sharding.get_abstract_mesh().abstract_device
-    count = jax.local_devices()[0].core_count if described is None else described.num_cores
-    return count or 132
+    return getattr(jax.local_devices()[0], "core_count", None) if described is None else described.num_cores
 
 
 def kernel(

@@ -16,14 +16,14 @@ from pallas_kernels import dispatch, hopper
 
 MEETINGS = 15  # of a kernel's blocks, at most; one more counts those that have left
 FIRST = MEETINGS + 1  # counter that is free for other uses
-SIZE = FIRST + 8192
+PLACES = 8192  # from there on
 
 
 def made() -> Any:
     """A program's counters, where its kernels are for Hopper and not interpreted; None elsewhere."""
     if hopper.interpreting() or hopper.refusal(dispatch.target(), {}) is not None:
         return None
-    return jax.new_ref(jnp.zeros((SIZE,), jnp.int32))
+    return jax.new_ref(jnp.zeros((FIRST + PLACES,), jnp.int32))
 
 
 def meet(counters: Any, number: int, of: int) -> None:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.counters import counted
+
 CACHE = 64 << 20  # bytes; the largest L2 of today's chips
 TIMES = 4  # copies are so many times larger
 FEWEST, MOST = 4, 64  # copies
@@ -104,7 +106,7 @@ def program_of(case: Any, run: Run, like: Arguments, calls: int) -> Callable[...
     one = jax.jit(lambda donated, rest: run(donated | rest))
 
     def program(donated: list[Inputs], turning: list[Inputs], shared: Inputs) -> tuple[list[Inputs], list[Any]]:
-        donated, results = list(donated), []
+        donated, results, shared = list(donated), [], counted(case, shared)
         for call in range(calls):
             turn, copy = divmod(call, copies)  # in every turn the inputs are paired anew: compilers make equal calls once
             pool = call % len(donated)

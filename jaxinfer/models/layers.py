@@ -64,14 +64,17 @@ class StepContext:
 
     positions: -1 marks padding. With a data axis each replica's tokens, rows and pages are adjacent, and `metadata` (decode_rows too)
     is written from the replica's own point of view: token and page indices count within its share. tapped: see `residual.through`.
-    counters: the program's (`pallas_kernels.counters`).
     """
 
     positions: Int32[Array, "tokens"]
     metadata: PagedMetadata | Sequences
     placement: Placement
     tapped: tuple[int, ...] = ()
-    counters: Any = None
+
+    @property
+    def counters(self) -> Any:
+        """The program's, for kernels that count (`pallas_kernels.shared_counters`)."""
+        return None if isinstance(self.metadata, Sequences) else self.metadata.counters
 
 
 class Dim(NamedTuple):

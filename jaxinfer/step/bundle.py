@@ -200,6 +200,7 @@ def machine(device: Any) -> dict[str, Any]:
         "runtime": {name: found for name in RUNTIMES.get(device.platform, ()) if (found := _version(name)) is not None},
         "device": device.device_kind if chip is None else chip.name, "processor": platform.machine(),
         **{name: str(getattr(jax.config, name)) for name in FLAGS},
+        **({"multiprocessors": device.core_count} if device.platform == "gpu" else {}),  # kernels whose blocks wait for each other
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, StepInputs, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata, Pool, counters
+from pallas_kernels import PagedMetadata, Pool, shared_counters
 
 
 @pytree
@@ -90,10 +90,10 @@ class Forward:
         metadata = PagedMetadata(
             page_tables=inputs.page_tables, query_starts=inputs.query_starts, query_lengths=inputs.query_lengths,
             kv_lengths=inputs.kv_lengths, decode_rows=bucket.decode_rows, decode_tokens=bucket.decode_tokens,
+            counters=shared_counters() if self.placement.mesh.size == 1 else None,
         )  # fmt: skip
         tapped = () if self.draft is None else self.draft.tapped
-        counted = counters() if self.placement.mesh.size == 1 else None
-        context = StepContext(inputs.positions, metadata, self.placement, tapped, counted)
+        context = StepContext(positions=inputs.positions, metadata=metadata, placement=self.placement, tapped=tapped)
         current = current_tokens(inputs, slots, self.shapes, drafts)
         result = model(current, kv, context)
         pools = result.kv

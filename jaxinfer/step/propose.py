@@ -22,7 +22,7 @@ from jaxinfer.step.forward import current_tokens, settled
 from jaxinfer.step.head import HeadBeside, ModelBeside
 from jaxinfer.step.inputs import PADDING_POSITION, Shapes, unpack
 from jaxinfer.step.slots import Slots
-from pallas_kernels import PagedMetadata, Pool, counters
+from pallas_kernels import PagedMetadata, Pool, shared_counters
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,13 @@ class Propose:
         starts = inputs.kv_lengths - inputs.query_lengths
         token = current_tokens(inputs, slots, self.shapes).reshape(-1, width)[:, 0]
         first, vocabulary = jnp.tile(jnp.arange(rows, dtype=jnp.int32), self.shapes.replicas), Vocabulary.of(thinker.targets(), self.vocab)
-        drafts, state, counted = [], None, counters() if self.placement.mesh.size == 1 else None
+        drafts, state, counted = [], None, shared_counters() if self.placement.mesh.size == 1 else None
         for number in range(width - 1):
             at = starts + number
             real = number < inputs.query_lengths
-            metadata = PagedMetadata(inputs.page_tables, first, real.astype(jnp.int32), jnp.where(real, at + 1, 0), rows)
-            context = StepContext(jnp.where(real, at, PADDING_POSITION), metadata, self.placement, counters=counted)
+            lengths = real.astype(jnp.int32), jnp.where(real, at + 1, 0)
+            metadata = PagedMetadata(inputs.page_tables, first, *lengths, rows, counters=counted)
+            context = StepContext(jnp.where(real, at, PADDING_POSITION), metadata, self.placement)
             state = state if number else thinker.begin(kv, context)
             kv, logits, state = thinker.think(token, kv, state, context)
             if self.greedy:

@@ -33,6 +33,7 @@ class PagedMetadata:
     page_tables: page ids of a row's cache in order; unused entries hold 0, the guard page.
     query_starts: first packed token of the row. query_lengths: tokens of the row in this step.
     kv_lengths: tokens of the row in the cache once this step's are written. decode_rows and decode_tokens are static.
+    counters: the program's, for kernels that count (`pallas_kernels.shared_counters`).
     """
 
     page_tables: Int32[Array, "rows pages_per_row"]
@@ -41,6 +42,7 @@ class PagedMetadata:
     kv_lengths: Int32[Array, "rows"]
     decode_rows: int
     decode_tokens: int = 1
+    counters: Any = None
 
     @property
     def decode_size(self) -> int:
@@ -48,7 +50,7 @@ class PagedMetadata:
         return self.decode_rows * self.decode_tokens
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[int, int]]:
-        """Four leaves; the others are static."""
+        """Five leaves; the others are static."""
         leaves = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in _LEAVES)
         return leaves, (self.decode_rows, self.decode_tokens)
 
@@ -61,7 +63,8 @@ class PagedMetadata:
         return self
 
 
-_LEAVES = ("page_tables", "query_starts", "query_lengths", "kv_lengths")
+_ARRAYS = ("page_tables", "query_starts", "query_lengths", "kv_lengths")
+_LEAVES = (*_ARRAYS, "counters")
 
 
 class PagedResult(NamedTuple):
@@ -182,9 +185,9 @@ def _check_metadata(metadata: PagedMetadata, tokens: int) -> None:
     tables = metadata.page_tables
     require(tables.ndim == 2, OP, f"page_tables is {describe(tables)}", "it must have shape [rows, pages_per_row]")
     rows = tables.shape[0]
-    for name in _LEAVES:
+    for name in _ARRAYS:
         require_dtype(OP, name, getattr(metadata, name), jnp.int32, "page ids and lengths are int32")
-    for name in _LEAVES[1:]:
+    for name in _ARRAYS[1:]:
         require_shape(OP, name, getattr(metadata, name), (rows,), "one entry per row of page_tables")
     decode_rows, size, per_row = metadata.decode_rows, metadata.decode_size, metadata.decode_tokens
     words = f"decode_rows={decode_rows} with {rows} rows and {tokens} tokens" + (f" (decode_tokens={per_row})" if per_row != 1 else "")

@@ -5,7 +5,7 @@ every padding token holds NaN, and ragged lengths are drawn from the edges: empt
 Large arrays of full rows (`BENCH`) are drawn where they are needed, on the device; then only the tables are shuffled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -122,6 +122,10 @@ class Case(Cache):
         optional = {"rope": None} | {name: inputs[name] for name in ("rope", "sinks") if name in inputs}
         required = [inputs[name] for name in ("q", "k", "v", "positions", "kv", "metadata")]
         return paged_attention(*required, spec=self.spec, implementation=implementation, **optional)
+
+    def counted(self, inputs: dict[str, Any], counters: Any) -> dict[str, Any]:
+        """Inputs with a program's counters."""
+        return inputs | {"metadata": replace(inputs["metadata"], counters=counters)}
 
     def cost(self, inputs: dict[str, Any]) -> costs.Cost:
         """What the op must do on what `make` gave; the new keys and values count as keys and values that are read."""

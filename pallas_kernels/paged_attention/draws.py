@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels import attention, dispatch, tuning
+from pallas_kernels.counters import counted
 from pallas_kernels.paged_attention import reference
 from pallas_kernels.paged_attention.api import PagedMetadata
 from pallas_kernels.paged_attention.cases import BOTH, NOTHING, SINKS, Case
@@ -154,7 +155,7 @@ def _promoting() -> Iterator[None]:
 def play(case: Case, implementation: str, seed: Array) -> Step:
     """Draw a step, run it, and run it again with one row alone."""
     inputs = draw(case, seed)
-    metadata, run = inputs["metadata"], jax.jit(lambda inputs: case.run(inputs, implementation))  # one trace for both calls
+    metadata, run = inputs["metadata"], jax.jit(lambda inputs: case.run(counted(case, inputs), implementation))  # traced once
     result = run(inputs)
     rows = metadata.query_lengths.shape[0]
     mine = jnp.argmax(jnp.where(metadata.query_lengths > 0, (jnp.arange(rows) * 7 + seed) % rows + 1, 0))

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import dispatch, hopper, hopper_tiles, tuning
+from pallas_kernels import dispatch, hopper, hopper_counters, hopper_tiles, tuning
 from pallas_kernels.attention import AttentionSpec
 from pallas_kernels.paged_attention import gpu_decode, gpu_lines, gpu_plan, gpu_prefill, gpu_spread, gpu_write, packing, xla
 from pallas_kernels.paged_attention.api import PagedMetadata, PagedResult
-from pallas_kernels.paged_attention.gpu_combine import combine
+from pallas_kernels.paged_attention.gpu_combine import Merge, combine
 from pallas_kernels.paged_attention.gpu_pages import Pages
 from pallas_kernels.paged_attention.pool import Pool, QuantizedKV, values_of
 
@@ -33,7 +33,8 @@ kv_layout = xla.kv_layout
 
 class Sizes(NamedTuple):
     """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once (per
-    stream). Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step that `gpu_write` takes."""
+    stream). Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step that `gpu_write` takes.
+    decode_merges: 1: where there are counters, chunks are merged by who ends the last one of a row, and no kernel of its own."""
 
     decode_longest: int
     decode_longest_many: int
@@ -41,6 +42,7 @@ class Sizes(NamedTuple):
     prefill_keys: int
     prefill_stages: int
     write_from: int = 1
+    decode_merges: int = 0
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
@@ -57,7 +59,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
-    grid += [base._replace(prefill_stages=base.prefill_stages + 1)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=1)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
@@ -196,15 +198,28 @@ def _decode(
         codes=codes,
     )
     scales = kv.scales.reshape(-1) if isinstance(kv, QuantizedKV) else None
-    given = placed.q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total, scales
-    parts, sums = gpu_decode.decode(*given, rows=rows, plan=plan)
+    given = placed.q, values_of(kv).reshape(-1, head_dim), tables.reshape(-1), items.fields.reshape(-1), items.total
+    counts = sizes.decode_merges and plan.max_chunks > 1 and sinks is None and rows * heads <= hopper_counters.PLACES
+    if counts and metadata.counters is not None:
+        plan = plan._replace(merge=Merge.of(kv_heads=heads, group=row.used, head_dim=head_dim, max_chunks=plan.max_chunks))
+    decoded = gpu_decode.decode(*given, scales, rows=rows, plan=plan, counted=gpu_decode.Counted(items.counts, metadata.counters))
     if plan.max_chunks > 1 or sinks is not None:
         own = None if sinks is None else jnp.tile(sinks.reshape(kv_heads, -1), (1, row.tiles * row.per_tile)).reshape(-1)
-        merged = combine(parts, sums, items.counts, own, kv_heads=heads, group=row.used)
+        merged = decoded.merged
+        if merged is None:
+            merged = combine(decoded.parts, decoded.sums, items.counts, own, kv_heads=heads, group=row.used)
         out = merged.reshape(rows, heads, -1, head_dim)[:, :, : row.used]
     else:
-        alone = parts.reshape(rows, heads, row.padded, head_dim)[:, :, : row.used]
+        alone = decoded.parts.reshape(rows, heads, row.padded, head_dim)[:, :, : row.used]
         out = jnp.where((items.counts > 0)[:, None, None, None], alone, 0)
+    return _of_tokens(out, positions, row, kv_heads)
+
+
+def _of_tokens(
+    out: Float[Array, "rows heads used head_dim"], positions: Int32[Array, "tokens"], row: gpu_lines.RowLines, kv_heads: int
+) -> Float[Array, "tokens kv_heads group head_dim"]:
+    """Each token's own lines."""
+    rows, head_dim = out.shape[0], out.shape[-1]
     lines = out.reshape(rows, kv_heads, row.tiles * row.used, head_dim)[:, :, : row.tokens * row.group]
     out = packing.by_token(lines, (len(positions), kv_heads, row.group, head_dim))
     return out if row.tokens == 1 else jnp.where((positions >= 0)[:, None, None, None], out, 0)

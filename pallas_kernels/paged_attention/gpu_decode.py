@@ -3,14 +3,15 @@
 A row's keys are cut into chunks; an item is a chunk of a row. Blocks of threads stay for the whole kernel and take (item, head) pairs
 in turn; a head is a tile of lines of one kv head: some tokens' groups of queries. Each block has `streams` pairs of warpgroups: a
 producer copies blocks of keys and values, a consumer attends with the lines and leaves the chunk's normalised output and the logarithm
-of its sum, which `gpu_combine` merges. Where the pool holds 8-bit codes the consumer makes numbers of keys as it multiplies them, and the
+of its sum, which `gpu_combine` merges, in a kernel of its own or here: whoever ends a row's last chunk does (`hopper_counters`), in the
+same order. Where the pool holds 8-bit codes the consumer makes numbers of keys as it multiplies them, and the
 producer of values, for the consumer's next step.
 Sources: FlashAttention-2 (arXiv 2307.08691), Flash-Decoding (Dao et al., 2023), PagedAttention (arXiv 2309.06180).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import hopper, hopper_codes, hopper_columns
+from pallas_kernels import hopper, hopper_codes, hopper_columns, hopper_counters
 from pallas_kernels.hopper_columns import Room, State
+from pallas_kernels.paged_attention.gpu_combine import Places, merge_row
 from pallas_kernels.paged_attention.gpu_plan import ITEM, KEYS, TILES, Feed, Item, Plan, Refs, Scratch, scratch_of
 
 
-def decode(
+class Counted(NamedTuple):
+    """For the merging: how many chunks each row has, and the program's counters, one for each row and head."""
+
+    counts: Int32[Array, "rows"]
+    counters: Any
+
+
+class Decoded(NamedTuple):
+    """What chunks came to, and rows if they were merged."""
+
+    parts: Float[Array, "slots padded head_dim"]
+    sums: Float[Array, "slots padded"]
+    merged: Float[Array, "rows_heads lines head_dim"] | None = None
+
+
+def decode(  # noqa: PLR0913
     q: Float[Array, "kv_heads lines head_dim"],
     kv: Array,
     tables: Int32[Array, "rows_width"],
@@ -34,8 +51,9 @@ def decode(
     *,
     rows: int,
     plan: Plan,
-) -> tuple[Float[Array, "slots padded head_dim"], Float[Array, "slots padded"]]:
-    """Output of each item, normalised, and the base 2 logarithm of the sum of its weights.
+    counted: Counted | None = None,
+) -> Decoded:  # fmt: skip
+    """Output of each item, normalised, and the base 2 logarithm of the sum of its weights; each row's merged if the plan says so.
 
     q: `padded` lines for each tile of each of the rows, more may follow. kv: the pool's numbers or codes [pool_rows, head_dim]. slots are
     rows x max_chunks x heads; those without an item hold anything. items: ITEM for each, the first `count` are real.
@@ -44,25 +62,29 @@ def decode(
     slots = rows * plan.max_chunks * plan.heads
     if scales is not None:
         q = hopper_codes.permute(q[:, : rows * plan.tiles * plan.padded])
-    given = [q, kv, tables, items, count, *([] if scales is None else [scales])]
-    scratch = scratch_of(plan, head_dim, dtype)
-    made, tree = jax.tree.flatten(scratch)
+    given = {"q": q, "kv": kv, "tables": tables, "items": items, "count": count}
+    given |= {} if scales is None else {"scales": scales}
+    given |= {} if plan.merge is None or counted is None else counted._asdict()
+    made, tree = jax.tree.flatten(scratch_of(plan, head_dim, dtype))
+    outputs = {
+        "out": jax.ShapeDtypeStruct((slots, plan.padded, head_dim), dtype),
+        "sums": jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
+    }
+    outputs |= {} if plan.merge is None else {"merged": plan.merge.out(rows, dtype)}
 
     def body(*refs: Any) -> None:
-        *arrays, out, sums, own = refs
-        names = dict(zip(("q", "kv", "tables", "items", "count", "scales"), arrays, strict=False))
-        _body(plan, Refs(**{"scales": None} | names, out=out, sums=sums), jax.tree.unflatten(tree, own))
+        *arrays, own = refs
+        names = dict(zip((*given, *outputs), arrays, strict=True))
+        _body(plan, Refs(**{"scales": None} | names), jax.tree.unflatten(tree, own))
 
-    return hopper.kernel(
+    found = hopper.kernel(
         body,
         tuple(made),
-        out_type=(
-            jax.ShapeDtypeStruct((slots, plan.padded, head_dim), dtype),
-            jax.ShapeDtypeStruct((slots, plan.padded), jnp.float32),
-        ),
+        out_type=tuple(outputs.values()),
         grid={"block": plan.blocks},
         registers=[number for number in plan.registers for _ in range(plan.streams)],
-    )(*given)
+    )(*given.values())
+    return Decoded(*found)
 
 
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
@@ -80,6 +102,8 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     @pl.when(warpgroup < plan.streams)
     def _consumer() -> None:
         plgpu.set_max_registers(plan.registers[0], action="increase")
+        if plan.merge is not None:
+            _clear_empty(plan, refs, number, of)
         lax.fori_loop(0, mine, lambda turn, used: _consume(plan, refs, scratch, stream, item(turn), used), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
@@ -223,9 +247,38 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out, refs.out.at[item.slot])
     plgpu.copy_smem_to_gmem(sums, refs.sums.at[item.slot])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=plan.merge is None)
     feed.values_used(item.blocks - 1)
+    if plan.merge is not None:
+        _merge_if_last(plan, refs, item, scratch.told.at[pl.ds(stream, 1)])
     return used + item.blocks
+
+
+def _merge_if_last(plan: Plan, refs: Refs, item: Item, told: Any) -> None:
+    """Count the chunk, which is in memory; if all of its row are, merge them."""
+    count, place = refs.counts[item.row], hopper_counters.FIRST + item.row * plan.heads + item.head
+
+    @pl.when(hopper_counters.last(refs.counters, place, count, told))
+    def _merge() -> None:
+        for part in range(plan.merge.parts):
+            merge_row(plan.merge, Places(refs.out, refs.sums, refs.merged), item.row, item.head, part, count)
+
+
+def _clear_empty(plan: Plan, refs: Refs, number: Any, of: int) -> None:
+    """Rows without any chunk are zeros; `number` of `of` consumers has every `of`th row."""
+    rows = refs.counts.shape[0]
+
+    def clear(turn: Any, _: None) -> None:
+        row = number + turn * of
+
+        @pl.when(refs.counts[row] == 0)
+        def _clear() -> None:
+            for head in range(plan.heads):
+                for part in range(plan.merge.parts):
+                    lines = pl.ds(part * plan.merge.heads, plan.merge.heads)
+                    refs.merged[row * plan.heads + head, lines] = plan.merge.zeros().astype(refs.merged.dtype)
+
+    lax.fori_loop(0, lax.div(rows - number + (of - 1), jnp.int32(of)), clear, None)
 
 
 def _multiply(feed: Feed, number: Any, q: Any) -> tuple[Any, Any]:

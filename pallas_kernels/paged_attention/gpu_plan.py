@@ -21,7 +21,8 @@ ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of 
 
 class Plan(NamedTuple):
     """Static shape of a decode. A row has at most max_chunks chunks and `tiles` tiles of lines for each kv head; a tile has the queries of
-    `tokens` tokens, each a group of them, padded to `padded` lines. codes: dtype of a quantised pool."""
+    `tokens` tokens, each a group of them, padded to `padded` lines. codes: dtype of a quantised pool. merge (`gpu_combine.Merge`): whoever
+    ends a row's last chunk merges them all; None: another kernel does."""
 
     spec: AttentionSpec
     pages: Pages
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     tokens: int = 1
     tiles: int = 1
     codes: Any = None
+    merge: Any = None
 
     @property
     def heads(self) -> int:
@@ -54,7 +56,7 @@ class Plan(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """The kernel's arrays; scales belong to codes."""
+    """The kernel's arrays; scales belong to codes, counts, counters and merged to the merging."""
 
     q: Any
     kv: Any
@@ -64,6 +66,9 @@ class Refs(NamedTuple):
     scales: Any
     out: Any
     sums: Any
+    counts: Any = None
+    counters: Any = None
+    merged: Any = None
 
 
 class Tiles(NamedTuple):
@@ -77,7 +82,7 @@ class Tiles(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers, each once per stream; room: the consumer's; scales and tiles belong to codes."""
+    """Shared memory and barriers, each once per stream; room: the consumer's; scales and tiles belong to codes, told to the merging."""
 
     q: Any
     kv: Any
@@ -89,6 +94,7 @@ class Scratch(NamedTuple):
     room: Any
     scales: Any = None
     tiles: Any = None
+    told: Any = None
 
 
 class Item(NamedTuple):
@@ -139,6 +145,7 @@ def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:
         full=barriers(plan.stages, arrivals=arrivals),
         free=barriers(plan.stages),
         room=Room.scratch(plan.streams, (plan.padded, KEYS), dtype, head_dim=head_dim),
+        told=None if plan.merge is None else plgpu.SMEM((plan.streams,), jnp.int32),
     )
     if plan.codes is None:
         return found

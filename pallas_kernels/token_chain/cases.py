@@ -90,6 +90,10 @@ class Case:
         found = token_chain(**inputs, forms=self.forms, implementation=implementation)
         return found.out, found.total
 
+    def counted(self, inputs: dict[str, Any], counters: Any) -> dict[str, Any]:
+        """Inputs with a program's counters."""
+        return inputs | {"counters": counters}
+
     def cost(self, inputs: dict[str, Any]) -> Cost:
         """What the op must do on what `make` gave: everything in, result and stream out."""
         given = sum(leaf.nbytes for leaf in jax.tree.leaves(inputs))

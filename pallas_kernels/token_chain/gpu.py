@@ -6,7 +6,8 @@ depend on nothing; a consumer has the token as the left side of products (`hoppe
 (`hopper_counters`), since every result of a link is an input of the next. Then each loads the whole token, adds it to the residual stream
 and normalises it for itself. The first block writes the stream.
 
-All blocks must run at once: there are no more of them than multiprocessors. A link on its own is the whole kernel without counters; so the
+All blocks must run at once: there are no more of them than multiprocessors (under CUDA's MPS, where processes share these, they may not). A
+link on its own is the whole kernel without counters; so the
 interpreter, which knows none, runs the links one by one.
 """
 
@@ -120,6 +121,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
     if reason is not None:
         return reason
+    if not (hopper.interpreting() or hopper.known_cores()):
+        return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
     if int(key.get("links", 0)) > hopper_counters.MEETINGS + 1:
         return f"its kernel has counters for {hopper_counters.MEETINGS + 1} links, not for {key['links']}"
     if key.get("weight", "int8") not in ("int8", key.get("dtype")):
@@ -232,9 +235,10 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
         for number in range(len(plan.links)):
+            ahead = _look_ahead(plan, refs, number)
             if number:
                 hopper_counters.meet(refs.counters, number - 1, plan.workers)
-            factor = _enter(plan, refs, scratch, number)
+            factor = _enter(plan, refs, scratch, number, ahead)
             consume = partial(_consume, plan, refs, scratch, number, factor)
             lax.fori_loop(0, mine[number], lambda index, _, run=consume, begin=begins[number]: run(begin, index), None)
         if refs.counters is not None:
@@ -273,26 +277,47 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, 
         )
 
 
-def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int) -> Any:
+class Ahead(NamedTuple):
+    """What a link needs of what was there before the kernel began, in registers: the residual stream, and the norm's weight."""
+
+    held: list[Piece]
+    norm: list[Piece]
+
+
+def _look_ahead(plan: Plan, refs: Refs, number: int) -> Ahead:
+    """Loads for which the blocks need not have met."""
+    link = plan.links[number]
+    index = _norms_before(plan, number)
+    return Ahead(
+        pieces_of(partial(_load, refs.held), link.inputs, PIECE) if link.normed and index == 0 else [],
+        pieces_of(partial(_load, refs.norms[index]), link.inputs, PIECE) if link.normed else [],
+    )
+
+
+def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, ahead: Ahead) -> Any:
     """Make a link's inputs the left side of its products; the factor that its results are multiplied by."""
     link, given = plan.links[number], refs.passed[number - 1] if number else refs.x
     if not link.normed:
-        load = partial(_load, given)
+        load = partial(_wide, given)
         return plan.left.put(pieces_of(load, link.inputs, PIECE), scratch.token, None if link.inputs <= KEPT else load)
-    index = sum(other.normed for other in plan.links[:number])
-    before, total, norm = refs.totals[index - 1] if index else refs.held, refs.totals[index], refs.norms[index]
-
-    def added(place: Any) -> Any:
-        found = (_load(before, place) + _load(given, place)).astype(plan.dtype)
-        pl.when(lax.axis_index("worker") == 0)(lambda: total.at[place].__setitem__(Ellipsis, found))
-        return found.astype(jnp.float32)
-
-    pieces = pieces_of(added, link.inputs, PIECE)
+    index = _norms_before(plan, number)
+    before = ahead.held or pieces_of(partial(_load, refs.totals[index - 1]), link.inputs, PIECE)
+    pieces = []
+    for place, held in before:
+        found = (held.astype(jnp.float32) + _wide(given, place)).astype(plan.dtype)
+        pl.when(lax.axis_index("worker") == 0)(lambda place=place, found=found: refs.totals[index].at[place].__setitem__(..., found))
+        pieces.append(Piece(place, found.astype(jnp.float32)))
     squares = sum(jnp.sum(piece.values * piece.values) for piece in pieces)
     root = lax.rsqrt(squares * (1.0 / link.inputs) + link.form.epsilon)
-    return plan.left.put(
-        [Piece(place, _normed(plan, link.form, values * root, _load(norm, place))) for place, values in pieces], scratch.token
-    )
+    scaled = [
+        Piece(place, _normed(plan, link.form, values * root, weight.astype(jnp.float32)))
+        for (place, values), (_, weight) in zip(pieces, ahead.norm, strict=True)
+    ]
+    return plan.left.put(scaled, scratch.token)
+
+
+def _norms_before(plan: Plan, number: int) -> int:
+    return sum(link.normed for link in plan.links[:number])
 
 
 def _normed(plan: Plan, form: Form, scaled: Any, weight: Any) -> Any:
@@ -304,7 +329,11 @@ def _normed(plan: Plan, form: Form, scaled: Any, weight: Any) -> Any:
 
 def _load(ref: Any, place: Any) -> Any:
     vector = math.gcd(place.size // THREADS, VECTOR)
-    return hopper.load(ref.at[place], plgpu.Layout.WG_STRIDED((place.size,), vec_size=vector)).astype(jnp.float32)
+    return hopper.load(ref.at[place], plgpu.Layout.WG_STRIDED((place.size,), vec_size=vector))
+
+
+def _wide(ref: Any, place: Any) -> Any:
+    return _load(ref, place).astype(jnp.float32)
 
 
 def _consume(plan: Plan, refs: Refs, scratch: Scratch, number: int, factor: Any, begin: Any, index: Any) -> None:

@@ -13,7 +13,7 @@ from jaxinfer.models.residual import LayerResult, Link, Stream, through
 from jaxinfer.quant.observe import Observed
 from jaxinfer.quant.quantise import quantise
 from jaxinfer.sharding import make_mesh
-from pallas_kernels import Normed, dispatch, token_chain
+from pallas_kernels import Normed, PagedMetadata, dispatch, token_chain
 
 RANDOM = np.random.default_rng(0)
 BF16 = np.dtype(jnp.bfloat16)
@@ -180,6 +180,7 @@ def test_a_tapped_stream_is_summed_once(kernels):
     def layer(before, pool, context):
         return LayerResult(Stream(before.total(placement), counters=before.counters).then(*stream.links, of=stream.added), pool)
 
-    context = StepContext(jnp.arange(1, dtype=jnp.int32), Sequences(1), placement, (1, 2), "counters")
+    one = jnp.ones(1, jnp.int32)
+    context = StepContext(one - 1, PagedMetadata(one[None], one - 1, one, one, decode_rows=1, counters="counters"), placement, (1, 2))
     out = through([layer] * 2, stream.held, (jnp.zeros(1),) * 2, context, norm=norm)
     assert kernels == [(3, "counters")] * 2 and out.features.shape == (1, 16)

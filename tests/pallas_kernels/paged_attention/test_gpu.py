@@ -252,3 +252,29 @@ def test_a_kernel_writes_from_one_token_on_where_heads_can_be_dealt_out():
 
 def test_some_tuning_cases_are_for_it(jax_is_new):
     assert any(gpu.refusal(H200, case.tuning_key()) is None for case in TUNING)
+
+
+@pytest.mark.skipif(not NEW, reason="cannot be traced before")
+@pytest.mark.parametrize(
+    ("changes", "sizes", "counts", "in_place"),
+    [
+        ({}, {"decode_merges": 1}, True, True),
+        ({"decode_tokens": 3, "group": 5}, {"decode_merges": 1}, True, True),
+        ({}, {"decode_merges": 0}, True, False),
+        ({}, {"decode_merges": 1}, False, False),
+        ({"extras": SINKS}, {"decode_merges": 1}, True, False),
+    ],
+)
+def test_who_ends_a_row_merges_it_where_blocks_are_counted(monkeypatch, changes, sizes, counts, in_place):
+    """Traced for an H200; what comes of it a card has to show."""
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    case = Case("merged", **({"decode_rows": 3, "page_size": 64, "pages_per_row": 6, "kv_heads": 2, "dtype": "bfloat16"} | changes))
+    inputs = case.make(0, "reference")
+
+    def run(inputs):
+        return case.run(case.counted(inputs, jax.new_ref(jnp.zeros(10_000, jnp.int32)) if counts else None), "gpu")
+
+    with dispatch.assumed(H200), tuning.forced(SMALL._replace(**sizes)._asdict()):
+        traced = str(jax.make_jaxpr(run)(inputs))
+    assert ("last.<locals>.count" in traced) is in_place
+    assert traced.count("name=combine") + traced.count("combine.<locals>.body") == 0 or not in_place

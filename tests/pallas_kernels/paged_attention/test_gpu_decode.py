@@ -31,7 +31,9 @@ def test_every_item_alone(interpreted, page_size, window, soft_cap):
     plan = Plan(spec, Pages(HEADS, page_size, width), max_chunks, 8, 3, 2, 2, group=8)
     by_head = q.reshape(rows, HEADS, 8, DIM).swapaxes(0, 1).reshape(HEADS, -1, DIM)
     args = (by_head, kv.reshape(-1, DIM), jnp.asarray(tables.reshape(-1), jnp.int32), items.fields.reshape(-1), items.total)
-    out, sums = (np.asarray(x, np.float64) for x in jax.jit(lambda *args: gpu_decode.decode(*args, rows=rows, plan=plan))(*args))
+    found = jax.jit(lambda *args: gpu_decode.decode(*args, rows=rows, plan=plan))(*args)
+    out, sums = (np.asarray(x, np.float64) for x in (found.parts, found.sums))
+    assert found.merged is None
 
     q64, kv64 = np.asarray(q, np.float64).reshape(rows, HEADS, 8, DIM), np.asarray(kv, np.float64)
     assert total == sum(np.asarray(items.counts))

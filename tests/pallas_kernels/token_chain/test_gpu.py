@@ -13,6 +13,12 @@ H200 = dispatch.Target("gpu", "NVIDIA H200")
 KEY = CASES[0].tuning_key()
 
 
+@pytest.fixture(autouse=True)
+def cores_are_known(monkeypatch):
+    """As on a card."""
+    monkeypatch.setattr(hopper, "known_cores", lambda: 132)
+
+
 @pytest.mark.parametrize(
     ("target", "changes", "reason"),
     [
@@ -35,10 +41,15 @@ def test_what_it_refuses(monkeypatch, target, changes, reason):
     assert gpu.refusal(target, {}) is None or target != H200
 
 
+def test_a_device_whose_multiprocessors_are_unknown_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    monkeypatch.setattr(hopper, "known_cores", lambda: None)
+    assert "does not say how many" in str(gpu.refusal(H200, KEY))
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="cannot be traced before")
 @pytest.mark.parametrize(("name", "meetings"), [("layer", 3), ("last", 2), ("gated", 0)])
 def test_a_chain_is_one_kernel_whose_blocks_meet_between_links(monkeypatch, name, meetings):
-    monkeypatch.setattr(hopper, "cores", lambda: 132)
     case = next(case for case in CASES if case.name == name)
     with dispatch.assumed(H200):
         traced = str(jax.make_jaxpr(lambda inputs: case.run(inputs, "gpu"))(case.make(0)))

@@ -1,0 +1,55 @@
+"""What is traced; that blocks of threads really wait for each other only a card shows."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import dispatch, hopper, hopper_counters
+from pallas_kernels.dispatch import Target
+
+H200 = Target("gpu", "NVIDIA H200")
+NEW = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="cannot be traced before")
+
+
+def test_counters_are_zeros_and_not_for_the_interpreter(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    with dispatch.assumed(H200):
+        made = hopper_counters.made()
+        assert made.shape == (hopper_counters.FIRST + hopper_counters.PLACES,) and not made[...].any()
+        with hopper.interpreted():
+            assert hopper_counters.made() is None
+
+
+def kernel_of(body, *scratch):
+    out = jax.ShapeDtypeStruct((128,), jnp.float32)
+    counters = jnp.zeros((hopper_counters.FIRST + hopper_counters.PLACES,), jnp.int32)
+
+    def run(counters):
+        return hopper.kernel(body, scratch, out_type=out, grid={"block": 4})(jax.new_ref(counters))
+
+    return str(jax.make_jaxpr(run)(counters))
+
+
+@NEW
+def test_blocks_meet_and_leave():
+    def body(counters, out, scratch):
+        hopper_counters.meet(counters, 0, 4)
+        hopper_counters.meet(counters, 1, 4)
+        hopper_counters.leave(counters, 2, 4)
+
+    traced = kernel_of(body)
+    assert traced.count("meet.<locals>.wait") == 2 and traced.count("leave.<locals>.clear") == 1
+
+
+@NEW
+def test_the_last_one_clears_its_place():
+    def body(counters, out, scratch):
+        (told,) = scratch
+        done = hopper_counters.last(counters, hopper_counters.FIRST + jax.lax.axis_index("block"), jnp.int32(3), told)
+        assert done.dtype == jnp.bool_ and done.shape == ()
+
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    traced = kernel_of(body, plgpu.SMEM((1,), jnp.int32))
+    assert traced.count("last.<locals>.count") == 1 and traced.count("last.<locals>.clear") == 1
+    assert traced.index("last.<locals>.count") < traced.index("last.<locals>.clear")
