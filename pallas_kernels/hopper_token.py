@@ -112,7 +112,7 @@ class Same:
     def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
         """Write it as it is."""
         for place, values in pieces:
-            room.at[place][...] = values.astype(self._dtype)
+            room.at[place][...] = (values if again is None else again(place)).astype(self._dtype)
         plgpu.commit_smem()
         return jnp.float32(1)
 

@@ -1,7 +1,8 @@
 """How long a kernel takes on the device, however slow the host: many calls in one compiled program, waited for as one.
 
-Dispatching one kernel takes longer than many kernels run. So a program holds N calls; N grows until dispatch and wait, measured on a
-program with the same arguments that does nothing, are under 3 % of it. The calls work on different copies of what differs from layer
+Dispatching one kernel takes longer than many kernels run. So a program holds N calls. A GPU's own clock says how long it was busy with them
+(`device_clock`); elsewhere N grows until dispatch and wait, measured on a program with the same arguments that does nothing, are under
+3 % of it. The calls work on different copies of what differs from layer
 to layer (`case.rotates`), together larger than the cache, and share the rest as layers do: what an op derives from that alone is
 computed once a program. Each call waits for the one before, and what is donated goes around inside the program. The function is jitted
 by itself, so it is lowered once. This file does not know what is measured.
@@ -20,11 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.counters import counted
+from pallas_kernels.device_clock import busy_seconds
 
 CACHE = 64 << 20  # bytes; the largest L2 of today's chips
 TIMES = 4  # copies are so many times larger
 FEWEST, MOST = 4, 64  # copies
+FEWEST_CALLS, RUNS = 16, 3  # of a program, and of it in a round, by a device's clock
 SHARE = 0.03
+HOST, DEVICE = "host", "device"  # clocks
 ROUND = 0.05  # seconds
 
 Inputs = dict[str, Any]
@@ -49,13 +53,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call, of each round; the calls of a program; the seconds that dispatching it and waiting take by themselves;
-    and what each call had to do at least, as the case says."""
+    """Seconds of one call, of each round; the calls of a program; the seconds that dispatching it and waiting take by themselves (0 by a
+    device's clock); what each call had to do at least, as the case says; whose clock it was."""
 
     seconds: list[float]
     calls: int
     dispatch: float
     cost: Any
+    clock: str = HOST
 
     @property
     def typical(self) -> float:
@@ -66,7 +71,13 @@ class Timing:
         """As fields of a row."""
         share = self.dispatch / (self.typical * self.calls)
         runs = [round(seconds * 1e6, 3) for seconds in self.seconds]
-        return {"microseconds": self.typical * 1e6, "runs": runs, "calls_per_program": self.calls, "dispatch_share": share}
+        return {
+            "microseconds": self.typical * 1e6,
+            "runs": runs,
+            "calls_per_program": self.calls,
+            "dispatch_share": share,
+            "clock": self.clock,
+        }
 
 
 class Arguments(NamedTuple):
@@ -83,6 +94,10 @@ def measure(case: Any, run: Run, make: Callable[[int], Inputs], settings: Settin
     jax.eval_shape(run, first)  # what is refused is refused before much is made
     cost, arguments = case.cost(first), _arguments(case, first, make, settings.copies)
     del first
+    if jax.default_backend() == "gpu":
+        rounds, calls, arguments = _by_device(case, run, arguments, settings)
+        if rounds:
+            return Timing(rounds, calls, 0.0, cost, DEVICE)
     dispatch = _dispatch(arguments)
     calls = 1
     while True:
@@ -98,6 +113,26 @@ def measure(case: Any, run: Run, make: Callable[[int], Inputs], settings: Settin
         seconds, arguments = _round(program, arguments)
         rounds.append(seconds / calls)
     return Timing(rounds, calls, dispatch, cost)
+
+
+def _by_device(case: Any, run: Run, arguments: Arguments, settings: Settings) -> tuple[list[float], int, Arguments]:
+    """Seconds of each round by the device's clock (none if it has none), the calls of a program, and the arguments for what comes next."""
+    copies = len(arguments.turning)
+    calls = min(copies * -(-FEWEST_CALLS // copies), settings.limit(), _most_distinct(case, arguments))  # each copy as often as the others
+    program, arguments = _warm(program_of(case, run, arguments, calls), arguments)
+    rounds: list[float] = []
+
+    def some() -> None:
+        nonlocal arguments
+        for _ in range(RUNS):
+            arguments = _once(program, arguments)
+
+    for _ in range(settings.repeat):
+        busy = busy_seconds(some)
+        if busy is None:
+            return [], calls, arguments
+        rounds.append(busy / RUNS / calls)
+    return rounds, calls, arguments
 
 
 def program_of(case: Any, run: Run, like: Arguments, calls: int) -> Callable[..., Any]:

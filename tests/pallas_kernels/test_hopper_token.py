@@ -43,15 +43,15 @@ def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
-@pytest.mark.parametrize("inputs", [128, 640])
-def test_what_is_put_is_taken_and_joined(interpreted, side, inputs):
-    """A product with the unit matrix, block by block, gives the token back."""
+@pytest.mark.parametrize(("inputs", "twice"), [(128, False), (640, False), (640, True)])
+def test_what_is_put_is_taken_and_joined(interpreted, side, inputs, twice):
+    """A product with the unit matrix, block by block, gives the token back; twice: it is too long to be kept in between."""
     x = jnp.asarray(np.random.default_rng(inputs).standard_normal(inputs) * 3, jnp.bfloat16)
 
     def body(x, out, scratch):
         (room,) = scratch
         load = lambda place: hopper.load(x.at[place], token.plgpu.Layout.WG_STRIDED((place.size,), vec_size=1)).astype(jnp.float32)
-        factor = side.put(token.pieces_of(load, inputs, 256), room)
+        factor = side.put(token.pieces_of(load, inputs, 256), room, load if twice else None)
         for begin in range(0, inputs, 128):
             found = side.joined(side.taken(room, begin, 128).astype(side.sums)) * factor
             out.at[token.pl.ds(begin, 128)][...] = found

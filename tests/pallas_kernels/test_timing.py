@@ -72,3 +72,32 @@ def test_copies_exceed_the_cache(monkeypatch):
 
 def test_the_median_counts():
     assert Timing([1e-6, 5e-6, 2e-6], 10, 1e-6, None).fields()["microseconds"] == 2
+
+
+def test_a_device_that_has_a_clock_is_asked(monkeypatch):
+    """Three rounds of three runs of 16 calls over two copies; the host's clock is not looked at."""
+    busy = iter([4.8e-3, 9.6e-3, 2.4e-3])
+
+    def asked(some):
+        some()
+        return next(busy)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing, "busy_seconds", asked)
+    monkeypatch.setattr(timing, "_dispatch", None)
+
+    def pool(seed):
+        return {"pool": jnp.zeros(4), "step": jnp.float32(1)}
+
+    found = timing.measure(DONATES, lambda inputs: Result(inputs["pool"].sum(), inputs["pool"] + inputs["step"]), pool, Settings(copies=2))
+    assert found.calls == 16 and found.clock == "device" and found.dispatch == 0
+    np.testing.assert_allclose(found.seconds, [1e-4, 2e-4, 5e-5])
+    assert found.fields()["clock"] == "device" and abs(found.fields()["microseconds"] - 100) < 1e-9
+
+
+def test_a_device_without_a_clock_is_timed_by_the_host(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing, "busy_seconds", lambda some: None)
+    found = timing.measure(DONATES, lambda inputs: Result(inputs["pool"].sum(), inputs["pool"] + 1), lambda seed: {"pool": jnp.zeros(4)},
+                           Settings(most_calls=2, copies=2))  # fmt: skip
+    assert found.clock == "host" and found.fields()["clock"] == "host"
