@@ -97,6 +97,7 @@ def kernel(
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *made: body(*refs, made), *scratch, collective_axes="wg")
 
+    entry.__name__ = "_".join(getattr(body, "__module__", __name__).split(".")[1:])  # what profiles call the kernel
     return plgpu.kernel(
         entry,
         out_type=out_type,

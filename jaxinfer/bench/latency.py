@@ -4,7 +4,7 @@
 one new token each in a step; its floor is (weights + KV read) / bandwidth. Its host gap is the share of a step in which the devices wait
 for the host: what launch-to-launch time exceeds that of the same step launched over and over. A prefill row is BATCHxPROMPT, from handing
 in to the last first token; its floor is operations / matmul rate. Both ceilings are measured in the same run. Rows that the engine cannot
-hold are left out with a word on stderr.
+hold are left out with a word on stderr. `--kernels N` says where a GPU's time goes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from math import prod
 from statistics import median
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Load(NamedTuple):
         return f"{self.batch}x{self.tokens}"
 
 
+PROFILED = 8  # decode steps
 DECODES = (Load(1, 600), Load(16, 600), Load(64, 600), Load(256, 600), Load(64, 4180))
 PREFILLS = (Load(1, 2048), Load(1, 8000), Load(8, 4096))
 
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", **repeated, metavar="BxC", help=f"decode rows; may be repeated [{_list(DECODES)}]")
     parser.add_argument("--prefill", **repeated, metavar="BxP", help=f"prefill rows; may be repeated [{_list(PREFILLS)}]")
     parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement [32]")
+    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="on a GPU: behind each row its N longest kernels [0]")
     add_output_arguments(parser)
     add_settings(parser, EngineConfig)
 
@@ -62,9 +65,23 @@ def run(args: argparse.Namespace) -> int:
         about = engines.about(engine)
         for load in fitting(engine, _decodes(args), args.steps * (args.repeat + 1)):
             report.add(row="decode", load=str(load), **about, **time_decode(engine, load, args, ceiling))
+            _add_kernels(report, load, args.kernels, PROFILED, partial(_steps_alone, engine, PROFILED))
         for load in fitting(engine, _prefills(args), 1):
             report.add(row="prefill", load=str(load), **about, **_prefill(engine, load, args, ceiling))
+            _add_kernels(report, load, args.kernels, 1, partial(_prefill_once, engine, load))
     return 0
+
+
+def _add_kernels(report: Report, load: Load, most: int, steps: int, run: Callable[[], Any]) -> None:
+    """A row for each of the kernels that so many steps spend most of their time in, by the device's clock."""
+    from pallas_kernels import device_clock
+
+    found = device_clock.by_name(device_clock.spans_of(run)) if most else []
+    if most and not found:
+        warn("--kernels: no profile of this device says which kernels ran; it needs an NVIDIA GPU with CUPTI")
+    for name, count, seconds in found[:most]:
+        share = seconds / sum(kernel.seconds for kernel in found)
+        report.add(row="kernel", load=str(load), kernel=name, count=count / steps, microseconds=seconds / steps * 1e6, share=share)
 
 
 def _settings(args: argparse.Namespace) -> EngineConfig:
@@ -120,18 +137,23 @@ def time_decode(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any)
 
 
 def _device_seconds(engine: Any, steps: int) -> float:
-    """Time of the engine's current step on the devices alone: launched `steps` times without looking at what comes out."""
+    """Time of the engine's current step on the devices alone."""
+    _steps_alone(engine, 1)
+    start = time.perf_counter()
+    _steps_alone(engine, steps)
+    return (time.perf_counter() - start) / steps
+
+
+def _steps_alone(engine: Any, steps: int) -> None:
+    """Launch the engine's current step so many times without looking at what comes out."""
     import jax
 
     from jaxinfer.step.forward import Demand
 
     program, packed = engine.program, engine.last_packed
     draw = program.verify if packed.shapes.bucket.decode_tokens > 1 else program.sample
-    jax.block_until_ready(draw(program.forward(packed), Demand.GREEDY))
-    start = time.perf_counter()
     launched = [draw(program.forward(packed), Demand.GREEDY) for _ in range(steps)]
     jax.block_until_ready(launched[-1])
-    return (time.perf_counter() - start) / steps
 
 
 def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) -> dict[str, Any]:
@@ -139,18 +161,25 @@ def _prefill(engine: Any, load: Load, args: argparse.Namespace, ceiling: Any) ->
     device waits for, and the launches that it overlaps with); no run finds what another computed."""
     runs, launches = [], []
     for _ in range(args.repeat + 1):
-        requests = _requests(engine, load, 1)
-        start = time.perf_counter()
-        for request in requests:
-            engine.add(request)
-        engine.step()
-        launches.append(time.perf_counter() - start)
-        while engine.has_work:
-            engine.step()
-        runs.append(time.perf_counter() - start)
+        seconds, launch = _prefill_once(engine, load)
+        runs.append(seconds)
+        launches.append(launch)
     seconds, floor = median(runs[1:]), ceiling.compute_floor(_prefill_operations(engine, load)) / engine.info.device_count
     launched = {"launch_milliseconds": median(launches[1:]) * 1e3}  # with overlap off the first step is awaited in it
     return {"context": load.tokens, "tokens_per_second": load.batch * load.tokens / seconds, **_timed(seconds, floor, runs[1:]), **launched}
+
+
+def _prefill_once(engine: Any, load: Load) -> tuple[float, float]:
+    """Seconds until the last first token, and until the first step returned."""
+    requests = _requests(engine, load, 1)
+    start = time.perf_counter()
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    launch = time.perf_counter() - start
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - start, launch
 
 
 def _timed(seconds: float, floor: float, runs: list[float]) -> dict[str, Any]:

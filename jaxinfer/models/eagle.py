@@ -36,7 +36,7 @@ from jaxinfer.models.layers import (
     StepContext,
     describe,
 )
-from jaxinfer.models.residual import Stream
+from jaxinfer.models.residual import Link, Stream
 from jaxinfer.models.rope import Rope
 from jaxinfer.models.weights import Part, Transform
 from pallas_kernels import Pool
@@ -176,10 +176,10 @@ class Model(nnx.Module):
         caller donates."""
         placement = context.placement
         both = jnp.concatenate([self.token_norm(vectors), self.feature_norm(before)], axis=-1)
-        attended = self.attention(both, kv, context)
-        between = Stream(before, attended.hidden).normed(self.mlp_norm, placement)
-        after = Stream(between.total, self.mlp(between.normed, placement))
-        return HeadOutput(after.total(placement), attended.kv)
+        mixed = self.attention.mix(self.attention.qkv(both, placement), kv, context)
+        attended = Stream(before, counters=context.counters).then(Link(self.attention.out), of=mixed.hidden)
+        after = attended.then(Link(self.mlp.gate_up, self.mlp_norm, self.mlp.activation), Link(self.mlp.down))
+        return HeadOutput(after.total(placement), mixed.kv)
 
     def head(self, hidden: Float[Array, "rows embed"], placement: Placement) -> Float[Array, "rows drafts"]:
         """Float32 logits over the draft vocabulary of what `__call__` returned."""

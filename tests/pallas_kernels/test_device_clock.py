@@ -5,19 +5,18 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import device_clock
+from pallas_kernels.device_clock import Kernel, Span
 
 
-def event(begin, length):
-    return SimpleNamespace(start_ns=begin, duration_ns=length)
+def event(begin, length, name="k"):
+    return SimpleNamespace(start_ns=begin, duration_ns=length, name=name)
 
 
 def test_kernels_of_all_streams_and_nothing_else():
-    lines = [
-        SimpleNamespace(name=name, events=[event(number, 5)])
-        for number, name in enumerate(("Stream #13(Compute)", "XLA Ops", "Stream #14"))
-    ]
+    names = ("Stream #13(Compute)", "XLA Ops", "Stream #14")
+    lines = [SimpleNamespace(name=name, events=[event(number, 5)]) for number, name in enumerate(names)]
     planes = [SimpleNamespace(name=name, lines=lines) for name in ("/device:GPU:0", "/host:CPU")]
-    assert device_clock.spans_in(SimpleNamespace(planes=planes)) == [(0, 5), (2, 7)]
+    assert device_clock.spans_in(SimpleNamespace(planes=planes)) == [(0, 5, "k"), (2, 7, "k")]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,16 @@ def test_kernels_of_all_streams_and_nothing_else():
     ],
 )
 def test_time_counts_once(spans, wanted):
-    assert device_clock.covered(spans) == wanted
+    assert device_clock.covered(Span(*span, "k") for span in spans) == wanted
+
+
+def test_kernels_of_a_kind_are_one():
+    spans = [Span(0, 1000, "fusion_1"), Span(10, 3010, "gemm"), Span(5, 2005, "fusion.27"), Span(0, 10, "m64n8")]
+    found = device_clock.by_name(spans)
+    assert {kernel.name for kernel in found[:2]} == {"fusion", "gemm"}
+    assert {kernel.name: kernel.count for kernel in found} == {"fusion": 2, "gemm": 1, "m64n8": 1}
+    assert found[-1] == Kernel("m64n8", 1, pytest.approx(1e-8))
+    assert [kernel.seconds for kernel in found] == sorted((kernel.seconds for kernel in found), reverse=True)
 
 
 def test_a_cpu_has_no_such_clock():

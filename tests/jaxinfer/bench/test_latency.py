@@ -15,6 +15,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine import engine as engine_module
 from jaxinfer.models import llama
 from jaxinfer.models.graph import Graph
+from pallas_kernels import device_clock
+from pallas_kernels.device_clock import Span
 from tests.fakes import FakeEngine, FakeInfo
 
 
@@ -65,6 +67,32 @@ def test_rows(capsys):
     assert decode["device_milliseconds"] > 0 and 0 <= decode["host_gap_share"] < 1
     assert 0 < rows[2]["launch_milliseconds"] <= rows[2]["milliseconds"]
     assert decode["share_of_floor"] == pytest.approx(decode["floor_milliseconds"] / decode["milliseconds"])
+
+
+def test_kernels_stand_behind_their_rows(capsys, monkeypatch):
+    """The two longest of three; a decode step is one of eight that were profiled."""
+    ran = []
+
+    def spans_of(run):
+        run()
+        ran.append(run)
+        return [Span(0, 8_000, "gemm_1"), Span(0, 16_000, "norm"), Span(0, 8_000, "gemm_2"), Span(0, 800, "copy")]
+
+    monkeypatch.setattr(device_clock, "spans_of", spans_of)
+    _, rows, _ = run(capsys, "--decode", "2x20", "--prefill", "3x30", "--kernels", "2")
+    assert [row["row"] for row in rows] == ["ceiling", "decode", "kernel", "kernel", "prefill", "kernel", "kernel"] and len(ran) == 2
+    decode, prefill = rows[2:4], rows[5:]
+    assert {row["kernel"] for row in decode} == {"gemm", "norm"} and all(row["load"] == "2x20" for row in decode)
+    gemm, whole = (next(row for row in part if row["kernel"] == "gemm") for part in (decode, prefill))
+    assert (gemm["count"], gemm["microseconds"]) == (0.25, pytest.approx(2))
+    assert (whole["count"], whole["microseconds"]) == (2, pytest.approx(16))
+    assert gemm["share"] == pytest.approx(16 / 32.8)
+
+
+def test_kernels_that_nobody_knows_of_are_said_to_be_missing(capsys, monkeypatch):
+    monkeypatch.setattr(device_clock, "spans_of", lambda run: [])
+    _, rows, err = run(capsys, "--decode", "1x20", "--kernels", "2")
+    assert [row["row"] for row in rows] == ["ceiling", "decode"] and "NVIDIA GPU with CUPTI" in err
 
 
 @pytest.mark.parametrize(("width", "name"), [(1, "sampled"), (3, "verified")])

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# What only a Hopper GPU can show, stage by stage, each with an end; what is printed goes to $OUT (default: gpu-results) as well.
+#
+#     bash .ci/on_a_gpu.sh chain merges | launches | tune | steps | prefill | throughput | drafts | sanitize
+#
+# Rights first (chain, merges, sanitize), then times. Needs jax with CUDA, and for sanitize compute-sanitizer of CUDA 13 or newer.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-gpu-results}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+big="--shape llama-3.1-8b --page-size 64 --kv-tokens 20000 --max-sequences 64 --json"
+failed=0
+
+run() {  # name, seconds, command...
+  local name=$1 limit=$2
+  shift 2
+  printf '\n== %s (%s s so far)\n' "$name" "$SECONDS"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local code=$?
+  grep -v "^W\|^I\|^$" "$out/$name.log" | cut -c1-400 | tail -12
+  [ $code -eq 0 ] || { echo "!!! $name ended with $code"; failed=1; }
+}
+
+steps() {  # name, environment and flags: a decode step of one row and of 16
+  local name=$1
+  shift
+  run "$name" 150 env "$@" $python -m jaxinfer bench latency $big --decode 1x600 --decode 16x600 --prefill 1x64 --repeat 3 --kernels 14 ${FLAGS:-}
+}
+
+for stage in "$@"; do
+  case $stage in
+    chain) run chain 200 $python .ci/check_on_gpu.py --op token_chain --out "$out/chain.jsonl" ;;
+    merges) run merges 250 $python -m pallas_kernels.paged_attention.draws --sizes decode_merges=1 --only decode --draws 40 ;;
+    launches)
+      FLAGS="" steps launches-plain A=1
+      FLAGS="" steps launches-without-slices XLA_FLAGS=--xla_gpu_enable_dynamic_slice_fusion=false
+      FLAGS="--quantize int8" steps launches-log TF_CPP_VMODULE=command_buffer_thunk=3,command_executor=3,command_buffer_cmd=3
+      ;;
+    tune)
+      for op in token_chain residual_norm quantized_matmul paged_attention; do
+        run "tune-$op" 240 $python -m pallas_kernels.tuning --op $op --implementation gpu --out "$out/tuned-$op.json"
+      done
+      ;;
+    steps)
+      for kind in "" "--quantize int8"; do
+        for way in auto gpu; do FLAGS="$kind --implementation $way" steps "steps-$way${kind:+-int8}" A=1; done
+      done
+      ;;
+    prefill)
+      for scheme in none int8 w8a8; do
+        flags=$([ $scheme = none ] || echo "--quantize $scheme")
+        run "prefill-$scheme" 200 $python -m jaxinfer bench latency $big --decode 1x600 --prefill 1x2048 --prefill 1x8000 --repeat 3 --kernels 14 \
+          --max-step-tokens 8192 $flags
+      done
+      ;;
+    throughput) run throughput 300 $python -m jaxinfer bench throughput --shape llama-3.1-8b --workload batch-512 --page-size 64 --json ;;
+    drafts)
+      run drafts 590 $python -m jaxinfer bench speculation --kind story --batch 1,8,64,256,16 --way lookup,draft --max-step-tokens 256 \
+        --repeat 8 --seconds 42 --json --out "$out/speculation.jsonl"
+      ;;
+    sanitize)
+      for op in token_chain quantized_matmul; do
+        run "sanitize-$op" 250 compute-sanitizer --tool memcheck --error-exitcode 3 --print-limit 20 \
+          $python .ci/check_on_gpu.py --op $op --repeat 1 --case "$([ $op = token_chain ] && echo layer || echo one_narrow)"
+      done
+      ;;
+    *) echo "no stage $stage"; exit 2 ;;
+  esac
+done
+exit $failed
