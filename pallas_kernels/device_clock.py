@@ -31,7 +31,7 @@ class Kernel(NamedTuple):
     """All kernels of one name: how many ran, and for how many seconds together."""
 
     name: str
-    count: int
+    runs: int
     seconds: float
 
 

@@ -38,7 +38,7 @@ def test_kernels_of_a_kind_are_one():
     spans = [Span(0, 1000, "fusion_1"), Span(10, 3010, "gemm"), Span(5, 2005, "fusion.27"), Span(0, 10, "m64n8")]
     found = device_clock.by_name(spans)
     assert {kernel.name for kernel in found[:2]} == {"fusion", "gemm"}
-    assert {kernel.name: kernel.count for kernel in found} == {"fusion": 2, "gemm": 1, "m64n8": 1}
+    assert {kernel.name: kernel.runs for kernel in found} == {"fusion": 2, "gemm": 1, "m64n8": 1}
     assert found[-1] == Kernel("m64n8", 1, pytest.approx(1e-8))
     assert [kernel.seconds for kernel in found] == sorted((kernel.seconds for kernel in found), reverse=True)
 
