@@ -79,9 +79,10 @@ def _add_kernels(report: Report, load: Load, most: int, steps: int, run: Callabl
     found = device_clock.by_name(device_clock.spans_of(run)) if most else []
     if most and not found:
         warn("--kernels: no profile of this device says which kernels ran; it needs an NVIDIA GPU with CUPTI")
+    together = sum(kernel.seconds for kernel in found)
     for name, count, seconds in found[:most]:
-        share = seconds / sum(kernel.seconds for kernel in found)
-        report.add(row="kernel", load=str(load), kernel=name, count=count / steps, microseconds=seconds / steps * 1e6, share=share)
+        shares = {"count": count / steps, "microseconds": seconds / steps * 1e6, "share": seconds / together}
+        report.add(row="kernel", load=str(load), kernel=name, **shares)
 
 
 def _settings(args: argparse.Namespace) -> EngineConfig:

@@ -108,23 +108,31 @@ def _one_by_one(stream: Stream, placement: Placement) -> Stream:
 
 
 def _in_one_kernel(stream: Stream, placement: Placement) -> Stream | None:
-    """What comes of a stream's links if a kernel can do them all: one token on one device, SwiGLU, no biases, weights all alike."""
-    held, x, links, counters = stream
+    """What comes of a stream's links if a kernel can do them all: one token on one device, SwiGLU, no biases, weights all alike, and
+    counters, without which nothing keeps two such kernels of a program apart."""
+    token, links = _alone(stream, placement), stream.links
     projections = [link.projection for link in links]
     rows = [rows_of(each.weight.get_value(), each.weight.contracting) for each in projections]
     whole = [each for each in rows if each is not None]
     plain = all(link.projection.bias is None and link.gate in (None, jax.nn.silu) for link in links)
-    if x is None or x.shape[0] != 1 or placement.mesh.size > 1 or not plain or len(whole) < len(rows):
+    if token is None or not plain or len(whole) < len(rows):
         return None
-    token, (weights, scales) = x.reshape(1, -1), zip(*whole, strict=True)
+    weights, scales = zip(*whole, strict=True)
     if not one_kernel(token, weights, scales, placement.implementation):
         return None
     norms = [None if link.norm is None else link.norm.weight.get_value() for link in links]
-    found = token_chain(
-        token, held, weights, scales, norms, forms=tuple(map(_form, links)), counters=counters, implementation=placement.implementation
-    )  # fmt: skip
+    forms, settings = tuple(map(_form, links)), {"counters": stream.counters, "implementation": placement.implementation}
+    found = token_chain(token, stream.held, weights, scales, norms, forms=forms, **settings)
     out = projections[-1].weight.spec.shape[: -projections[-1].weight.contracting]
-    return Stream(found.total, found.out.reshape(1, *out), counters=counters)
+    return Stream(found.total, found.out.reshape(1, *out), counters=stream.counters)
+
+
+def _alone(stream: Stream, placement: Placement) -> Float[Array, "1 in"] | None:
+    """What the links begin with, if it is of one token on one device and there are counters."""
+    x = stream.added
+    if x is None or x.shape[0] != 1 or placement.mesh.size > 1 or stream.counters is None:
+        return None
+    return x.reshape(1, -1)
 
 
 def _form(link: Link) -> Form:

@@ -52,7 +52,7 @@ def decode(  # noqa: PLR0913
     rows: int,
     plan: Plan,
     counted: Counted | None = None,
-) -> Decoded:  # fmt: skip
+) -> Decoded:
     """Output of each item, normalised, and the base 2 logarithm of the sum of its weights; each row's merged if the plan says so.
 
     q: `padded` lines for each tile of each of the rows, more may follow. kv: the pool's numbers or codes [pool_rows, head_dim]. slots are

@@ -260,21 +260,15 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, 
     columns = pl.ds(lax.rem(used, jnp.int32(link.length)) * link.block, link.block)
     slot = lax.rem(begin + used, jnp.int32(plan.stages))
     pl.when(begin + used >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
-    parts = 2  # halves of a tile, which a gated weight has far apart, or a whole one and nothing
+    target, full = scratch.ring[link.block].at[slot], scratch.full.at[slot]
     if not link.form.gated:
-        plgpu.copy_gmem_to_smem(
-            weight.at[pl.ds(tile * link.rows, link.rows), columns],
-            scratch.ring[link.block].at[slot, pl.ds(0, link.rows)],
-            scratch.full.at[slot],
-        )
-        plgpu.barrier_arrive(scratch.full.at[slot])
+        plgpu.copy_gmem_to_smem(weight.at[pl.ds(tile * link.rows, link.rows), columns], target.at[pl.ds(0, link.rows)], full)
+        plgpu.barrier_arrive(full)  # in place of the second half
         return
-    half = link.rows // parts
-    for part in range(parts):
+    half = link.rows // 2
+    for part in range(2):
         rows = pl.ds(part * link.results + tile * half, half)
-        plgpu.copy_gmem_to_smem(
-            weight.at[rows, columns], scratch.ring[link.block].at[slot, pl.ds(part * half, half)], scratch.full.at[slot]
-        )
+        plgpu.copy_gmem_to_smem(weight.at[rows, columns], target.at[pl.ds(part * half, half)], full)
 
 
 class Ahead(NamedTuple):

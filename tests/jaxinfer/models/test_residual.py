@@ -95,7 +95,8 @@ def layer_of(scheme=None, **changes):
     )
     links = Link(out), Link(gate_up, norm_of(8, 0.0), changes.get("gate", jax.nn.silu)), Link(changes.get("down", down))
     tokens = changes.get("tokens", 1)
-    return Stream(drawn(tokens, 8)).then(*links, of=drawn(tokens, 2, 3)), norm_of(8, 1.0), qkv
+    stream = Stream(drawn(tokens, 8), counters=changes.get("counters", "counters"))
+    return stream.then(*links, of=drawn(tokens, 2, 3)), norm_of(8, 1.0), qkv
 
 
 def written_out(stream, norm, qkv, placement):
@@ -134,7 +135,6 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_one_token_goes_through_one_kernel(kernels, scheme):
     placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(scheme)
-    stream = stream._replace(counters="counters")
     found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
     assert found.value.shape == (1, 2, 4) and found.value.dtype == value.dtype
     for mine, wanted in ((found.value, value), (found.stream.held, total)):
@@ -147,6 +147,7 @@ def test_one_token_goes_through_one_kernel(kernels, scheme):
     "changes",
     [
         {"tokens": 2},
+        {"counters": None},
         {"gate": gelu_tanh},
         {"down": projection((8,), (6,), bias=True)},
         {"down": projection((8,), (6,), scheme="int8")},
