@@ -1,8 +1,9 @@
-"""Counters in memory by which a Hopper kernel's blocks of threads wait for each other, or find out which of them is the last.
+"""Memory that the kernels of one Hopper program share: counters by which blocks of threads find out which of them is the last, and room for
+what they send each other (`hopper_mail`).
 
-The kernels of a program share one array of them, made with zeros where it begins (`made`) and passed on as a reference: kernels that have
-it run one after another, so no two of them ever wait at a time. Each leaves zeros behind. What a block wrote before it counts can be read
-by whoever has seen the count. A kernel whose blocks `meet` may have no more of them than run at once. jax's interpreter knows none of this.
+It is made of zeros where the program begins (`made`) and passed on as a reference: kernels that have it run one after another. Each leaves
+the counters as it found them, but for the turn. What a block wrote before it counts can be read by whoever has seen the count. jax's
+interpreter knows none of this.
 """
 
 from typing import Any
@@ -14,46 +15,38 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, hopper
 
-MEETINGS = 15  # of a kernel's blocks, at most; one more counts those that have left
-FIRST = MEETINGS + 1  # counter that is free for other uses
+LEFT, TURN = 0, 1  # blocks of a kernel that have left it; 0 or 1, the other one for every other kernel that is left
+FIRST = 16  # counter that is free for other uses
 PLACES = 8192  # from there on
+ROOM = FIRST + PLACES  # where the rest begins: two halves, one for each turn
+HALF = 32768
 
 
 def made() -> Any:
-    """A program's counters, where its kernels are for Hopper and not interpreted; None elsewhere."""
+    """A program's memory, where its kernels are for Hopper and not interpreted; None elsewhere."""
     if hopper.interpreting() or hopper.refusal(dispatch.target(), {}) is not None:
         return None
-    return jax.new_ref(jnp.zeros((FIRST + PLACES,), jnp.int32))
+    return jax.new_ref(jnp.zeros((ROOM + 2 * HALF,), jnp.int32))
 
 
-def meet(counters: Any, number: int, of: int) -> None:
-    """Wait until all `of` blocks have come to this meeting of theirs, their `number`th. For one warpgroup of each block."""
+def leave(counters: Any, of: int) -> None:
+    """A block says that it looks at the turn no more; the last one of all `of` changes it. For one warpgroup of each block."""
 
-    def wait(_: Any, counters: Any) -> None:
+    def change(_: Any, counters: Any) -> None:
         from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
 
-        meter = utils.SemaphoreRef(_pointer(counters, number))
+        word = ir.IntegerType.get_signless(32)
+        left, turn = (utils.getelementptr(utils.memref_ptr(counters), [place], word) for place in (LEFT, TURN))
         utils.warpgroup_barrier()
-        meter.signal(1, memory_scope="gpu")
-        meter.wait(of, decrement=False, memory_scope="gpu")
-
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(wait)(counters)
-
-
-def leave(counters: Any, meetings: int, of: int) -> None:
-    """A block that will not wait any more says so; the last one clears the counters of the kernel's meetings."""
-
-    def clear(_: Any, counters: Any) -> None:
-        from jax.experimental.mosaic.gpu import utils
-        from jaxlib.mlir.dialects import arith
-
         with utils.single_thread(utils.ThreadSubset.WARPGROUP):
-            before = _add_one(_pointer(counters, MEETINGS))
-            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, before, utils.c(of - 1, before.type))):
-                for number in (*range(meetings), MEETINGS):
-                    _clear(_pointer(counters, number))
+            before = _add_one(left)
+            with utils.when(arith.cmpi(arith.CmpIPredicate.eq, before, utils.c(of - 1, word))):
+                _clear(left)
+                llvm.store(arith.subi(utils.c(1, word), llvm.load(word, turn)), turn)
 
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(clear)(counters)
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(change)(counters)
 
 
 def last(counters: Any, number: Any, of: Any, told: Any) -> Any:
@@ -80,13 +73,6 @@ def last(counters: Any, number: Any, of: Any, told: Any) -> Any:
     done = told[0] == of - 1
     pl.when(done)(lambda: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(clear)(place))
     return done
-
-
-def _pointer(counters: Any, number: int) -> Any:
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-
-    return utils.getelementptr(utils.memref_ptr(counters), [number], ir.IntegerType.get_signless(32))
 
 
 def _add_one(pointer: Any) -> Any:

@@ -7,6 +7,7 @@ in any order, joined in float32. An input is off by less than 2^-23 of the token
 infinity or NaN gives NaN everywhere.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,15 +21,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.hopper import COLUMNS, TILE, WHOLE
 
+THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
+PIECE = 4096  # inputs that are loaded at a time, at most
 LIMBS, PAD = 3, 16  # rows of limbs, and bytes behind each, so that the rows lie in different banks
 PERIOD = 4  # rows of the left side after which limbs begin again; what the last holds does not count
 RANGE = 8355700.0  # what the largest input becomes: three signed bytes hold 8355711, and a quotient is rounded
+SHIFT, SHIFT_BITS = 1.5 * 2.0**23, 0x4B400000  # a float32 whose last bit is worth 1, and what it looks like
 LEAST = 2.0**-100  # of a token's largest: its factor is no denormal number
 MOST_INPUTS = 32768  # limbs leave room for three blocks; sums stay below 2^31
 
 
 class Piece(NamedTuple):
-    """A part of a token: where it lies, and its numbers in float32 registers."""
+    """A part of a token: where it lies, and its numbers in registers."""
 
     place: Any
     values: Any
@@ -44,8 +48,8 @@ class LeftSide(Protocol):
         """The shared memory for so many inputs."""
         ...
 
-    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
-        """Write the token; the factor that results are multiplied by. again: loads a piece once more, if the token is not to be kept."""
+    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
+        """Write the token, whose numbers have 16 bits; the factor that results are multiplied by."""
         ...
 
     def taken(self, room: Any, begin: Any, block: int) -> Any:
@@ -66,18 +70,14 @@ class Limbs:
         """Three rows of limbs."""
         return plgpu.SMEM((LIMBS, inputs + PAD), jnp.int8)
 
-    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
+    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
         """Cut it into limbs."""
-        sizes = dict.fromkeys(piece.values.shape[0] for piece in pieces)
-        alike = [[jnp.abs(piece.values) for piece in pieces if piece.values.shape[0] == size] for size in sizes]
-        top = reduce(jnp.maximum, [jnp.max(reduce(jnp.maximum, same)) for same in alike])
+        wide = [piece.values.astype(jnp.float32) for piece in pieces]
+        top = together(jnp.maximum, jnp.max, [jnp.abs(values) for values in wide])
         largest = jnp.maximum(top, LEAST)
-        for place, values in pieces:
-            wide = values if again is None else again(place)
-            shifted = jnp.rint(wide * (RANGE / largest)).astype(jnp.int32) + 0x808080  # bytes of this are limbs + 128
-            for limb in range(LIMBS):
-                byte = lax.shift_right_logical(shifted, jnp.full_like(shifted, 8 * limb)) ^ 0x80
-                room.at[limb, place][...] = byte.astype(jnp.int8)
+        for piece, values in zip(pieces, wide, strict=True):
+            for limb, found in enumerate(_cut(_fixed(values * (RANGE / largest)))):
+                room.at[limb, piece.place][...] = found
         plgpu.commit_smem()
         return jnp.where(top < jnp.inf, largest * (1.0 / RANGE), jnp.nan)
 
@@ -109,10 +109,10 @@ class Same:
         """The token."""
         return plgpu.SMEM((inputs,), self._dtype)
 
-    def put(self, pieces: Sequence[Piece], room: Any, again: Callable[[Any], Any] | None = None) -> Any:
+    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
         """Write it as it is."""
         for place, values in pieces:
-            room.at[place][...] = (values if again is None else again(place)).astype(self._dtype)
+            room.at[place][...] = values
         plgpu.commit_smem()
         return jnp.float32(1)
 
@@ -126,6 +126,67 @@ class Same:
     def joined(self, sums: Any) -> Any:
         """Any of the rows."""
         return _first_rows(sums, 1)
+
+
+def _fixed(values: Any) -> Any:
+    """Rounded to integers, plus 0x808080, so that each byte is a limb plus 128. In two steps of 12 bits, since adding 1.5 * 2^23 leaves an
+    integer in the bits of a float32, where conversions take four times as long as additions."""
+    upper = values * 2.0**-12 + SHIFT
+    lower = values - (upper - SHIFT) * 2.0**12 + SHIFT
+    high, low = (lax.bitcast_convert_type(part, jnp.int32) for part in (upper, lower))
+    return (high << 12) + (low + (0x808080 - SHIFT_BITS))  # the shift drops the upper one's own
+
+
+def _cut(shifted: Any) -> list[Any]:
+    """The three limbs, int8."""
+    size = shifted.shape[0]
+    vector = math.gcd(size // THREADS, VECTOR)
+    if hopper.interpreting() or vector % 4:
+        found = [lax.shift_right_logical(shifted, jnp.full_like(shifted, 8 * limb)) ^ 0x80 for limb in range(LIMBS)]
+        return [limb.astype(jnp.int8) for limb in found]
+    made = (plgpu.ShapeDtypeStruct((size,), jnp.int8, layout=strided(size)),) * LIMBS
+    return list(plgpu.inline_mgpu(arg_types=(strided(size),), return_type=made)(partial(_by_words, vector))(shifted))
+
+
+def _by_words(vector: int, _: Any, shifted: Any) -> tuple[Any, ...]:
+    """A register's `vector` numbers become as many bytes of each limb."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector as vectors
+
+    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    registers = np.empty((LIMBS, *shifted.registers.shape), dtype=object)
+    for place in np.ndindex(shifted.registers.shape):
+        numbers = [vectors.extract(shifted.registers[place], [], [index]) for index in range(vector)]
+        for limb, words in enumerate(_bytes_of_four(numbers)):
+            packed = vectors.from_elements(ir.VectorType.get((len(words),), word), words)
+            registers[limb, *place] = vectors.bitcast(ir.VectorType.get((vector,), byte), packed)
+    return tuple(layouts.FragmentedArray(_registers=each, _layout=shifted.layout, _is_signed=True) for each in registers)
+
+
+def _bytes_of_four(words: list[Any]) -> list[list[Any]]:
+    """Bytes of two in pairs, then pairs."""
+    found: list[list[Any]] = [[] for _ in range(LIMBS)]
+    for at in range(0, len(words), 4):
+        low, upper = ([_chosen(*words[at + pair : at + pair + 2], which) for pair in (0, 2)] for which in (0x5140, 0x0062))
+        for limb, cut in zip(found, (_chosen(*low, 0x5410), _chosen(*low, 0x7632), _chosen(*upper, 0x5410)), strict=True):
+            limb.append(_less_128(cut))
+    return found
+
+
+def _chosen(first: Any, second: Any, which: int) -> Any:
+    """Four of the eight bytes of two words; a digit of `which` says which, the last one for the lowest."""
+    from jaxlib.mlir.dialects import llvm
+
+    return llvm.inline_asm(first.type, [first, second], f"prmt.b32 $0, $1, $2, {which};", "=r,r,r")
+
+
+def _less_128(word: Any) -> Any:
+    """128 less in each byte: the sign turned over."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    return arith.xori(word, utils.c(0x80808080 - (1 << 32), word.type))
 
 
 def _repeated(stride: int, block: int, _: Any, limbs: Any) -> Any:
@@ -174,8 +235,23 @@ def _over_lanes(count: int, _: Any, sums: Any) -> Any:
     return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_COL_LAYOUT, _is_signed=None)
 
 
-def pieces_of(load: Callable[[Any], Any], inputs: int, size: int) -> list[Piece]:
-    """A token of so many inputs, `size` of them loaded at a time."""
-    whole, rest = divmod(inputs, size)
-    places = [pl.ds(index * size, size) for index in range(whole)] + [pl.ds(whole * size, rest)] * (rest > 0)
-    return [Piece(place, load(place)) for place in places]
+def places_of(inputs: int) -> list[Any]:
+    """A token of so many inputs in pieces of one size: that in which most neighbours are one thread's, and then the largest."""
+    sizes = [size for size in range(THREADS, PIECE + 1, THREADS) if inputs % size == 0]
+    size = max(sizes, key=lambda size: (math.gcd(size // THREADS, VECTOR), size))
+    return [pl.ds(begin, size) for begin in range(0, inputs, size)]
+
+
+def pieces_of(load: Callable[[Any], Any], inputs: int) -> list[Piece]:
+    """A token of so many inputs."""
+    return [Piece(place, load(place)) for place in places_of(inputs)]
+
+
+def strided(size: int) -> Any:
+    """So many numbers in a warpgroup's registers, up to 8 neighbours in each thread."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // THREADS, VECTOR))
+
+
+def together(pair: Callable[[Any, Any], Any], all_of: Callable[[Any], Any], values: Sequence[Any]) -> Any:
+    """Arrays of one size reduced to one number: first to one array, since threads have to tell each other what theirs come to."""
+    return all_of(reduce(pair, values))

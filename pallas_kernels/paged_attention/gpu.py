@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
     prefill_keys: int
     prefill_stages: int
     write_from: int = 1
-    decode_merges: int = 0
+    decode_merges: int = 1
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
@@ -59,7 +59,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid = [base._replace(decode_longest=keys) for keys in (1024, 4096)]
     grid += [base._replace(decode_longest_many=keys) for keys in (2048, 8192)]
     grid += [base._replace(decode_stages=stages) for stages in (base.decode_stages - 1, base.decode_stages + 1)]
-    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=1)]
+    grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=0)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]

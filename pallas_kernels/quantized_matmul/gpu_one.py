@@ -5,7 +5,6 @@ stored. All of it is one kernel: each block of threads makes the limbs for itsel
 producer copies ahead (TMA), one consumer multiplies. Tiles are whole, so there are no parts to add up.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,11 +17,10 @@ from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch, hopper
 from pallas_kernels.hopper import ACC, COLUMNS, TILE
-from pallas_kernels.hopper_token import LIMBS, MOST_INPUTS, PAD, Limbs, pieces_of
+from pallas_kernels.hopper_token import LIMBS, MOST_INPUTS, PAD, Limbs, pieces_of, strided
 
 TOKEN = Limbs()
-THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
-PIECE, KEPT = 4096, 16384  # inputs that are cut at a time; a longer token is loaded twice, since it would not fit the registers
+THREADS = 128  # of a warpgroup
 ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)  # of a tile: what one product of int8 can have
 STAGE, STAGES = 32768, 12  # bytes of a block and blocks on their way, at most
 REGISTERS = [232, 40]  # of a thread: of the consumer and of the producer
@@ -117,8 +115,7 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
-        load = partial(_load, x)
-        factor = TOKEN.put(pieces_of(load, plan.inputs, PIECE), scratch.limbs, None if plan.inputs <= KEPT else load)
+        factor = TOKEN.put(pieces_of(partial(_load, x), plan.inputs), scratch.limbs)
         lax.fori_loop(0, mine, lambda number, _: _consume(plan, scales, out, scratch, number, factor), None)
 
     @pl.when(warpgroup == 1)
@@ -138,8 +135,7 @@ def _produce(plan: Plan, weight: Any, scratch: Scratch, used: Any) -> None:
 
 
 def _load(x: Any, place: Any) -> Any:
-    vector = math.gcd(place.size // THREADS, VECTOR)
-    return hopper.load(x.at[place], plgpu.Layout.WG_STRIDED((place.size,), vec_size=vector)).astype(jnp.float32)
+    return hopper.load(x.at[place], strided(place.size))
 
 
 def _consume(plan: Plan, scales: Any, out: Any, scratch: Scratch, number: Any, factor: Any) -> None:

@@ -70,6 +70,8 @@ def quantized_matmul(
         inputs, per_token = round_tokens(x)
         if kind.weight == "int8" and not kind.inputs and target.platform != "cpu":
             sums = lax.dot_general(inputs, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            if target.platform == "gpu":  # else XLA converts the sums in a kernel of its own, between the matmul and who uses them
+                sums = lax.optimization_barrier(sums)
             return (sums.astype(jnp.float32) * per_token * whole.scales.astype(jnp.float32).T).astype(final)
         inputs = inputs.astype(x.dtype)  # whole numbers up to 127 are exact in every floating dtype
 

@@ -2,16 +2,14 @@
 
 Each multiprocessor has one block of threads from the first link to the last. A weight's rows are cut into tiles, which are dealt out by
 their number. A producer copies blocks of this block's tiles into a ring of slots (TMA), those of the next links as well, since weights
-depend on nothing; a consumer has the token as the left side of products (`hopper_token`). Behind each link all blocks meet
-(`hopper_counters`), since every result of a link is an input of the next. Then each loads the whole token, adds it to the residual stream
-and normalises it for itself. The first block writes the stream.
+depend on nothing; a consumer has the token as the left side of products (`hopper_token`). Every result of a link is an input of the next,
+so each block waits for all results (`hopper_mail`), adds them to the residual stream and normalises it for itself. The first block writes
+the stream.
 
 All blocks must run at once: there are no more of them than multiprocessors (under CUDA's MPS, where processes share these, they may not). A
-link on its own is the whole kernel without counters; so the
-interpreter, which knows none, runs the links one by one.
+link on its own is the whole kernel without mail; so the interpreter, which knows none, runs the links one by one.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,15 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import dispatch, hopper, hopper_counters, tuning
+from pallas_kernels import dispatch, hopper, hopper_counters, hopper_mail, tuning
 from pallas_kernels.hopper import ACC, COLUMNS, TILE
-from pallas_kernels.hopper_token import MOST_INPUTS, LeftSide, Limbs, Piece, Same, pieces_of
+from pallas_kernels.hopper_token import MOST_INPUTS, LeftSide, Limbs, Piece, Same, places_of, strided, together
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form
 
-BY_NAME = "it has not run on a card yet"
-THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
-PIECE, KEPT = 4096, 16384  # inputs that are loaded at a time; a longer token is loaded twice, since it would not fit the registers
+THREADS = 128  # of a warpgroup
 ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)  # of a tile: what one product of int8 can have
 WIDTHS = (512, 256, 128)  # bytes of a row of a block
 SLOTS, STAGES = (16384, 32768), 12  # bytes of a slot, and slots at most
@@ -104,7 +100,7 @@ class Scratch(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """Memory: inputs, then what is written. passed: what each link gives, totals: the residual stream behind each norm."""
+    """Memory: inputs, then what is written. total: the residual stream behind the last norm, if there is one."""
 
     x: Any
     held: Any
@@ -112,8 +108,8 @@ class Refs(NamedTuple):
     scales: tuple[Any, ...]
     norms: tuple[Any, ...]
     counters: Any
-    passed: tuple[Any, ...]
-    totals: tuple[Any, ...]
+    out: Any
+    total: Any
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
@@ -123,8 +119,9 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return reason
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
-    if int(key.get("links", 0)) > hopper_counters.MEETINGS + 1:
-        return f"its kernel has counters for {hopper_counters.MEETINGS + 1} links, not for {key['links']}"
+    passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
+    if passed > hopper_mail.MOST:
+        return f"its links pass {passed} numbers on, and there is room for {hopper_mail.MOST}"
     if key.get("weight", "int8") not in ("int8", key.get("dtype")):
         return "its kernel wants weights that are all int8 with scales, or all of the token's dtype"
     for number in range(int(key.get("links", 0))):
@@ -197,18 +194,19 @@ def _chain(
 ) -> tuple[Array, Array]:
     """Compiled as a function, so that a model's layers lower it once. interpreted only keeps traces for the interpreter apart."""
     given = (x, held, weights, tuple(s for s in scales if s is not None), tuple(n for n in norms if n is not None))
-    passed = tuple(jax.ShapeDtypeStruct((link.results,), plan.dtype) for link in plan.links)
-    totals = tuple(jax.ShapeDtypeStruct(held.shape, plan.dtype) for link in plan.links if link.normed)
+    normed = any(link.normed for link in plan.links)
+    made = (jax.ShapeDtypeStruct((plan.links[-1].results,), plan.dtype), *([jax.ShapeDtypeStruct(held.shape, plan.dtype)] * normed))
 
     def body(x: Any, held: Any, weights: Any, scales: Any, norms: Any, *rest: Any) -> None:
-        counters, passed, totals, made = rest if len(plan.links) > 1 else (None, *rest)
+        counters, *written, made = rest if len(plan.links) > 1 else (None, *rest)
+        out, total = written if normed else (*written, None)
         ring, *others = made
         scratch = Scratch(dict(zip(plan.blocks, ring, strict=True)), *others)
-        _body(plan, Refs(x, held, weights, scales, norms, counters, passed, totals), scratch)
+        _body(plan, Refs(x, held, weights, scales, norms, counters, out, total), scratch)
 
-    run = hopper.kernel(body, _scratch(plan), out_type=(passed, totals), grid={"worker": plan.workers}, registers=REGISTERS)
-    found, sums = run(*given, *([counters] if len(plan.links) > 1 else []))
-    return found[-1], sums[-1] if sums else held
+    run = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=REGISTERS)
+    out, *total = run(*given, *([counters] if len(plan.links) > 1 else []))
+    return out, total[0] if normed else held
 
 
 def _scratch(plan: Plan) -> tuple[Any, ...]:
@@ -234,15 +232,15 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
+        half = None if refs.counters is None else hopper_mail.half(refs.counters)
         for number in range(len(plan.links)):
-            ahead = _look_ahead(plan, refs, number)
-            if number:
-                hopper_counters.meet(refs.counters, number - 1, plan.workers)
-            factor = _enter(plan, refs, scratch, number, ahead)
-            consume = partial(_consume, plan, refs, scratch, number, factor)
+            factor = _enter(plan, refs, scratch, number, half)
+            if half is not None and number == 0:
+                hopper_mail.clear(refs.counters, half, worker, plan.workers)
+            consume = partial(_consume, plan, refs, scratch, number, half, factor)
             lax.fori_loop(0, mine[number], lambda index, _, run=consume, begin=begins[number]: run(begin, index), None)
         if refs.counters is not None:
-            hopper_counters.leave(refs.counters, len(plan.links) - 1, plan.workers)
+            hopper_counters.leave(refs.counters, plan.workers)
 
     @pl.when(warpgroup == 1)
     def _producer() -> None:
@@ -271,43 +269,53 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, 
         plgpu.copy_gmem_to_smem(weight.at[rows, columns], target.at[pl.ds(part * half, half)], full)
 
 
-class Ahead(NamedTuple):
-    """What a link needs of what was there before the kernel began, in registers: the residual stream, and the norm's weight."""
-
-    held: list[Piece]
-    norm: list[Piece]
-
-
-def _look_ahead(plan: Plan, refs: Refs, number: int) -> Ahead:
-    """Loads for which the blocks need not have met."""
-    link = plan.links[number]
-    index = _norms_before(plan, number)
-    return Ahead(
-        pieces_of(partial(_load, refs.held), link.inputs, PIECE) if link.normed and index == 0 else [],
-        pieces_of(partial(_load, refs.norms[index]), link.inputs, PIECE) if link.normed else [],
-    )
-
-
-def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, ahead: Ahead) -> Any:
+def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any) -> Any:
     """Make a link's inputs the left side of its products; the factor that its results are multiplied by."""
-    link, given = plan.links[number], refs.passed[number - 1] if number else refs.x
+    link = plan.links[number]
+    places = places_of(link.inputs)
     if not link.normed:
-        load = partial(_wide, given)
-        return plan.left.put(pieces_of(load, link.inputs, PIECE), scratch.token, None if link.inputs <= KEPT else load)
-    index = _norms_before(plan, number)
-    before = ahead.held or pieces_of(partial(_load, refs.totals[index - 1]), link.inputs, PIECE)
-    pieces = []
-    for place, held in before:
-        found = (held.astype(jnp.float32) + _wide(given, place)).astype(plan.dtype)
-        pl.when(lax.axis_index("worker") == 0)(lambda place=place, found=found: refs.totals[index].at[place].__setitem__(..., found))
-        pieces.append(Piece(place, found.astype(jnp.float32)))
-    squares = sum(jnp.sum(piece.values * piece.values) for piece in pieces)
+        return plan.left.put(_given(plan, refs, number, half, places), scratch.token)
+    stream = _stream(plan, refs, number, half, places)
+    weights = [_load(refs.norms[_norms_before(plan, number)], place) for place in places]  # all that need not wait is loaded first
+    pieces = _added(plan, stream, _given(plan, refs, number, half, places))
+    if not any(later.normed for later in plan.links[number + 1 :]):
+        pl.when(lax.axis_index("worker") == 0)(lambda: [refs.total.at[place].__setitem__(..., values) for place, values in pieces] and None)
+    wide = [values.astype(jnp.float32) for _, values in pieces]
+    squares = together(jnp.add, jnp.sum, [values * values for values in wide])
     root = lax.rsqrt(squares * (1.0 / link.inputs) + link.form.epsilon)
-    scaled = [
+    normed = [
         Piece(place, _normed(plan, link.form, values * root, weight.astype(jnp.float32)))
-        for (place, values), (_, weight) in zip(pieces, ahead.norm, strict=True)
+        for place, values, weight in zip(places, wide, weights, strict=True)
     ]
-    return plan.left.put(scaled, scratch.token)
+    return plan.left.put(normed, scratch.token)
+
+
+def _stream(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) -> list[Piece]:
+    """The residual stream that a link's inputs are added to: with what all earlier ones with a norm were given."""
+    found = [Piece(place, _load(refs.held, place)) for place in places]
+    for earlier in range(number):
+        if plan.links[earlier].normed:
+            found = _added(plan, found, _given(plan, refs, earlier, half, places))
+    return found
+
+
+def _added(plan: Plan, held: list[Piece], given: list[Piece]) -> list[Piece]:
+    """Sums, rounded as the stream is."""
+    sums = [one.values.astype(jnp.float32) + other.values.astype(jnp.float32) for one, other in zip(held, given, strict=True)]
+    return [Piece(piece.place, values.astype(plan.dtype)) for piece, values in zip(held, sums, strict=True)]
+
+
+def _given(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) -> list[Piece]:
+    """What a link is given: x, or all results of the link before, once they are there."""
+    if not number:
+        return [Piece(place, _load(refs.x, place)) for place in places]
+    taken = hopper_mail.take(refs.counters, half, _first(plan, number - 1), places[0].size, len(places), plan.dtype)
+    return [Piece(place, values) for place, values in zip(places, taken, strict=True)]
+
+
+def _first(plan: Plan, number: int) -> int:
+    """Where a link's results begin among all that are sent."""
+    return sum(link.results for link in plan.links[:number])
 
 
 def _norms_before(plan: Plan, number: int) -> int:
@@ -317,20 +325,17 @@ def _norms_before(plan: Plan, number: int) -> int:
 def _normed(plan: Plan, form: Form, scaled: Any, weight: Any) -> Any:
     """Rounded as the norm is on its own."""
     if form.offset:
-        return (scaled * (weight + form.offset)).astype(plan.dtype).astype(jnp.float32)
-    return (scaled.astype(plan.dtype).astype(jnp.float32) * weight).astype(plan.dtype).astype(jnp.float32)
+        return (scaled * (weight + form.offset)).astype(plan.dtype)
+    return (scaled.astype(plan.dtype).astype(jnp.float32) * weight).astype(plan.dtype)
 
 
 def _load(ref: Any, place: Any) -> Any:
-    vector = math.gcd(place.size // THREADS, VECTOR)
-    return hopper.load(ref.at[place], plgpu.Layout.WG_STRIDED((place.size,), vec_size=vector))
+    return hopper.load(ref.at[place], strided(place.size))
 
 
-def _wide(ref: Any, place: Any) -> Any:
-    return _load(ref, place).astype(jnp.float32)
-
-
-def _consume(plan: Plan, refs: Refs, scratch: Scratch, number: int, factor: Any, begin: Any, index: Any) -> None:
+def _consume(
+    plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any, factor: Any, begin: Any, index: Any
+) -> None:
     """The results of this worker's next tile of a link."""
     link, tile = plan.links[number], lax.axis_index("worker") + index * plan.workers
     size = link.rows // (2 if link.form.gated else 1)
@@ -345,7 +350,10 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, number: int, factor: Any,
     parts = _halves(sums) if link.form.gated else [sums]
     found = [(part * scale).astype(plan.dtype).astype(jnp.float32) for part, scale in zip(parts, scales, strict=True)]
     result = found[0] / (1.0 + jnp.exp(-found[0])) * found[1] if link.form.gated else found[0]
-    hopper.store(refs.passed[number].at[pl.ds(tile * size, size)], result.astype(plan.dtype))
+    if number < len(plan.links) - 1:
+        hopper_mail.post(refs.counters, half, _first(plan, number) + tile * size, result.astype(plan.dtype))
+    else:
+        hopper.store(refs.out.at[pl.ds(tile * size, size)], result.astype(plan.dtype))
 
 
 def _scales(plan: Plan, refs: Refs, number: int, rows: Any, factor: Any) -> Any:

@@ -15,14 +15,14 @@ def test_counters_are_zeros_and_not_for_the_interpreter(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     with dispatch.assumed(H200):
         made = hopper_counters.made()
-        assert made.shape == (hopper_counters.FIRST + hopper_counters.PLACES,) and not made[...].any()
+        assert made.shape == (hopper_counters.ROOM + 2 * hopper_counters.HALF,) and not made[...].any()
         with hopper.interpreted():
             assert hopper_counters.made() is None
 
 
 def kernel_of(body, *scratch):
     out = jax.ShapeDtypeStruct((128,), jnp.float32)
-    counters = jnp.zeros((hopper_counters.FIRST + hopper_counters.PLACES,), jnp.int32)
+    counters = jnp.zeros((hopper_counters.ROOM + 2 * hopper_counters.HALF,), jnp.int32)
 
     def run(counters):
         return hopper.kernel(body, scratch, out_type=out, grid={"block": 4})(jax.new_ref(counters))
@@ -31,14 +31,9 @@ def kernel_of(body, *scratch):
 
 
 @NEW
-def test_blocks_meet_and_leave():
-    def body(counters, out, scratch):
-        hopper_counters.meet(counters, 0, 4)
-        hopper_counters.meet(counters, 1, 4)
-        hopper_counters.leave(counters, 2, 4)
-
-    traced = kernel_of(body)
-    assert traced.count("meet.<locals>.wait") == 2 and traced.count("leave.<locals>.clear") == 1
+def test_blocks_leave():
+    traced = kernel_of(lambda counters, out, scratch: hopper_counters.leave(counters, 4))
+    assert traced.count("leave.<locals>.change") == 1
 
 
 @NEW

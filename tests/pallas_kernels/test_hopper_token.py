@@ -43,15 +43,15 @@ def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
-@pytest.mark.parametrize(("inputs", "twice"), [(128, False), (640, False), (640, True)])
-def test_what_is_put_is_taken_and_joined(interpreted, side, inputs, twice):
-    """A product with the unit matrix, block by block, gives the token back; twice: it is too long to be kept in between."""
+@pytest.mark.parametrize("inputs", [128, 640, 2048])
+def test_what_is_put_is_taken_and_joined(interpreted, side, inputs):
+    """A product with the unit matrix, block by block, gives the token back."""
     x = jnp.asarray(np.random.default_rng(inputs).standard_normal(inputs) * 3, jnp.bfloat16)
 
     def body(x, out, scratch):
         (room,) = scratch
-        load = lambda place: hopper.load(x.at[place], token.plgpu.Layout.WG_STRIDED((place.size,), vec_size=1)).astype(jnp.float32)
-        factor = side.put(token.pieces_of(load, inputs, 256), room, load if twice else None)
+        load = lambda place: hopper.load(x.at[place], token.strided(place.size))
+        factor = side.put(token.pieces_of(load, inputs), room)
         for begin in range(0, inputs, 128):
             found = side.joined(side.taken(room, begin, 128).astype(side.sums)) * factor
             out.at[token.pl.ds(begin, 128)][...] = found
@@ -61,10 +61,26 @@ def test_what_is_put_is_taken_and_joined(interpreted, side, inputs, twice):
     np.testing.assert_allclose(found, np.asarray(x, np.float32), rtol=0, atol=2.0**-22 * float(jnp.abs(x).max()))
 
 
-def test_a_token_is_loaded_in_equal_pieces_and_a_rest():
-    found = token.pieces_of(lambda place: (place.start, place.size), 700, 256)
-    assert [piece.values for piece in found] == [(0, 256), (256, 256), (512, 188)]
-    assert [piece.values for piece in token.pieces_of(lambda place: place.size, 256, 256)] == [256]
+def test_bytes_of_words(monkeypatch):
+    """The instruction that chooses bytes, as PTX describes it, in its place."""
+
+    def chosen(first, second, which):
+        given = int(first).to_bytes(4, "little") + int(second).to_bytes(4, "little")
+        return int.from_bytes(bytes(given[which >> 4 * digit & 7] for digit in range(4)), "little")
+
+    monkeypatch.setattr(token, "_chosen", chosen)
+    monkeypatch.setattr(token, "_less_128", lambda word: word ^ 0x80808080)
+    rng = np.random.default_rng(0)
+    shifted = rng.integers(0, 2**24, 8, dtype=np.int32)
+    for limb, words in enumerate(token._bytes_of_four(list(shifted))):
+        assert np.array_equal(np.array(words, np.uint32).view(np.int8), (shifted >> 8 * limb & 0xFF) - 128)
+
+
+@pytest.mark.parametrize(("inputs", "size"), [(128, 128), (4096, 4096), (14336, 2048), (896, 896), (5376, 1792), (16256, 128)])
+def test_a_token_is_loaded_in_equal_pieces(inputs, size):
+    found = token.places_of(inputs)
+    assert {place.size for place in found} == {size} and [place.start for place in found] == list(range(0, inputs, size))
+    assert [piece.values for piece in token.pieces_of(lambda place: place.start, inputs)] == [place.start for place in found]
 
 
 def test_limbs_hold_the_largest_token():

@@ -1,0 +1,181 @@
+"""Numbers of 16 bits that blocks of threads of a Hopper kernel send each other, and wait for: a number that has not come reads as zero.
+
+They are stored with all bits turned over, so no number is zero: all ones would be, a NaN that no conversion makes (they give 0x7fff). So a
+number says by itself that it is there, and neither a fence nor a count has to go to memory and back first. (NCCL's LL protocol sends a flag
+beside each word to the same end.) They lie in one half of the room behind a program's counters (`hopper_counters`); a kernel that uses a
+half clears the other one, which the next such kernel will use. All blocks of a kernel that waits must run at once.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper_counters
+from pallas_kernels.hopper import COLUMNS
+from pallas_kernels.hopper_token import VECTOR, strided
+
+THREADS = 128  # of a warpgroup
+MOST = 2 * hopper_counters.HALF  # numbers that a kernel sends at most
+CLEARED = 512  # words that a warpgroup clears at once
+
+
+def half(counters: Any) -> Any:
+    """Where the half begins that is this kernel's."""
+    return hopper_counters.ROOM + counters[hopper_counters.TURN] * hopper_counters.HALF
+
+
+def clear(counters: Any, half: Any, worker: Any, workers: int) -> None:
+    """Clear this block's share of the other half. By one warpgroup."""
+    other = 2 * hopper_counters.ROOM + hopper_counters.HALF - half
+    zeros = plgpu.layout_cast(jnp.zeros((CLEARED,), jnp.int32), plgpu.Layout.WG_STRIDED((CLEARED,), vec_size=CLEARED // THREADS))
+
+    def part(index: Any, _: None) -> None:
+        counters.at[pl.ds(other + (worker + index * workers) * CLEARED, CLEARED)][...] = zeros
+
+    parts = hopper_counters.HALF // CLEARED
+    lax.fori_loop(0, lax.div(parts - worker + workers - 1, jnp.int32(workers)), part, None)
+
+
+def post(counters: Any, half: Any, first: Any, values: Any) -> None:
+    """Send values [n], in `COLUMNS`, as the numbers from `first` on (a multiple of 8, like n). By one warpgroup."""
+    words = counters.at[pl.ds(half + lax.div(first, jnp.int32(2)), values.shape[0] // 2)]
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMNS))(_post)(words, values)
+
+
+def take(counters: Any, half: Any, first: int, size: int, count: int, dtype: Any) -> list[Any]:
+    """The numbers from `first` on, once all have come, as `count` pieces of a size, in registers, `strided`. By one warpgroup."""
+    words = counters.at[pl.ds(half + first // 2, size * count // 2)]
+    made = (plgpu.ShapeDtypeStruct((size,), dtype, layout=strided(size)),) * count
+    return list(plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_take, size, count, dtype))(words))
+
+
+def _post(_: Any, words: Any, values: Any) -> None:
+    """A pair of columns is in every fourth lane's registers, in each warp's: four lanes store, warps in turns."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    word = ir.IntegerType.get_signless(32)
+    thread = _thread()
+    row, column = arith.shrui(thread, utils.c(2, word)), arith.andi(thread, utils.c(3, word))
+    for number, pair in enumerate(values.registers.flat):
+        with utils.when(_equal(row, number % 4 * 8)):
+            pointer = _address(words, arith.addi(column, utils.c(4 * number, word)), 4)
+            _asm(None, [pointer, _turned(utils.bitcast(pair, word))], "st.relaxed.gpu.global.b32 [$0], $1;", "l,r")
+
+
+def _turned(pair: Any) -> Any:
+    """All bits of two numbers turned over; one that would read as nothing (no conversion makes it) becomes another NaN."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    found = arith.xori(pair, utils.c(-1, pair.type))
+    for half in (0x0000FFFF, -0x10000):
+        absent = _equal(arith.andi(found, utils.c(half, pair.type)), 0)
+        found = arith.select(absent, arith.ori(found, utils.c(half & -0x7FFF8000, pair.type)), found)
+    return found
+
+
+def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, ...]:
+    """A thread's numbers. All threads wait for each other first: a slow one may still read what will be overwritten."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir.dialects import vector as vectors
+
+    word, vector = ir.IntegerType.get_signless(32), math.gcd(size // THREADS, VECTOR)
+    utils.warpgroup_barrier()
+    begin = arith.muli(_thread(), utils.c(vector, word))
+    pointers = [_address(words, arith.addi(begin, utils.c(at, word)), 2) for at in range(0, size * count, THREADS * vector)]
+    registers = np.empty((count, size // THREADS // vector), dtype=object)
+    for place, loaded in zip(np.ndindex(registers.shape), _loaded(pointers, vector), strict=True):
+        right = [arith.xori(each, utils.c(-1, each.type)) for each in loaded]
+        packed = vectors.from_elements(ir.VectorType.get((len(right),), right[0].type), right)
+        registers[place] = vectors.bitcast(ir.VectorType.get((vector,), utils.dtype_to_ir_type(dtype)), packed)
+    array = partial(layouts.FragmentedArray, _layout=layouts.WGStridedFragLayout((size,), vector), _is_signed=None)
+    return tuple(array(_registers=piece) for piece in registers)
+
+
+def _loaded(pointers: Sequence[Any], vector: int) -> list[list[Any]]:
+    """From each pointer `vector` numbers, as words (one number: as a half). All are loaded again until none of them is missing."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, scf
+
+    lanes = max(vector // 2, 1)
+    kind = ir.IntegerType.get_signless(min(16 * vector, 32))
+    types = [kind] * (lanes * len(pointers))
+    loop = scf.WhileOp(types, [utils.c(0, kind) for _ in types])
+    with ir.InsertionPoint(loop.before.blocks.append(*types)):
+        found = [word for pointer in pointers for word in _load(pointer, lanes, kind)]
+        missing = reduce(arith.ori, [_missing(word) for word in found])
+        scf.condition(arith.cmpi(arith.CmpIPredicate.ne, missing, utils.c(0, kind)), found)
+    after = loop.after.blocks.append(*types)
+    with ir.InsertionPoint(after):
+        scf.yield_(after.arguments)
+    results = list(loop.results)
+    return [results[index : index + lanes] for index in range(0, len(results), lanes)]
+
+
+def _missing(word: Any) -> Any:
+    """Not zero if one of the numbers in a word is: of a half that is zero, minus one has the sign that it has not."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    def number(value: int) -> Any:
+        return utils.c(value, word.type)
+
+    ones, signs = (1, -0x8000) if word.type.width == 16 else (0x00010001, -0x7FFF8000)
+    return arith.andi(arith.andi(arith.subi(word, number(ones)), arith.xori(word, number(-1))), number(signs))
+
+
+def _load(pointer: Any, lanes: int, kind: Any) -> list[Any]:
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    form, letter = ("b16", "h") if kind.width == 16 else ("b32", "r")
+    if lanes == 1:
+        return [_asm(kind, [pointer], f"ld.relaxed.gpu.global.{form} $0, [$1];", f"={letter},l")]
+    names = ", ".join(f"${lane}" for lane in range(lanes))
+    code = f"ld.relaxed.gpu.global.v{lanes}.{form} {{{names}}}, [${lanes}];"
+    together = ir.Type.parse(f"!llvm.struct<({', '.join([str(kind)] * lanes)})>")
+    found = _asm(together, [pointer], code, ",".join([f"={letter}"] * lanes) + ",l")
+    return [llvm.extractvalue(kind, found, [lane]) for lane in range(lanes)]
+
+
+def _thread() -> Any:
+    """A thread's number in its warpgroup."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    number = utils.thread_idx()
+    return arith.andi(number, utils.c(THREADS - 1, number.type))
+
+
+def _address(ref: Any, index: Any, size: int) -> Any:
+    """Where the element of so many bytes is."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    return utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(8 * size))
+
+
+def _equal(value: Any, number: int) -> Any:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    return arith.cmpi(arith.CmpIPredicate.eq, value, utils.c(number, value.type))
+
+
+def _asm(result: Any, operands: list[Any], code: str, constraints: str) -> Any:
+    from jaxlib.mlir.dialects import llvm
+
+    return llvm.inline_asm(result, operands, code, constraints, has_side_effects=True)
