@@ -31,7 +31,7 @@ steps() {  # name, environment and flags: a decode step of one row and of 16
 for stage in "$@"; do
   case $stage in
     chain) run chain 200 $python .ci/check_on_gpu.py --op token_chain --out "$out/chain.jsonl" ;;
-    merges) run merges 250 $python -m pallas_kernels.paged_attention.draws --sizes decode_merges=1 --only decode --draws 40 ;;
+    merges) run merges 250 $python -m pallas_kernels.paged_attention.draws --only decode --draws 40 ;;
     launches)
       FLAGS="" steps launches-plain A=1
       FLAGS="" steps launches-without-slices XLA_FLAGS=--xla_gpu_enable_dynamic_slice_fusion=false

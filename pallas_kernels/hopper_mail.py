@@ -23,6 +23,7 @@ from pallas_kernels.hopper_token import VECTOR, strided
 
 THREADS = 128  # of a warpgroup
 MOST = 2 * hopper_counters.HALF  # numbers that a kernel sends at most
+LOOKED_AT = 4  # vectors of a thread, at most, that are looked at again and again
 CLEARED = 512  # words that a warpgroup clears at once
 
 
@@ -84,7 +85,8 @@ def _turned(pair: Any) -> Any:
 
 
 def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, ...]:
-    """A thread's numbers. All threads wait for each other first: a slow one may still read what will be overwritten."""
+    """A thread's numbers. All threads wait for each other first: a slow one may still read what will be overwritten. Of many numbers each
+    thread looks at one vector until that has come: looking at all of them takes as much of the memory's time as the weights do."""
     from jax.experimental.mosaic.gpu import fragmented_array as layouts
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
@@ -94,7 +96,12 @@ def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, .
     word, vector = ir.IntegerType.get_signless(32), math.gcd(size // THREADS, VECTOR)
     utils.warpgroup_barrier()
     begin = arith.muli(_thread(), utils.c(vector, word))
-    pointers = [_address(words, arith.addi(begin, utils.c(at, word)), 2) for at in range(0, size * count, THREADS * vector)]
+    places = range(0, size * count, THREADS * vector)
+    if len(places) > LOOKED_AT:
+        one = arith.muli(arith.remui(_thread(), utils.c(len(places), word)), utils.c(THREADS * vector, word))
+        _loaded([_address(words, arith.addi(begin, one), 2)], vector)
+        utils.warpgroup_barrier()
+    pointers = [_address(words, arith.addi(begin, utils.c(at, word)), 2) for at in places]
     registers = np.empty((count, size // THREADS // vector), dtype=object)
     for place, loaded in zip(np.ndindex(registers.shape), _loaded(pointers, vector), strict=True):
         right = [arith.xori(each, utils.c(-1, each.type)) for each in loaded]

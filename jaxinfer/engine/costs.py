@@ -66,6 +66,12 @@ class Seen(NamedTuple):
         return len(self.batch.rows)
 
     @property
+    def usual(self) -> bool:
+        """Whether it is a plain step as all are where there are no drafts."""
+        plain = self.bucket.decode_tokens == 1 and not self.bucket.prefill_tokens
+        return plain and self.steady and self.alike and not self.followed and self.seconds > 0
+
+    @property
     def way(self) -> Way:
         """How it was run."""
         return way_of(self.batch, self.bucket, followed=self.followed)
@@ -103,17 +109,17 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         self._steps += 1
+        if way == PLAIN:
+            self._latest[PLAIN, size] = self._steps
+            self._add(size, seconds)
+            return
         beside = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
         recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
-        if way == PLAIN or (way == FOLLOWED and not recent):
-            plain = seconds if way == PLAIN else seconds / self.ratio(FOLLOWED, size)
-            plains = self._plains.setdefault(size, deque(maxlen=PLAINS))
-            plains.append(plain)
-            most = HELD_UP * _median(plains)
-            self._usual[size] = fmean([min(each, most) for each in plains])
-        if way in (PLAIN, FOLLOWED):
-            self._latest[way, size] = self._steps
-        if way != PLAIN and recent:
+        if way == FOLLOWED:
+            self._latest[FOLLOWED, size] = self._steps
+            if not recent:
+                self._add(size, seconds / self.ratio(FOLLOWED, size))
+        if recent:
             if self._old(way, size):
                 self._ratios.pop((way, size), None)
             self._compared[way, size] = self._steps
@@ -150,7 +156,14 @@ class Costs:
         """
         size = self.size(PLAIN, rows)
         found = self._usual.get(size)
-        return self._start[PLAIN, size] if found is None else found
+        if found is not None:
+            return found
+        plains = self._plains.get(size)
+        if not plains:
+            return self._start[PLAIN, size]
+        most = HELD_UP * _median(plains)
+        found = self._usual[size] = fmean([min(each, most) for each in plains])
+        return found
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
@@ -169,6 +182,14 @@ class Costs:
                 raise LookupError(f"no {way} step of {rows} rows was measured")
             found = self._sizes[way, rows] = min(sizes)
         return found
+
+    def _add(self, size: int, seconds: float) -> None:
+        """Note a plain step; what one usually takes is worked out when somebody asks, which is seldom where drafts do not pay."""
+        plains = self._plains.get(size)
+        if plains is None:
+            plains = self._plains[size] = deque(maxlen=PLAINS)
+        plains.append(seconds)
+        self._usual.pop(size, None)
 
     def _old(self, way: Way, size: int) -> bool:
         """Whether comparisons no longer count. Those of steps that a draft model has seen do: others are seldom made beside them."""

@@ -20,7 +20,8 @@ class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
     drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
     they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts. wide,
-    returns: steps with drafts, and plain ones that waited for one; these fade."""
+    returns: steps with drafts, and plain ones that waited for one; these fade. quiet: what plain steps took that are still to be taken
+    in, while nothing is to be decided; None: each is looked at."""
 
     drafting: bool = True
     vain: int = 0
@@ -31,6 +32,12 @@ class Pace:
     apart: int = APART
     wide: float = WIDE
     returns: float = RETURNS
+    quiet: list[float] | None = None
+
+    @property
+    def calm(self) -> bool:
+        """Whether drafts do not seem to pay, none were made lately, and nothing is due."""
+        return not self.drafting and not self.looks and self.apart > APART
 
     def asked(self, *, believed: bool) -> None:
         """Proposers were asked. believed: what they say is likely to pay."""

@@ -14,7 +14,7 @@ steps without are made once in a while, so that their cost is known too. This fi
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
+from jaxinfer.engine.thoughts import Sequences, Thought, common
 from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
@@ -40,8 +41,8 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.004  # of a plain step is what each plain step earns for being asked where drafts do not pay
-UNSEEN = 16  # tokens of a sequence that a draft model may have missed; each costs 0.5 to 1 % of the drafts that stand
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
+QUIET = 8  # plain steps that are taken in together where nothing is to be decided
 
 
 class Candidate(NamedTuple):
@@ -82,37 +83,6 @@ class Plan(NamedTuple):
         return self.tokens / self.cost
 
 
-class Thought(NamedTuple):
-    """What was said about a text of so many tokens, and not used."""
-
-    length: int
-    proposal: Proposal
-
-
-@dataclass
-class _Sequences:
-    """What is known of each sequence. kinds: of the drafts that it was given last. thoughts: of it that were not used. unseen: how many of
-    its tokens the draft model has not seen."""
-
-    kinds: dict[Key, str] = field(default_factory=dict)
-    thoughts: dict[Key, Thought] = field(default_factory=dict)
-    unseen: Counter[Key] = field(default_factory=Counter)
-
-    def use(self, keys: Iterable[Key]) -> None:
-        """What was said about these is used."""
-        for key in keys:
-            self.thoughts.pop(key, None)
-
-    def forget(self, key: Key) -> None:
-        """A sequence has ended."""
-        self.thoughts.pop(key, None)
-        self.unseen.pop(key, None)
-
-    def lost(self, key: Key) -> bool:
-        """Whether the draft model has lost sight of a sequence: it drafts worse for each token that it has not seen."""
-        return self.unseen[key] > UNSEEN
-
-
 @dataclass
 class _Since:
     """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
@@ -142,7 +112,7 @@ class Speculator:
     history: History = field(default_factory=History)
     allowance: Allowance = field(init=False)
     asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 4.0))
-    _about: _Sequences = field(default_factory=_Sequences)
+    _about: Sequences = field(default_factory=Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _since: _Since = field(default_factory=_Since)
 
@@ -153,9 +123,17 @@ class Speculator:
         """Whether the next step of so many rows may have drafts; False takes no time."""
         size = self._size(rows)
         pace = self._paces[size]
+        if pace.quiet is not None:
+            if len(pace.quiet) < QUIET:
+                return False
+            self._take_in(size)
+        known = self.costs.known(size)
         wanted = not pace.looks and (pace.drafting or self.asking.affords(size, 0.0))
         entering = pace.drafting and pace.out  # the draft model keeps up first
-        return self.always or (wanted and not entering and self.costs.known(size))
+        found = self.always or (wanted and not entering and known)
+        if not found and known and pace.calm and not self._since.waited:
+            pace.quiet = []
+        return found
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
@@ -181,20 +159,26 @@ class Speculator:
             return False
         if not any(proposer.DEVICE for proposer in self.proposers):
             return True
-        size, about = self._size(len(batch.rows)), self._about
-        pace, known = self._paces[size], bool(batch.prefills) or self.costs.known(size)  # a few steps show what plain ones take
-        pace.drafting &= self.allowance.believes(size)
-        least = SAVED if pace.out else SPARED
-        wanted = pace.drafting or (self.allowance.balance(size) >= least and not all(about.lost(row.request.key) for row in batch.rows))
-        if known and wanted:
+        size = self._size(len(batch.rows))
+        self._about.begin(batch)
+        pace = self._paces[size]
+        quiet = pace.quiet is not None and not batch.prefills
+        if not quiet and self._keeps_up(batch, size, pace):
             if pace.out and not batch.prefills:
                 pace.looks = AGAIN  # a few behind those show what it takes that the draft model keeps up
             pace.out = False
             return False
         pace.out = True
-        for row in batch.rows:
-            about.unseen[row.request.key] += len(row.tokens)
+        self._about.miss(batch)
         return True
+
+    def _keeps_up(self, batch: Batch, size: int, pace: Pace) -> bool:
+        """Whether the draft model is to see a step without drafts."""
+        known = bool(batch.prefills) or self.costs.known(size)  # a few steps show what plain ones take
+        pace.drafting &= self.allowance.believes(size)
+        least = SAVED if pace.out else SPARED
+        saved = self.allowance.balance(size) >= least
+        return known and (pace.drafting or (saved and not all(self._about.lost(row.request.key) for row in batch.rows)))
 
     def learn(self, rows: Iterable[tuple[Row, int]]) -> None:
         """Take in how many tokens rows with drafts have drawn."""
@@ -211,8 +195,13 @@ class Speculator:
     def observe(self, step: Seen) -> None:
         """Take in a step."""
         since, size = self._since, self._size(step.rows)
-        self._since = _Since(waited=since.waited)
         pace = self._paces[size]
+        if pace.quiet is not None:
+            if step.usual and not (since.seconds or since.wanted or since.waited):
+                pace.quiet.append(step.seconds)
+                return
+            self._take_in(size)
+        self._since = _Since(waited=since.waited)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
             (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
@@ -261,6 +250,16 @@ class Speculator:
         self.allowance.earn(size)
         self.asking.earn(size)
 
+    def _take_in(self, size: int) -> None:
+        """Take in the quiet steps of a size."""
+        pace = self._paces[size]
+        for seconds in pace.quiet or ():
+            pace.plain(steady=True)
+            self.costs.take(PLAIN, size, seconds)
+            self.allowance.earn(size)
+            self.asking.earn(size)
+        pace.quiet = None
+
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
         """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""
         most = HELD_UP * self.costs.seconds(size) * (1 + self.costs.more(way, size))
@@ -285,7 +284,7 @@ class Speculator:
         thought = self._about.thoughts.pop(key, None)
         if thought is not None and len(sequence.tokens) > thought.length:
             came = sequence.tokens[thought.length : thought.length + len(thought.proposal.tokens)]
-            self.history.take(key, thought.proposal.kind, _common(came, thought.proposal.tokens), len(came))
+            self.history.take(key, thought.proposal.kind, common(came, thought.proposal.tokens), len(came))
         for proposer in self.proposers:
             if proposer.DEVICE and (not candidate.hidden or self._about.lost(key)):
                 continue
@@ -335,11 +334,6 @@ class Speculator:
         pace = self._paces[size]
         waiting = 0.0 if way.hidden and self.unseen else self.costs.more(ALONE, size) * min(pace.returns / pace.wide, MOST_RETURNS)
         return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size) + waiting)
-
-
-def _common(came: Sequence[int], said: Sequence[int]) -> int:
-    """How many of the first tokens are the same."""
-    return next((place for place, (one, other) in enumerate(zip(came, said, strict=False)) if one != other), len(came))
 
 
 def unseen(settings: SpeculationConfig) -> bool:

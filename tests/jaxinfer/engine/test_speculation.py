@@ -15,7 +15,8 @@ from jaxinfer.engine.pace import FIRST, PATIENT
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, ASKING, SAVED, UNSEEN, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, ASKING, QUIET, SAVED, Candidate, Speculator
+from jaxinfer.engine.thoughts import UNSEEN
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
 from tests.jaxinfer.conftest import scheduler
@@ -269,6 +270,31 @@ def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
     assert all(asked[:PATIENT]) and abs(sum(asked[PATIENT:]) - 400 * ASKING / 0.1) < 3  # each takes a tenth of a step
 
 
+def test_where_drafts_do_not_pay_steps_are_taken_in_together(monkeypatch):
+    made, alone = speculator(Fixed((7, 8, 9)), wide=9.0), speculator(Fixed((7, 8, 9)), wide=9.0)
+    made._paces[1].drafting = alone._paces[1].drafting = False
+    for each in (made, alone):
+        each.asking.charge(1, 1.0)  # nobody can be asked for a while
+    monkeypatch.setattr(type(alone._paces[1]), "calm", property(lambda pace: pace is not alone._paces[1] and pace.apart > FIRST))
+    taken, counted = made.costs.take, []
+    monkeypatch.setattr(made.costs, "take", lambda way, rows, seconds: (counted.append(len(seen)), taken(way, rows, seconds)))
+    seen = []
+    for number in range(20 * QUIET + 1):
+        for each in (made, alone):
+            assert not each.asks(1)
+            observed(each, seconds=1.0 + number % 5)
+        seen.append(number)
+    assert max(counted.count(step) for step in set(counted)) > QUIET / 2  # together
+    assert made._paces[1].quiet is not None and len(made._paces[1].quiet) <= QUIET
+    made._take_in(1)
+    assert made.costs.seconds(1) == alone.costs.seconds(1) and made.asking.balance(1) == pytest.approx(alone.asking.balance(1))
+    assert made.allowance.balance(1) == pytest.approx(alone.allowance.balance(1))
+    made.asks(1)
+    assert made._paces[1].quiet == []
+    made.observe(Seen(Batch((drafted("0", ()),), ()), Bucket(0, 0, 1), 2.0, 1, steady=False))
+    assert made._paces[1].quiet is None  # something is different
+
+
 def test_what_drafts_have_gained_is_spent_on_asking_for_more():
     made = speculator(Fixed((7, 8, 9)))
     observed(made, 7, 8, 9, drawn=4)
@@ -312,7 +338,7 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     made.costs.set(FOLLOWED, 1, 1.1)
     made.history.take("x", "draft", 3, 3)
     step = Batch((drafted("0", ()),), ())
-    assert not made.leaves_out(step)  # drafts are thought to pay
+    assert not made.leaves_out(Batch((), step.decodes))  # drafts are thought to pay
     made._paces[1].drafting = False
     for _ in range(UNSEEN):
         assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
