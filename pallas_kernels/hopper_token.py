@@ -168,9 +168,12 @@ def _bytes_of_four(words: list[Any]) -> list[list[Any]]:
     """Bytes of two in pairs, then pairs."""
     found: list[list[Any]] = [[] for _ in range(LIMBS)]
     for at in range(0, len(words), 4):
-        low, upper = ([_chosen(*words[at + pair : at + pair + 2], which) for pair in (0, 2)] for which in (0x5140, 0x0062))
-        for limb, cut in zip(found, (_chosen(*low, 0x5410), _chosen(*low, 0x7632), _chosen(*upper, 0x5410)), strict=True):
-            limb.append(_less_128(cut))
+        first, second, third, fourth = words[at : at + 4]
+        low, other_low = _chosen(first, second, 0x5140), _chosen(third, fourth, 0x5140)
+        upper, other_upper = _chosen(first, second, 0x0062), _chosen(third, fourth, 0x0062)
+        found[0].append(_less_128(_chosen(low, other_low, 0x5410)))
+        found[1].append(_less_128(_chosen(low, other_low, 0x7632)))
+        found[2].append(_less_128(_chosen(upper, other_upper, 0x5410)))
     return found
 
 

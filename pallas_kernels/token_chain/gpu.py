@@ -279,7 +279,7 @@ def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any) -> 
     weights = [_load(refs.norms[_norms_before(plan, number)], place) for place in places]  # all that need not wait is loaded first
     pieces = _added(plan, stream, _given(plan, refs, number, half, places))
     if not any(later.normed for later in plan.links[number + 1 :]):
-        pl.when(lax.axis_index("worker") == 0)(lambda: [refs.total.at[place].__setitem__(..., values) for place, values in pieces] and None)
+        pl.when(lax.axis_index("worker") == 0)(partial(_write, refs.total, pieces))
     wide = [values.astype(jnp.float32) for _, values in pieces]
     squares = together(jnp.add, jnp.sum, [values * values for values in wide])
     root = lax.rsqrt(squares * (1.0 / link.inputs) + link.form.epsilon)
@@ -288,6 +288,11 @@ def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any) -> 
         for place, values, weight in zip(places, wide, weights, strict=True)
     ]
     return plan.left.put(normed, scratch.token)
+
+
+def _write(ref: Any, pieces: list[Piece]) -> None:
+    for place, values in pieces:
+        ref.at[place][...] = values
 
 
 def _stream(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) -> list[Piece]:

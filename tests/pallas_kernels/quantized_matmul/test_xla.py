@@ -4,7 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.dispatch import Target
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.cases import Case
 
@@ -40,6 +41,15 @@ def test_the_weight_is_never_converted_whole():
     arguments = shape((1, 512), jnp.float32), shape((8192, 512), jnp.int8), shape((8192, 1), jnp.float32)
     memory = jax.jit(xla.quantized_matmul).lower(*arguments).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 8192 * 512
+
+
+@pytest.mark.parametrize(("target", "kept"), [(Target("gpu", "NVIDIA H200"), 1), (Target("tpu", "TPU v5 lite"), 0)])
+def test_sums_of_integers_are_converted_where_they_are_scaled(target, kept):
+    """On GPUs a barrier keeps XLA from joining the conversion to the dot, and so from a kernel of its own for it."""
+    arguments = jnp.ones((4, 256), jnp.bfloat16), jnp.ones((128, 256), jnp.int8), jnp.ones((128, 1), jnp.float32)
+    with dispatch.assumed(target):
+        traced = str(jax.make_jaxpr(lambda *given: xla.quantized_matmul(*given, activations="int8"))(*arguments))
+    assert traced.count("optimization_barrier") == kept and "preferred_element_type=int32" in traced
 
 
 def test_candidates_run_from_the_heuristic():
