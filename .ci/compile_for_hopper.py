@@ -47,6 +47,7 @@ from pallas_kernels.token_chain import gpu as chain_gpu
 H200 = (Path(__file__).parents[1] / "jaxinfer" / "planner" / "targets" / "h200.txtpb").read_text()
 MIXED = Case("mixed", 4, 2, 256, page_size=64, pages_per_row=32, group=4, head_dim=128, dtype="bfloat16")
 FLASH = flash_cases.Case("flash", 2, 512, 512, kv_heads=2, group=4, head_dim=128, dtype="bfloat16")
+RAGGED = chain_cases.Case("7b", 4096, 4096, chain_cases.layer(4096, 11008, 12288))  # 11,008 numbers come in pieces and a rest
 GROUPS, PAGES = (1, 3, 4, 8, 16), (8, 16, 32, 64, 128, 256)
 
 
@@ -204,7 +205,7 @@ def products() -> Iterator[Planned]:
             yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, 1)
     for case in norms():
         yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
-    for case in (*chain_cases.TUNING, *chain_cases.CASES):
+    for case in (*chain_cases.TUNING, *chain_cases.CASES, RAGGED):
         for sizes in chain_gpu.candidates("gpu", case.tuning_key()):
             yield Planned(f"chain {case.name}", case, sizes, 1)
 

@@ -22,7 +22,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import COLUMNS, TILE, WHOLE
 
 THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
-PIECE = 4096  # inputs that are loaded at a time, at most
+PIECES = (4096, 2048, 1024)  # inputs that are loaded at a time
 LIMBS, PAD = 3, 16  # rows of limbs, and bytes behind each, so that the rows lie in different banks
 PERIOD = 4  # rows of the left side after which limbs begin again; what the last holds does not count
 RANGE = 8355700.0  # what the largest input becomes: three signed bytes hold 8355711, and a quotient is rounded
@@ -239,10 +239,10 @@ def _over_lanes(count: int, _: Any, sums: Any) -> Any:
 
 
 def places_of(inputs: int) -> list[Any]:
-    """A token of so many inputs in pieces of one size: that in which most neighbours are one thread's, and then the largest."""
-    sizes = [size for size in range(THREADS, PIECE + 1, THREADS) if inputs % size == 0]
-    size = max(sizes, key=lambda size: (math.gcd(size // THREADS, VECTOR), size))
-    return [pl.ds(begin, size) for begin in range(0, inputs, size)]
+    """A token of so many inputs in pieces of one size, and a rest where they are not whole."""
+    size = next((size for size in PIECES if inputs % size == 0), PIECES[0])
+    whole = inputs - inputs % size
+    return [*(pl.ds(begin, size) for begin in range(0, whole, size)), *([pl.ds(whole, inputs - whole)] if whole < inputs else [])]
 
 
 def pieces_of(load: Callable[[Any], Any], inputs: int) -> list[Piece]:
@@ -256,5 +256,6 @@ def strided(size: int) -> Any:
 
 
 def together(pair: Callable[[Any, Any], Any], all_of: Callable[[Any], Any], values: Sequence[Any]) -> Any:
-    """Arrays of one size reduced to one number: first to one array, since threads have to tell each other what theirs come to."""
-    return all_of(reduce(pair, values))
+    """Arrays reduced to one number; those of one size become one first, since threads have to tell each other what theirs come to."""
+    sizes = dict.fromkeys(value.shape[0] for value in values)
+    return reduce(pair, [all_of(reduce(pair, [value for value in values if value.shape[0] == size])) for size in sizes])

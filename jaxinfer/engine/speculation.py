@@ -162,7 +162,7 @@ class Speculator:
         size = self._size(len(batch.rows))
         self._about.begin(batch)
         pace = self._paces[size]
-        quiet = pace.quiet is not None and not batch.prefills
+        quiet = pace.quiet is not None and pace.out and not batch.prefills
         if not quiet and self._keeps_up(batch, size, pace):
             if pace.out and not batch.prefills:
                 pace.looks = AGAIN  # a few behind those show what it takes that the draft model keeps up
@@ -197,7 +197,7 @@ class Speculator:
         since, size = self._since, self._size(step.rows)
         pace = self._paces[size]
         if pace.quiet is not None:
-            if step.usual and not (since.seconds or since.wanted or since.waited):
+            if step.usual and not (since.seconds or since.wanted or since.waited or since.owed):
                 pace.quiet.append(step.seconds)
                 return
             self._take_in(size)

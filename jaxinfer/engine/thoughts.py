@@ -43,9 +43,11 @@ class Sequences:
             self.thoughts.pop(key, None)
 
     def begin(self, batch: Batch) -> None:
-        """Sequences whose prompts are in a step begin with it, if they have not begun."""
-        for row in batch.prefills:
-            self.began.setdefault(row.request.key, self.missed)
+        """Sequences that enter a slot begin, or begin again: what they hold is computed anew."""
+        for admission in batch.admissions:
+            key = admission.request.key
+            self.began[key] = self.missed
+            self.unseen.pop(key, None)
 
     def miss(self, batch: Batch) -> None:
         """The draft model is left out of a step."""

@@ -12,6 +12,7 @@ link on its own is the whole kernel without mail; so the interpreter, which know
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -314,8 +315,13 @@ def _given(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) ->
     """What a link is given: x, or all results of the link before, once they are there."""
     if not number:
         return [Piece(place, _load(refs.x, place)) for place in places]
-    taken = hopper_mail.take(refs.counters, half, _first(plan, number - 1), places[0].size, len(places), plan.dtype)
-    return [Piece(place, values) for place, values in zip(places, taken, strict=True)]
+    found = []
+    for size, alike in groupby(places, key=lambda place: place.size):
+        of_size = list(alike)
+        first = _first(plan, number - 1) + of_size[0].start
+        taken = hopper_mail.take(refs.counters, half, first, size, len(of_size), plan.dtype)
+        found += [Piece(place, values) for place, values in zip(of_size, taken, strict=True)]
+    return found
 
 
 def _first(plan: Plan, number: int) -> int:

@@ -43,7 +43,7 @@ def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
-@pytest.mark.parametrize("inputs", [128, 640, 2048])
+@pytest.mark.parametrize("inputs", [128, 640, 2048, 4224])
 def test_what_is_put_is_taken_and_joined(interpreted, side, inputs):
     """A product with the unit matrix, block by block, gives the token back."""
     x = jnp.asarray(np.random.default_rng(inputs).standard_normal(inputs) * 3, jnp.bfloat16)
@@ -76,10 +76,13 @@ def test_bytes_of_words(monkeypatch):
         assert np.array_equal(np.array(words, np.uint32).view(np.int8), (shifted >> 8 * limb & 0xFF) - 128)
 
 
-@pytest.mark.parametrize(("inputs", "size"), [(128, 128), (4096, 4096), (14336, 2048), (896, 896), (5376, 1792), (16256, 128)])
-def test_a_token_is_loaded_in_equal_pieces(inputs, size):
+@pytest.mark.parametrize(
+    ("inputs", "sizes"),
+    [(128, [128]), (4096, [4096]), (14336, [2048] * 7), (896, [896]), (11008, [4096] * 2 + [2816]), (28672, [4096] * 7)],
+)
+def test_a_token_is_loaded_in_equal_pieces_and_a_rest(inputs, sizes):
     found = token.places_of(inputs)
-    assert {place.size for place in found} == {size} and [place.start for place in found] == list(range(0, inputs, size))
+    assert [place.size for place in found] == sizes and [place.start for place in found] == [sum(sizes[:n]) for n in range(len(sizes))]
     assert [piece.values for piece in token.pieces_of(lambda place: place.start, inputs)] == [place.start for place in found]
 
 

@@ -6,7 +6,7 @@ from functools import reduce
 
 import pytest
 
-from jaxinfer.batch import DRAFTED, Batch, Row
+from jaxinfer.batch import DRAFTED, Admission, Batch, Row
 from jaxinfer.engine import speculation
 from jaxinfer.engine.allowance import LEAST, SHARE, START
 from jaxinfer.engine.costs import ALONE, FOLLOWED, KNOWN, PLAIN, Costs, Seen, Way
@@ -295,6 +295,19 @@ def test_where_drafts_do_not_pay_steps_are_taken_in_together(monkeypatch):
     assert made._paces[1].quiet is None  # something is different
 
 
+def test_a_draft_model_that_keeps_up_from_what_was_saved_is_not_left_out_because_all_is_quiet():
+    made = speculator(Fixed((DRAFTED,) * 3, "draft", device=True), model=9.0)
+    made.costs.set(FOLLOWED, 1, 1.1)
+    pace, rows = made._paces[1], (drafted("0", ()),)
+    pace.drafting, pace.out = False, True
+    made.asking.charge(1, 1.0)  # nobody can be asked for a while
+    made.allowance.charge(1, -SAVED)
+    assert not made.leaves_out(Batch((), rows, (Admission(rows[0].request, 0),))) and not pace.out
+    for _ in range(3):
+        assert not made.asks(1) and not made.leaves_out(Batch(rows, ()))
+        made.observe(Seen(Batch(rows, ()), Bucket(0, 0, 1), 1.1, 1, followed=True))
+
+
 def test_what_drafts_have_gained_is_spent_on_asking_for_more():
     made = speculator(Fixed((7, 8, 9)))
     observed(made, 7, 8, 9, drawn=4)
@@ -338,7 +351,8 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     made.costs.set(FOLLOWED, 1, 1.1)
     made.history.take("x", "draft", 3, 3)
     step = Batch((drafted("0", ()),), ())
-    assert not made.leaves_out(Batch((), step.decodes))  # drafts are thought to pay
+    entering = tuple(Admission(row.request, 0) for row in step.decodes)
+    assert not made.leaves_out(Batch((), step.decodes, entering))  # drafts are thought to pay
     made._paces[1].drafting = False
     for _ in range(UNSEEN):
         assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
