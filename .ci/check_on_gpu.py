@@ -3,9 +3,9 @@
     python .ci/check_on_gpu.py --op token_chain [--repeat 200] [--case NAME] [--out FILE.jsonl]
 
 Every case of the op's cases.py that the implementation does not refuse, with every candidate of the tuner; an op with a pool has a check
-of its own (`pallas_kernels.paged_attention.draws`). A line for each: the relative
-error, how many of the repetitions gave other bits than the first, and seconds. Ends with an error if there are any, or if an error is
-larger than the tests allow. What waits for itself shows as a program that never ends: run it under `timeout`.
+of its own (`pallas_kernels.paged_attention.draws`). A line for each: the relative error, how many of the repetitions gave other bits than
+the first, and seconds. Ends with an error if there are any, or if an error is larger than the tests allow. What waits for itself shows as
+a program that never ends: run it under `timeout`.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a Hopper GPU can show, stage by stage, each with an end; what is printed goes to $OUT (default: gpu-results) as well.
 #
-#     bash .ci/on_a_gpu.sh chain merges | launches | tune | steps | prefill | throughput | drafts | sanitize
+#     bash .ci/on_a_gpu.sh chain merges | tune | steps | prefill | throughput | drafts | sanitize
 #
 # Rights first (chain, merges, sanitize), then times. Needs jax with CUDA, and for sanitize compute-sanitizer of CUDA 13 or newer.
 set -uo pipefail
@@ -22,21 +22,10 @@ run() {  # name, seconds, command...
   [ $code -eq 0 ] || { echo "!!! $name ended with $code"; failed=1; }
 }
 
-steps() {  # name, environment and flags: a decode step of one row and of 16
-  local name=$1
-  shift
-  run "$name" 150 env "$@" $python -m jaxinfer bench latency $big --decode 1x600 --decode 16x600 --prefill 1x64 --repeat 3 --kernels 14 ${FLAGS:-}
-}
-
 for stage in "$@"; do
   case $stage in
     chain) run chain 200 $python .ci/check_on_gpu.py --op token_chain --out "$out/chain.jsonl" ;;
     merges) run merges 250 $python -m pallas_kernels.paged_attention.draws --only decode --draws 40 ;;
-    launches)
-      FLAGS="" steps launches-plain A=1
-      FLAGS="" steps launches-without-slices XLA_FLAGS=--xla_gpu_enable_dynamic_slice_fusion=false
-      FLAGS="--quantize int8" steps launches-log TF_CPP_VMODULE=command_buffer_thunk=3,command_executor=3,command_buffer_cmd=3
-      ;;
     tune)
       for op in token_chain residual_norm quantized_matmul paged_attention; do
         run "tune-$op" 240 $python -m pallas_kernels.tuning --op $op --implementation gpu --out "$out/tuned-$op.json"
@@ -44,7 +33,10 @@ for stage in "$@"; do
       ;;
     steps)
       for kind in "" "--quantize int8"; do
-        for way in auto gpu; do FLAGS="$kind --implementation $way" steps "steps-$way${kind:+-int8}" A=1; done
+        for sequences in 1 64; do  # programs for one sequence are launched sooner
+          run "steps-$sequences${kind:+-int8}" 200 $python -m jaxinfer bench latency ${big/64 --json/$sequences --json} --decode 1x600 --decode 16x600 \
+            --repeat 3 --kernels 14 $kind
+        done
       done
       ;;
     prefill)

@@ -77,7 +77,9 @@ def last(counters: Any, number: Any, of: Any, told: Any) -> Any:
 
 def _add_one(pointer: Any) -> Any:
     """What was there before. Whoever counts later can read what was written before this, and this one what others had written."""
-    return _asm("atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "=r,l", pointer)
+    from jaxlib.mlir import ir
+
+    return asm(ir.IntegerType.get_signless(32), [pointer], "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;", "=r,l")
 
 
 def _clear(pointer: Any) -> None:
@@ -89,8 +91,8 @@ def _clear(pointer: Any) -> None:
     llvm.store(utils.c(0, ir.IntegerType.get_signless(32)), pointer)
 
 
-def _asm(code: str, constraints: str, pointer: Any) -> Any:
-    from jaxlib.mlir import ir
+def asm(result: Any, operands: list[Any], code: str, constraints: str) -> Any:
+    """An instruction of PTX that must stay where it is; result: its type, None for none."""
     from jaxlib.mlir.dialects import llvm
 
-    return llvm.inline_asm(ir.IntegerType.get_signless(32), [pointer], code, constraints, has_side_effects=True)
+    return llvm.inline_asm(result, operands, code, constraints, has_side_effects=True)

@@ -6,10 +6,10 @@ beside each word to the same end.) They lie in one half of the room behind a pro
 half clears the other one, which the next such kernel will use. All blocks of a kernel that waits must run at once.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,42 +19,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_counters
 from pallas_kernels.hopper import COLUMNS
-from pallas_kernels.hopper_token import VECTOR, strided
+from pallas_kernels.hopper_token import THREADS, neighbours, strided
 
-THREADS = 128  # of a warpgroup
 MOST = 2 * hopper_counters.HALF  # numbers that a kernel sends at most
 LOOKED_AT = 4  # vectors of a thread, at most, that are looked at again and again
 CLEARED = 512  # words that a warpgroup clears at once
 
 
-def half(counters: Any) -> Any:
-    """Where the half begins that is this kernel's."""
-    return hopper_counters.ROOM + counters[hopper_counters.TURN] * hopper_counters.HALF
+class Mail(NamedTuple):
+    """What a kernel's blocks send each other. half: where the half begins that is this kernel's. All by one warpgroup of each block."""
 
+    counters: Any
+    half: Any
 
-def clear(counters: Any, half: Any, worker: Any, workers: int) -> None:
-    """Clear this block's share of the other half. By one warpgroup."""
-    other = 2 * hopper_counters.ROOM + hopper_counters.HALF - half
-    zeros = plgpu.layout_cast(jnp.zeros((CLEARED,), jnp.int32), plgpu.Layout.WG_STRIDED((CLEARED,), vec_size=CLEARED // THREADS))
+    @classmethod
+    def of(cls, counters: Any) -> "Mail":
+        """A kernel's, in its program's memory."""
+        return cls(counters, hopper_counters.ROOM + counters[hopper_counters.TURN] * hopper_counters.HALF)
 
-    def part(index: Any, _: None) -> None:
-        counters.at[pl.ds(other + (worker + index * workers) * CLEARED, CLEARED)][...] = zeros
+    def clear(self, worker: Any, workers: int) -> None:
+        """Clear this block's share of the other half."""
+        other = 2 * hopper_counters.ROOM + hopper_counters.HALF - self.half
+        zeros = plgpu.layout_cast(jnp.zeros((CLEARED,), jnp.int32), plgpu.Layout.WG_STRIDED((CLEARED,), vec_size=CLEARED // THREADS))
 
-    parts = hopper_counters.HALF // CLEARED
-    lax.fori_loop(0, lax.div(parts - worker + workers - 1, jnp.int32(workers)), part, None)
+        def part(index: Any, _: None) -> None:
+            self.counters.at[pl.ds(other + (worker + index * workers) * CLEARED, CLEARED)][...] = zeros
 
+        parts = hopper_counters.HALF // CLEARED
+        lax.fori_loop(0, lax.div(parts - worker + workers - 1, jnp.int32(workers)), part, None)
 
-def post(counters: Any, half: Any, first: Any, values: Any) -> None:
-    """Send values [n], in `COLUMNS`, as the numbers from `first` on (a multiple of 8, like n). By one warpgroup."""
-    words = counters.at[pl.ds(half + lax.div(first, jnp.int32(2)), values.shape[0] // 2)]
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMNS))(_post)(words, values)
+    def post(self, first: Any, values: Any) -> None:
+        """Send values [n], in `COLUMNS`, as the numbers from `first` on (a multiple of 8, like n)."""
+        words = self.counters.at[pl.ds(self.half + lax.div(first, jnp.int32(2)), values.shape[0] // 2)]
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMNS))(_post)(words, values)
 
-
-def take(counters: Any, half: Any, first: int, size: int, count: int, dtype: Any) -> list[Any]:
-    """The numbers from `first` on, once all have come, as `count` pieces of a size, in registers, `strided`. By one warpgroup."""
-    words = counters.at[pl.ds(half + first // 2, size * count // 2)]
-    made = (plgpu.ShapeDtypeStruct((size,), dtype, layout=strided(size)),) * count
-    return list(plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_take, size, count, dtype))(words))
+    def take(self, first: int, places: Sequence[Any], dtype: Any) -> list[Any]:
+        """The numbers of each place among those from `first` on, once they have come, in registers, `strided`. All of one size are waited
+        for together."""
+        found = []
+        for size, group in groupby(places, key=lambda place: place.size):
+            alike = list(group)
+            words = self.counters.at[pl.ds(self.half + (first + alike[0].start) // 2, size * len(alike) // 2)]
+            made = (plgpu.ShapeDtypeStruct((size,), dtype, layout=strided(size)),) * len(alike)
+            found += plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_take, size, len(alike), dtype))(words)
+        return found
 
 
 def _post(_: Any, words: Any, values: Any) -> None:
@@ -69,7 +77,7 @@ def _post(_: Any, words: Any, values: Any) -> None:
     for number, pair in enumerate(values.registers.flat):
         with utils.when(_equal(row, number % 4 * 8)):
             pointer = _address(words, arith.addi(column, utils.c(4 * number, word)), 4)
-            _asm(None, [pointer, _turned(utils.bitcast(pair, word))], "st.relaxed.gpu.global.b32 [$0], $1;", "l,r")
+            hopper_counters.asm(None, [pointer, _turned(utils.bitcast(pair, word))], "st.relaxed.gpu.global.b32 [$0], $1;", "l,r")
 
 
 def _turned(pair: Any) -> Any:
@@ -93,7 +101,7 @@ def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, .
     from jaxlib.mlir.dialects import arith
     from jaxlib.mlir.dialects import vector as vectors
 
-    word, vector = ir.IntegerType.get_signless(32), math.gcd(size // THREADS, VECTOR)
+    word, vector = ir.IntegerType.get_signless(32), neighbours(size)
     utils.warpgroup_barrier()
     begin = arith.muli(_thread(), utils.c(vector, word))
     places = range(0, size * count, THREADS * vector)
@@ -150,11 +158,11 @@ def _load(pointer: Any, lanes: int, kind: Any) -> list[Any]:
 
     form, letter = ("b16", "h") if kind.width == 16 else ("b32", "r")
     if lanes == 1:
-        return [_asm(kind, [pointer], f"ld.relaxed.gpu.global.{form} $0, [$1];", f"={letter},l")]
+        return [hopper_counters.asm(kind, [pointer], f"ld.relaxed.gpu.global.{form} $0, [$1];", f"={letter},l")]
     names = ", ".join(f"${lane}" for lane in range(lanes))
     code = f"ld.relaxed.gpu.global.v{lanes}.{form} {{{names}}}, [${lanes}];"
     together = ir.Type.parse(f"!llvm.struct<({', '.join([str(kind)] * lanes)})>")
-    found = _asm(together, [pointer], code, ",".join([f"={letter}"] * lanes) + ",l")
+    found = hopper_counters.asm(together, [pointer], code, ",".join([f"={letter}"] * lanes) + ",l")
     return [llvm.extractvalue(kind, found, [lane]) for lane in range(lanes)]
 
 
@@ -180,9 +188,3 @@ def _equal(value: Any, number: int) -> Any:
     from jaxlib.mlir.dialects import arith
 
     return arith.cmpi(arith.CmpIPredicate.eq, value, utils.c(number, value.type))
-
-
-def _asm(result: Any, operands: list[Any], code: str, constraints: str) -> Any:
-    from jaxlib.mlir.dialects import llvm
-
-    return llvm.inline_asm(result, operands, code, constraints, has_side_effects=True)

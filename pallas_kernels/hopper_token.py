@@ -140,7 +140,7 @@ def _fixed(values: Any) -> Any:
 def _cut(shifted: Any) -> list[Any]:
     """The three limbs, int8."""
     size = shifted.shape[0]
-    vector = math.gcd(size // THREADS, VECTOR)
+    vector = neighbours(size)
     if hopper.interpreting() or vector % 4:
         found = [lax.shift_right_logical(shifted, jnp.full_like(shifted, 8 * limb)) ^ 0x80 for limb in range(LIMBS)]
         return [limb.astype(jnp.int8) for limb in found]
@@ -245,14 +245,19 @@ def places_of(inputs: int) -> list[Any]:
     return [*(pl.ds(begin, size) for begin in range(0, whole, size)), *([pl.ds(whole, inputs - whole)] if whole < inputs else [])]
 
 
-def pieces_of(load: Callable[[Any], Any], inputs: int) -> list[Piece]:
-    """A token of so many inputs."""
-    return [Piece(place, load(place)) for place in places_of(inputs)]
+def pieces_of(token: Any) -> list[Piece]:
+    """A token [inputs] in memory, in registers, `strided`."""
+    return [Piece(place, hopper.load(token.at[place], strided(place.size))) for place in places_of(token.shape[0])]
 
 
 def strided(size: int) -> Any:
-    """So many numbers in a warpgroup's registers, up to 8 neighbours in each thread."""
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // THREADS, VECTOR))
+    """So many numbers in a warpgroup's registers."""
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=neighbours(size))
+
+
+def neighbours(size: int) -> int:
+    """How many of so many numbers that lie side by side are one thread's, in `strided`."""
+    return math.gcd(size // THREADS, VECTOR)
 
 
 def together(pair: Callable[[Any, Any], Any], all_of: Callable[[Any], Any], values: Sequence[Any]) -> Any:

@@ -17,10 +17,9 @@ from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch, hopper
 from pallas_kernels.hopper import ACC, COLUMNS, TILE
-from pallas_kernels.hopper_token import LIMBS, MOST_INPUTS, PAD, Limbs, pieces_of, strided
+from pallas_kernels.hopper_token import LIMBS, MOST_INPUTS, PAD, THREADS, Limbs, pieces_of
 
 TOKEN = Limbs()
-THREADS = 128  # of a warpgroup
 ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)  # of a tile: what one product of int8 can have
 STAGE, STAGES = 32768, 12  # bytes of a block and blocks on their way, at most
 REGISTERS = [232, 40]  # of a thread: of the consumer and of the producer
@@ -115,7 +114,7 @@ def _body(plan: Plan, x: Any, weight: Any, scales: Any, out: Any, scratch: Scrat
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
-        factor = TOKEN.put(pieces_of(partial(_load, x), plan.inputs), scratch.limbs)
+        factor = TOKEN.put(pieces_of(x), scratch.limbs)
         lax.fori_loop(0, mine, lambda number, _: _consume(plan, scales, out, scratch, number, factor), None)
 
     @pl.when(warpgroup == 1)
@@ -132,10 +131,6 @@ def _produce(plan: Plan, weight: Any, scratch: Scratch, used: Any) -> None:
     pl.when(used >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
     block = weight.at[pl.ds(tile * plan.rows, plan.rows), pl.ds(place * plan.block, plan.block)]
     plgpu.copy_gmem_to_smem(block, scratch.weight.at[slot], scratch.full.at[slot])
-
-
-def _load(x: Any, place: Any) -> Any:
-    return hopper.load(x.at[place], strided(place.size))
 
 
 def _consume(plan: Plan, scales: Any, out: Any, scratch: Scratch, number: Any, factor: Any) -> None:

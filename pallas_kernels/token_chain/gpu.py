@@ -12,7 +12,6 @@ link on its own is the whole kernel without mail; so the interpreter, which know
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +24,11 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import dispatch, hopper, hopper_counters, hopper_mail, tuning
 from pallas_kernels.hopper import ACC, COLUMNS, TILE
-from pallas_kernels.hopper_token import MOST_INPUTS, LeftSide, Limbs, Piece, Same, places_of, strided, together
+from pallas_kernels.hopper_mail import Mail
+from pallas_kernels.hopper_token import MOST_INPUTS, THREADS, LeftSide, Limbs, Piece, Same, pieces_of, places_of, together
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form
 
-THREADS = 128  # of a warpgroup
 ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128)  # of a tile: what one product of int8 can have
 WIDTHS = (512, 256, 128)  # bytes of a row of a block
 SLOTS, STAGES = (16384, 32768), 12  # bytes of a slot, and slots at most
@@ -233,12 +232,12 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
         plgpu.set_max_registers(REGISTERS[0], action="increase")
-        half = None if refs.counters is None else hopper_mail.half(refs.counters)
+        mail = None if refs.counters is None else Mail.of(refs.counters)
         for number in range(len(plan.links)):
-            factor = _enter(plan, refs, scratch, number, half)
-            if half is not None and number == 0:
-                hopper_mail.clear(refs.counters, half, worker, plan.workers)
-            consume = partial(_consume, plan, refs, scratch, number, half, factor)
+            factor = _enter(plan, refs, scratch, number, mail)
+            if mail is not None and number == 0:
+                mail.clear(worker, plan.workers)
+            consume = partial(_consume, plan, refs, scratch, number, mail, factor)
             lax.fori_loop(0, mine[number], lambda index, _, run=consume, begin=begins[number]: run(begin, index), None)
         if refs.counters is not None:
             hopper_counters.leave(refs.counters, plan.workers)
@@ -270,15 +269,14 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, 
         plgpu.copy_gmem_to_smem(weight.at[rows, columns], target.at[pl.ds(part * half, half)], full)
 
 
-def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any) -> Any:
+def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, mail: Mail | None) -> Any:
     """Make a link's inputs the left side of its products; the factor that its results are multiplied by."""
     link = plan.links[number]
-    places = places_of(link.inputs)
     if not link.normed:
-        return plan.left.put(_given(plan, refs, number, half, places), scratch.token)
-    stream = _stream(plan, refs, number, half, places)
-    weights = [_load(refs.norms[_norms_before(plan, number)], place) for place in places]  # all that need not wait is loaded first
-    pieces = _added(plan, stream, _given(plan, refs, number, half, places))
+        return plan.left.put(_given(plan, refs, number, mail), scratch.token)
+    stream = _stream(plan, refs, number, mail)
+    weights = pieces_of(refs.norms[_norms_before(plan, number)])  # all that need not wait is loaded first
+    pieces = _added(plan, stream, _given(plan, refs, number, mail))
     if not any(later.normed for later in plan.links[number + 1 :]):
         pl.when(lax.axis_index("worker") == 0)(partial(_write, refs.total, pieces))
     wide = [values.astype(jnp.float32) for _, values in pieces]
@@ -286,7 +284,7 @@ def _enter(plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any) -> 
     root = lax.rsqrt(squares * (1.0 / link.inputs) + link.form.epsilon)
     normed = [
         Piece(place, _normed(plan, link.form, values * root, weight.astype(jnp.float32)))
-        for place, values, weight in zip(places, wide, weights, strict=True)
+        for values, (place, weight) in zip(wide, weights, strict=True)
     ]
     return plan.left.put(normed, scratch.token)
 
@@ -296,12 +294,12 @@ def _write(ref: Any, pieces: list[Piece]) -> None:
         ref.at[place][...] = values
 
 
-def _stream(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) -> list[Piece]:
+def _stream(plan: Plan, refs: Refs, number: int, mail: Mail | None) -> list[Piece]:
     """The residual stream that a link's inputs are added to: with what all earlier ones with a norm were given."""
-    found = [Piece(place, _load(refs.held, place)) for place in places]
+    found = pieces_of(refs.held)
     for earlier in range(number):
         if plan.links[earlier].normed:
-            found = _added(plan, found, _given(plan, refs, earlier, half, places))
+            found = _added(plan, found, _given(plan, refs, earlier, mail))
     return found
 
 
@@ -311,17 +309,12 @@ def _added(plan: Plan, held: list[Piece], given: list[Piece]) -> list[Piece]:
     return [Piece(piece.place, values.astype(plan.dtype)) for piece, values in zip(held, sums, strict=True)]
 
 
-def _given(plan: Plan, refs: Refs, number: int, half: Any, places: list[Any]) -> list[Piece]:
+def _given(plan: Plan, refs: Refs, number: int, mail: Mail | None) -> list[Piece]:
     """What a link is given: x, or all results of the link before, once they are there."""
-    if not number:
-        return [Piece(place, _load(refs.x, place)) for place in places]
-    found = []
-    for size, alike in groupby(places, key=lambda place: place.size):
-        of_size = list(alike)
-        first = _first(plan, number - 1) + of_size[0].start
-        taken = hopper_mail.take(refs.counters, half, first, size, len(of_size), plan.dtype)
-        found += [Piece(place, values) for place, values in zip(of_size, taken, strict=True)]
-    return found
+    if mail is None or not number:
+        return pieces_of(refs.x)
+    places = places_of(plan.links[number].inputs)
+    return [Piece(*piece) for piece in zip(places, mail.take(_first(plan, number - 1), places, plan.dtype), strict=True)]
 
 
 def _first(plan: Plan, number: int) -> int:
@@ -340,13 +333,7 @@ def _normed(plan: Plan, form: Form, scaled: Any, weight: Any) -> Any:
     return (scaled.astype(plan.dtype).astype(jnp.float32) * weight).astype(plan.dtype)
 
 
-def _load(ref: Any, place: Any) -> Any:
-    return hopper.load(ref.at[place], strided(place.size))
-
-
-def _consume(
-    plan: Plan, refs: Refs, scratch: Scratch, number: int, half: Any, factor: Any, begin: Any, index: Any
-) -> None:
+def _consume(plan: Plan, refs: Refs, scratch: Scratch, number: int, mail: Any, factor: Any, begin: Any, index: Any) -> None:
     """The results of this worker's next tile of a link."""
     link, tile = plan.links[number], lax.axis_index("worker") + index * plan.workers
     size = link.rows // (2 if link.form.gated else 1)
@@ -362,7 +349,7 @@ def _consume(
     found = [(part * scale).astype(plan.dtype).astype(jnp.float32) for part, scale in zip(parts, scales, strict=True)]
     result = found[0] / (1.0 + jnp.exp(-found[0])) * found[1] if link.form.gated else found[0]
     if number < len(plan.links) - 1:
-        hopper_mail.post(refs.counters, half, _first(plan, number) + tile * size, result.astype(plan.dtype))
+        mail.post(_first(plan, number) + tile * size, result.astype(plan.dtype))
     else:
         hopper.store(refs.out.at[pl.ds(tile * size, size)], result.astype(plan.dtype))
 
