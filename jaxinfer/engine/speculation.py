@@ -120,7 +120,7 @@ class Speculator:
         self.allowance = Allowance(plain=lambda size: self.costs.seconds(size))
 
     def asks(self, rows: int) -> bool:
-        """Whether the next step of so many rows may have drafts; False takes no time, and where drafts do not pay holds for the next few."""
+        """Whether the next step of so many rows may have drafts; False takes no time. Where drafts do not pay it holds for some steps."""
         size = self._size(rows)
         pace = self._paces[size]
         if pace.quiet is not None:
