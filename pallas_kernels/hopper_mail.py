@@ -18,8 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper_counters
-from pallas_kernels.hopper import COLUMNS
-from pallas_kernels.hopper_token import THREADS, neighbours, strided
+from pallas_kernels.hopper_token import OWN, THREADS, neighbours, strided, thread
 
 MOST = 2 * hopper_counters.HALF  # numbers that a kernel sends at most
 LOOKED_AT = 4  # vectors of a thread, at most, that are looked at again and again
@@ -48,10 +47,10 @@ class Mail(NamedTuple):
         parts = hopper_counters.HALF // CLEARED
         lax.fori_loop(0, lax.div(parts - worker + workers - 1, jnp.int32(workers)), part, None)
 
-    def post(self, first: Any, values: Any) -> None:
-        """Send values [n], in `COLUMNS`, as the numbers from `first` on (a multiple of 8, like n)."""
-        words = self.counters.at[pl.ds(self.half + lax.div(first, jnp.int32(2)), values.shape[0] // 2)]
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), COLUMNS))(_post)(words, values)
+    def post(self, first: Any, values: Any, size: int) -> None:
+        """Send what the first `size` threads have of values, `OWN`, as the numbers from `first` on (both multiples of 4)."""
+        words = self.counters.at[pl.ds(self.half + lax.div(first, jnp.int32(2)), size // 2)]
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN))(partial(_post, size))(words, values)
 
     def take(self, first: int, places: Sequence[Any], dtype: Any) -> list[Any]:
         """The numbers of each place among those from `first` on, once they have come, in registers, `strided`. All of one size are waited
@@ -65,31 +64,26 @@ class Mail(NamedTuple):
         return found
 
 
-def _post(_: Any, words: Any, values: Any) -> None:
-    """A pair of columns is in every fourth lane's registers, in each warp's: four lanes store, warps in turns."""
+def _post(size: int, _: Any, words: Any, values: Any) -> None:
+    """Each thread stores its own."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
-    word = ir.IntegerType.get_signless(32)
-    thread = _thread()
-    row, column = arith.shrui(thread, utils.c(2, word)), arith.andi(thread, utils.c(3, word))
-    for number, pair in enumerate(values.registers.flat):
-        with utils.when(_equal(row, number % 4 * 8)):
-            pointer = _address(words, arith.addi(column, utils.c(4 * number, word)), 4)
-            hopper_counters.asm(None, [pointer, _turned(utils.bitcast(pair, word))], "st.relaxed.gpu.global.b32 [$0], $1;", "l,r")
+    mine = thread()
+    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, mine, utils.c(size, mine.type))):
+        number = _turned(utils.bitcast(values.registers.flat[0], ir.IntegerType.get_signless(16)))
+        hopper_counters.asm(None, [_address(words, mine, 2), number], "st.relaxed.gpu.global.b16 [$0], $1;", "l,h")
 
 
-def _turned(pair: Any) -> Any:
-    """All bits of two numbers turned over; one that would read as nothing (no conversion makes it) becomes another NaN."""
+def _turned(number: Any) -> Any:
+    """All bits turned over; what would read as nothing (no conversion makes it) becomes another NaN."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir.dialects import arith
 
-    found = arith.xori(pair, utils.c(-1, pair.type))
-    for half in (0x0000FFFF, -0x10000):
-        absent = _equal(arith.andi(found, utils.c(half, pair.type)), 0)
-        found = arith.select(absent, arith.ori(found, utils.c(half & -0x7FFF8000, pair.type)), found)
-    return found
+    found = arith.xori(number, utils.c(-1, number.type))
+    absent = arith.cmpi(arith.CmpIPredicate.eq, found, utils.c(0, number.type))
+    return arith.select(absent, utils.c(-0x8000, number.type), found)
 
 
 def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, ...]:
@@ -103,10 +97,10 @@ def _take(size: int, count: int, dtype: Any, _: Any, words: Any) -> tuple[Any, .
 
     word, vector = ir.IntegerType.get_signless(32), neighbours(size)
     utils.warpgroup_barrier()
-    begin = arith.muli(_thread(), utils.c(vector, word))
+    begin = arith.muli(thread(), utils.c(vector, word))
     places = range(0, size * count, THREADS * vector)
     if len(places) > LOOKED_AT:
-        one = arith.muli(arith.remui(_thread(), utils.c(len(places), word)), utils.c(THREADS * vector, word))
+        one = arith.muli(arith.remui(thread(), utils.c(len(places), word)), utils.c(THREADS * vector, word))
         _loaded([_address(words, arith.addi(begin, one), 2)], vector)
         utils.warpgroup_barrier()
     pointers = [_address(words, arith.addi(begin, utils.c(at, word)), 2) for at in places]
@@ -166,25 +160,9 @@ def _load(pointer: Any, lanes: int, kind: Any) -> list[Any]:
     return [llvm.extractvalue(kind, found, [lane]) for lane in range(lanes)]
 
 
-def _thread() -> Any:
-    """A thread's number in its warpgroup."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    number = utils.thread_idx()
-    return arith.andi(number, utils.c(THREADS - 1, number.type))
-
-
 def _address(ref: Any, index: Any, size: int) -> Any:
     """Where the element of so many bytes is."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
 
     return utils.getelementptr(utils.memref_ptr(ref), [index], ir.IntegerType.get_signless(8 * size))
-
-
-def _equal(value: Any, number: int) -> Any:
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    return arith.cmpi(arith.CmpIPredicate.eq, value, utils.c(number, value.type))

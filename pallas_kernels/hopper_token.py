@@ -1,14 +1,17 @@
-"""One token as the left side of products on Hopper GPUs, in registers; the weight is the right side, in shared memory as it is stored.
+"""One token as the right side of products on Hopper GPUs, in shared memory like the weight, which is the left side as it is stored.
 
-A product has 64 rows and the token is one, so what the others hold is free to choose. With weights of the token's own dtype (`Same`) every
-row is the token. With int8 weights (`Limbs`) the token becomes fixed point of 24 bits, cut into three int8 numbers, its limbs:
-x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor; row r holds limb r % 4, every fourth is left out of the sums. Those are integers, so exact
-in any order, joined in float32. An input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is larger; a token with an
-infinity or NaN gives NaN everywhere.
+A product has 64 rows at its left. A tile of a weight has fewer where that deals the weight out more evenly, and is folded then: its inputs
+fall into parts that lie below one another, so row `part * rows + r` is that part of the tile's row r. The token falls into the same parts,
+each a column or more at the right; of all sums those count where a part of the weight meets the same part of the token (`Fold`).
+
+With weights of the token's own dtype (`Same`) a part is one column. With int8 weights (`Limbs`) the token becomes fixed point of 24 bits, cut
+into three int8 numbers, its limbs: x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor; a part is three columns. Sums of those are integers, so
+exact in any order, joined in float32. An input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is larger; a token
+with an infinity or NaN gives NaN everywhere.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,16 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import COLUMNS, TILE, WHOLE
+from pallas_kernels.hopper import TILE
 
 THREADS, VECTOR = 128, 8  # of a warpgroup; inputs that a thread loads at once
 PIECES = (4096, 2048, 1024)  # inputs that are loaded at a time
-LIMBS, PAD = 3, 16  # rows of limbs, and bytes behind each, so that the rows lie in different banks
-PERIOD = 4  # rows of the left side after which limbs begin again; what the last holds does not count
+LIMBS = 3
 RANGE = 8355700.0  # what the largest input becomes: three signed bytes hold 8355711, and a quotient is rounded
 SHIFT, SHIFT_BITS = 1.5 * 2.0**23, 0x4B400000  # a float32 whose last bit is worth 1, and what it looks like
 LEAST = 2.0**-100  # of a token's largest: its factor is no denormal number
-MOST_INPUTS = 32768  # limbs leave room for three blocks; sums stay below 2^31
+MOST_INPUTS = 32768  # sums of limbs stay below 2^31
+SWIZZLE, COLUMNS = 128, 8  # bytes and columns of what shared memory keeps together
+OWN = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)  # a number for each thread
 
 
 class Piece(NamedTuple):
@@ -38,94 +42,243 @@ class Piece(NamedTuple):
     values: Any
 
 
-@runtime_checkable
-class LeftSide(Protocol):
-    """How a token meets a weight. room: shared memory that it is written to once; sums: dtype of what a product adds up."""
+class Fold(NamedTuple):
+    """How a weight's inputs are folded, and read in blocks of `block`."""
 
+    inputs: int
+    parts: int
+    block: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile."""
+        return TILE // self.parts
+
+    @property
+    def part(self) -> int:
+        """Inputs of a part."""
+        return self.inputs // self.parts
+
+    @property
+    def length(self) -> int:
+        """Blocks of a part."""
+        return self.part // self.block
+
+
+@runtime_checkable
+class RightSide(Protocol):
+    """How a token meets a weight. columns: of a part; stored, sums: dtypes of the weight and of what a product adds up."""
+
+    columns: int
+    stored: Any
     sums: Any
 
-    def room(self, inputs: int) -> Any:
-        """The shared memory for so many inputs."""
+    def put(self, pieces: Sequence[Piece], fold: Fold, room: Any) -> Any:
+        """Write the token, whose numbers have 16 bits, into its `room`; the factor that results are multiplied by."""
         ...
 
-    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
-        """Write the token, whose numbers have 16 bits; the factor that results are multiplied by."""
-        ...
-
-    def taken(self, room: Any, begin: Any, block: int) -> Any:
-        """So many inputs from `begin` on, as the left side [64, block] of a product."""
-        ...
-
-    def joined(self, sums: Any) -> Any:
-        """What a product's rows [64, columns] come to, as float32 [columns]."""
+    def joined(self, sums: Sequence[Any]) -> Any:
+        """A column's sums each, as one float32."""
         ...
 
 
 class Limbs:
     """For int8 weights."""
 
-    sums = jnp.int32
+    columns, stored, sums = LIMBS, jnp.int8, jnp.int32
 
-    def room(self, inputs: int) -> Any:
-        """Three rows of limbs."""
-        return plgpu.SMEM((LIMBS, inputs + PAD), jnp.int8)
-
-    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
+    def put(self, pieces: Sequence[Piece], fold: Fold, room: Any) -> Any:
         """Cut it into limbs."""
         wide = [piece.values.astype(jnp.float32) for piece in pieces]
         top = together(jnp.maximum, jnp.max, [jnp.abs(values) for values in wide])
         largest = jnp.maximum(top, LEAST)
         for piece, values in zip(pieces, wide, strict=True):
-            for limb, found in enumerate(_cut(_fixed(values * (RANGE / largest)))):
-                room.at[limb, piece.place][...] = found
+            write(fold, room, piece.place, _cut(_fixed(values * (RANGE / largest))))
         plgpu.commit_smem()
         return jnp.where(top < jnp.inf, largest * (1.0 / RANGE), jnp.nan)
 
-    def taken(self, room: Any, begin: Any, block: int) -> Any:
-        """The three limbs and the last once more, again and again."""
-        limbs = room.at[:, pl.ds(begin, block)]
-        if hopper.interpreting():
-            found = limbs[...]
-            return jnp.tile(jnp.concatenate([found, found[-1:]]), (TILE // PERIOD, 1))
-        made = plgpu.ShapeDtypeStruct((TILE, block), jnp.int8, layout=plgpu.Layout.WGMMA_8BIT)
-        return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_repeated, room.shape[1], block))(limbs)
-
-    def joined(self, sums: Any) -> Any:
+    def joined(self, sums: Sequence[Any]) -> Any:
         """Limbs by what they are worth."""
-        limb = plgpu.broadcasted_iota(jnp.int32, sums.shape, 0, layout=WHOLE) & (PERIOD - 1)
-        worth = jnp.where(limb == 0, 1.0, jnp.where(limb == 1, 2.0**8, jnp.where(limb == 2, 2.0**16, 0.0)))
-        return _first_rows(sums.astype(jnp.float32) * worth, PERIOD)
+        low, middle, high = (limb.astype(jnp.float32) for limb in sums)
+        return low + middle * 2.0**8 + high * 2.0**16
 
 
 class Same:
     """For weights of the token's dtype."""
 
-    sums = jnp.float32
+    columns, sums = 1, jnp.float32
 
     def __init__(self, dtype: Any) -> None:
-        self._dtype = dtype
+        self.stored = dtype
 
-    def room(self, inputs: int) -> Any:
-        """The token."""
-        return plgpu.SMEM((inputs,), self._dtype)
-
-    def put(self, pieces: Sequence[Piece], room: Any) -> Any:
+    def put(self, pieces: Sequence[Piece], fold: Fold, room: Any) -> Any:
         """Write it as it is."""
         for place, values in pieces:
-            room.at[place][...] = values
+            write(fold, room, place, [values])
         plgpu.commit_smem()
         return jnp.float32(1)
 
-    def taken(self, room: Any, begin: Any, block: int) -> Any:
-        """The token in every row."""
-        inputs = room.at[pl.ds(begin, block)]
-        if hopper.interpreting():
-            return jnp.broadcast_to(inputs[...], (TILE, block))
-        return lax.broadcast_in_dim(hopper.load(inputs, COLUMNS, coalesced=False), (TILE, block), [1])
+    def joined(self, sums: Sequence[Any]) -> Any:
+        """The only one."""
+        return sums[0]
 
-    def joined(self, sums: Any) -> Any:
-        """Any of the rows."""
-        return _first_rows(sums, 1)
+
+def columns_of(side: RightSide, fold: Fold) -> int:
+    """Columns of a product, those of all parts and what fills them up."""
+    return -(-side.columns * fold.parts // COLUMNS) * COLUMNS
+
+
+def room(side: RightSide, fold: Fold) -> tuple[int, int, int]:
+    """Shape of the shared memory (`hopper.swizzled`) for a token: blocks, columns, inputs of a block."""
+    return fold.length, columns_of(side, fold), fold.block
+
+
+def write(fold: Fold, room: Any, place: Any, columns: Sequence[Any]) -> None:
+    """Inputs, `strided` in registers, into the columns of their parts; each column of a part has numbers of its own."""
+    if hopper.interpreting():
+        for begin, size, target in _runs(fold, place):
+            for number, values in enumerate(columns):
+                room.at[target.block, target.part * len(columns) + number, pl.ds(target.input, size)][...] = values[begin : begin + size]
+        return
+    layout = strided(place.size)
+    bits = jnp.dtype(columns[0].dtype).itemsize * 8
+    wanted = plgpu.RefType((plgpu.TilingTransform((COLUMNS, SWIZZLE * 8 // bits)), plgpu.SwizzleTransform(SWIZZLE)))
+    plgpu.inline_mgpu(arg_types=(wanted, *([layout] * len(columns))))(partial(_write, fold, place.start, bits // 8))(room, *columns)
+
+
+class Target(NamedTuple):
+    """Where an input lies: its part, and in that which block and which input of it."""
+
+    part: int
+    block: int
+    input: int
+
+
+def _runs(fold: Fold, place: Any) -> Iterator[tuple[int, int, Target]]:
+    """Inputs of a place that lie side by side in one block: from which one on, how many, and where."""
+    at = place.start
+    while at < place.start + place.size:
+        part, inner = divmod(at, fold.part)
+        block, begin = divmod(inner, fold.block)
+        size = min(fold.block - begin, place.start + place.size - at)
+        yield at - place.start, size, Target(part, block, begin)
+        at += size
+
+
+def _write(fold: Fold, begin: int, size: int, _: Any, room: Any, *columns: Any) -> None:
+    """size: bytes of a number. Shared memory keeps 8 columns by 128 bytes together, and of column c 16 bytes at i in place of i xor c."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+
+    def c(value: int) -> Any:
+        return utils.c(value, word)
+
+    vector = columns[0].layout.vec_size
+    pointer, across = utils.memref_ptr(room), -(-len(columns) * fold.parts // COLUMNS)
+    own = arith.muli(thread(), c(vector))
+    for index in range(columns[0].registers.size):
+        at = arith.addi(own, c(begin + index * THREADS * vector))
+        part = arith.divui(at, c(fold.part))
+        along = arith.muli(arith.remui(at, c(fold.part)), c(size))  # bytes
+        block, inner = arith.divui(along, c(fold.block * size)), arith.remui(along, c(fold.block * size))
+        for number, values in enumerate(columns):
+            column = arith.addi(arith.muli(part, c(len(columns))), c(number))
+            line = arith.andi(column, c(COLUMNS - 1))
+            tiles = arith.addi(
+                arith.muli(arith.addi(arith.muli(block, c(across)), arith.divui(column, c(COLUMNS))), c(fold.block * size // SWIZZLE)),
+                arith.divui(inner, c(SWIZZLE)),
+            )
+            lane = arith.xori(arith.andi(inner, c(SWIZZLE - 1)), arith.shli(line, c(4)))
+            offset = arith.addi(arith.addi(arith.muli(tiles, c(COLUMNS * SWIZZLE)), arith.muli(line, c(SWIZZLE))), lane)
+            llvm.store(values.registers.flat[index], utils.getelementptr(pointer, [offset], byte))
+
+
+def meeting(fold: Fold, side: RightSide, sums: Any, first: int, size: int) -> Any:
+    """What the products `sums` [64, columns] in shared memory come to for the tile's rows from `first` on, `size` of them: float32, `OWN`,
+    again and again. All threads have to have written."""
+    if hopper.interpreting():
+        found = sums[...].reshape(fold.parts, fold.rows, -1)[:, first : first + size]
+        each = [sum(found[part, :, part * side.columns + number] for part in range(fold.parts)) for number in range(side.columns)]
+        return jnp.tile(side.joined(each), THREADS // size)
+    made = (plgpu.ShapeDtypeStruct((THREADS,), side.sums, layout=OWN),) * side.columns
+    met = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=made)(partial(_met, fold, side.columns, first, size))(sums)
+    return side.joined(met)
+
+
+def _met(fold: Fold, columns: int, first: int, size: int, _: Any, sums: Any) -> tuple[Any, ...]:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    word, kind = ir.IntegerType.get_signless(32), ir.MemRefType(sums.type).element_type
+    width, whole = ir.MemRefType(sums.type).shape[1], isinstance(kind, ir.IntegerType)
+    add = arith.addi if whole else arith.addf
+    row = arith.addi(arith.andi(thread(), utils.c(size - 1, word)), utils.c(first, word))
+    begin = utils.getelementptr(utils.memref_ptr(sums), [arith.muli(row, utils.c(width, word))], kind)
+    found = []
+    for number in range(columns):
+        places = [part * fold.rows * width + part * columns + number for part in range(fold.parts)]
+        found.append(reduce(add, [llvm.load(kind, utils.getelementptr(begin, [utils.c(place, word)], kind)) for place in places]))
+    return tuple(own_number(values, signed=True if whole else None) for values in found)
+
+
+def own(ref: Any) -> Any:
+    """Numbers [n] in memory (n a divisor of 128), one for each thread, again and again, `OWN`."""
+    if hopper.interpreting():
+        return jnp.tile(ref[...], THREADS // ref.shape[0])
+
+    def load(_: Any, ref: Any) -> Any:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+
+        kind = ir.MemRefType(ref.type)
+        place = arith.andi(thread(), utils.c(kind.shape[0] - 1, ir.IntegerType.get_signless(32)))
+        return own_number(llvm.load(kind.element_type, utils.getelementptr(utils.memref_ptr(ref), [place], kind.element_type)))
+
+    return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((THREADS,), ref.dtype, layout=OWN))(load)(ref)
+
+
+def leave(ref: Any, values: Any) -> None:
+    """Write the numbers [n] of the first n threads, `OWN`."""
+    if hopper.interpreting():
+        ref[...] = values[: ref.shape[0]]
+        return
+
+    def store(_: Any, ref: Any, values: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+        from jaxlib.mlir.dialects import vector as vectors
+
+        kind, mine = ir.MemRefType(ref.type), thread()
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, mine, utils.c(kind.shape[0], mine.type))):
+            number = vectors.extract(values.registers.flat[0], [], [0])
+            llvm.store(number, utils.getelementptr(utils.memref_ptr(ref), [mine], kind.element_type))
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), OWN))(store)(ref, values)
+
+
+def own_number(value: Any, *, signed: bool | None = None) -> Any:
+    """A thread's number as an array, `OWN`."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector as vectors
+
+    registers = np.array([vectors.from_elements(ir.VectorType.get((1,), value.type), [value])], dtype=object)
+    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGStridedFragLayout((THREADS,), 1), _is_signed=signed)
+
+
+def thread() -> Any:
+    """A thread's number in its warpgroup."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    number = utils.thread_idx()
+    return arith.andi(number, utils.c(THREADS - 1, number.type))
 
 
 def _fixed(values: Any) -> Any:
@@ -190,52 +343,6 @@ def _less_128(word: Any) -> Any:
     from jaxlib.mlir.dialects import arith
 
     return arith.xori(word, utils.c(0x80808080 - (1 << 32), word.type))
-
-
-def _repeated(stride: int, block: int, _: Any, limbs: Any) -> Any:
-    """Each thread's 4 neighbours of every 16 inputs: they are the same for all of its rows."""
-    from jax.experimental.mosaic.gpu import fragmented_array as layouts
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
-
-    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-    lane = arith.remui(utils.thread_idx(), utils.c(32, word))
-    row = arith.andi(arith.shrui(lane, utils.c(2, word)), utils.c(PERIOD - 1, word))
-    limb = arith.minui(row, utils.c(LIMBS - 1, word))
-    column = arith.shli(arith.andi(lane, utils.c(3, word)), utils.c(2, word))
-    begin = arith.addi(arith.muli(limb, utils.c(stride, word)), column)
-    loaded = []
-    for part in range(block // 16):
-        pointer = utils.getelementptr(utils.memref_ptr(limbs), [arith.addi(begin, utils.c(16 * part, word))], byte)
-        loaded.append(utils.bitcast(llvm.load(word, pointer), ir.VectorType.get((4,), byte)))
-    registers = np.empty(layouts.WGMMA_LAYOUT_8BIT.registers_shape((TILE, block)), dtype=object)
-    for place in np.ndindex(registers.shape):
-        registers[place] = loaded[place[1]]
-    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_LAYOUT_8BIT, _is_signed=True)
-
-
-def _first_rows(sums: Any, count: int) -> Any:
-    """The sum of the first `count` rows (1 or 4) of float32 [64, columns], of which all others are repetitions, in every thread."""
-    if hopper.interpreting():
-        return sums[:count].sum(axis=0)
-    made = plgpu.ShapeDtypeStruct((sums.shape[1],), jnp.float32, layout=COLUMNS)
-    return plgpu.inline_mgpu(arg_types=(WHOLE,), return_type=made)(partial(_over_lanes, count))(sums)
-
-
-def _over_lanes(count: int, _: Any, sums: Any) -> Any:
-    """Lanes 4 and 8 apart hold neighbouring rows of the same columns."""
-    from jax.experimental.mosaic.gpu import fragmented_array as layouts
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    registers = np.empty(layouts.WGMMA_COL_LAYOUT.registers_shape((sums.shape[1],)), dtype=object)
-    for place in np.ndindex(registers.shape):
-        found = sums.registers[(0, place[0], *[0] * (sums.registers.ndim - 2))]
-        for distance in (4, 8) if count == PERIOD else ():
-            found = arith.addf(found, utils.shfl_bfly(found, distance))
-        registers[place] = found
-    return layouts.FragmentedArray(_registers=registers, _layout=layouts.WGMMA_COL_LAYOUT, _is_signed=None)
 
 
 def places_of(inputs: int) -> list[Any]:

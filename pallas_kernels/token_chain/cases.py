@@ -116,7 +116,7 @@ CASES = (
     Case("layer", 128, 256, layer(256, 384, 512)),
     Case("layer_plain", 128, 256, layer(256, 384, 512), dtype="float16", weight="plain", slack=1e-3),
     Case("last", 384, 128, layer(128, 128, 0)[:3]),
-    Case("offset", 128, 128, (Part(144, normed=True, offset=1.0),), dtype="float16", slack=0.0),
+    Case("offset", 128, 128, (Part(192, normed=True, offset=1.0),), dtype="float16", slack=0.0),
     Case("gated", 640, 384, (Part(224, gated=True),), weight="plain"),
 )
 

@@ -25,9 +25,11 @@ def test_what_is_sent_is_waited_for_and_taken():
     def body(counters, out, scratch):
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
+        from pallas_kernels.hopper_token import OWN
+
         own = mail.Mail.of(counters)
         assert own.half.dtype == jnp.int32 and own.half.shape == ()
-        own.post(64 + 16 * lax.axis_index("block"), plgpu.layout_cast(jnp.zeros((16,), jnp.bfloat16), hopper.COLUMNS))
+        own.post(64 + 16 * lax.axis_index("block"), plgpu.layout_cast(jnp.zeros((128,), jnp.bfloat16), OWN), 16)
         found.extend(own.take(64, [pl.ds(0, 1024), pl.ds(1024, 1024), pl.ds(2048, 896)], jnp.bfloat16))
 
     counters = jnp.zeros((ROOM + 2 * HALF,), jnp.int32)

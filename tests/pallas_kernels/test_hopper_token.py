@@ -1,4 +1,4 @@
-"""How a token becomes the left side of products, and which numbers a thread holds."""
+"""How a token is cut and laid out as the right side of products, and which of their sums count."""
 
 import jax
 import jax.numpy as jnp
@@ -6,58 +6,71 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from tests.pallas_kernels.quantized_matmul.test_gpu_convert import tiled
 
 token = pytest.importorskip("pallas_kernels.hopper_token")
 SIDES = [token.Limbs(), token.Same(jnp.bfloat16)]
-
-
-def threads_of(layout, shape):
-    """[registers, lanes, numbers of a register] of the first warp: which number of an array each holds, from jax's own description."""
-    index = tiled(np.arange(np.prod(shape)).reshape(shape), layout)
-    warps, lanes = ([index.ndim + dim for dim in dims] for dims in (layout.warp_dims, layout.partitioned_lane_dims))
-    rest = [dim for dim in range(index.ndim) if dim not in (*warps, *lanes, index.ndim + layout.vector_dim)]
-    order = index.transpose((*warps, *rest, *lanes, index.ndim + layout.vector_dim))
-    return order.reshape(4, -1, 32, index.shape[layout.vector_dim])[0]
-
-
-def test_threads_hold_what_limbs_are_loaded_for(interpreted):
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    shape = layouts.WGMMA_LAYOUT_8BIT.registers_shape((64, 64))
-    held = threads_of(layouts.WGMMA_LAYOUT_8BIT, (64, 64))
-    for (_, part, *_), numbers in zip(np.ndindex(shape), held, strict=True):
-        for lane in range(32):
-            assert set(numbers[lane] // 64 % 4) == {lane // 4 % 4}
-            assert list(numbers[lane] % 64) == [16 * part + 4 * (lane % 4) + element for element in range(4)]
-
-
-def test_lanes_that_are_joined_hold_neighbouring_rows(interpreted):
-    layouts = pytest.importorskip("jax.experimental.mosaic.gpu.fragmented_array")
-    shape = layouts.WGMMA_LAYOUT.registers_shape((64, 32))
-    held = threads_of(layouts.WGMMA_LAYOUT, (64, 32))
-    first = [numbers for place, numbers in zip(np.ndindex(shape), held, strict=True) if not any(place[2:])]
-    for part, numbers in enumerate(first):
-        for lane in range(32):
-            assert set(numbers[lane] // 32) == {lane // 4}
-            assert list(numbers[lane] % 32) == [8 * part + 2 * (lane % 4) + element for element in range(2)]
+FOLDS = [(128, 1, 128), (512, 2, 128), (2048, 8, 256), (4224, 3, 128), (14336, 8, 256)]
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
-@pytest.mark.parametrize("inputs", [128, 640, 2048, 4224])
-def test_what_is_put_is_taken_and_joined(interpreted, side, inputs):
-    """A product with the unit matrix, block by block, gives the token back."""
-    x = jnp.asarray(np.random.default_rng(inputs).standard_normal(inputs) * 3, jnp.bfloat16)
+@pytest.mark.parametrize("shape", FOLDS, ids=str)
+def test_what_is_put_lies_where_products_look_for_it(interpreted, side, shape):
+    """A column for each limb of each part; the token comes back from them."""
+    fold = token.Fold(*shape)
+    x = jnp.asarray(np.random.default_rng(fold.inputs).standard_normal(fold.inputs) * 3, jnp.bfloat16)
+    room = token.room(side, fold)
 
-    def body(x, out, scratch):
-        (room,) = scratch
-        factor = side.put(token.pieces_of(x), room)
-        for begin in range(0, inputs, 128):
-            found = side.joined(side.taken(room, begin, 128).astype(side.sums)) * factor
-            out.at[token.pl.ds(begin, 128)][...] = found
+    def body(x, out, factors, scratch):
+        (shared,) = scratch
+        factor = side.put(token.pieces_of(x), fold, shared)
+        factors[...] = jnp.full((128,), 1.0) * factor
+        for block in range(fold.length):
+            out[block] = shared[block]
 
-    result = jax.ShapeDtypeStruct((inputs,), jnp.float32)
-    found = hopper.kernel(body, (side.room(inputs),), out_type=result, grid={"block": 1})(x)
-    np.testing.assert_allclose(found, np.asarray(x, np.float32), rtol=0, atol=2.0**-22 * float(jnp.abs(x).max()))
+    made = (jax.ShapeDtypeStruct(room, side.stored), jax.ShapeDtypeStruct((128,), jnp.float32))
+    found, factor = hopper.kernel(body, (hopper.swizzled(room, side.stored),), out_type=made, grid={"block": 1})(x)
+    columns = np.asarray(found, np.float64).transpose(1, 0, 2).reshape(room[1], fold.part)[: fold.parts * side.columns]
+    worth = 2.0 ** (8 * np.arange(side.columns))
+    again = np.einsum("pci,c->pi", columns.reshape(fold.parts, side.columns, fold.part), worth).ravel() * float(factor[0])
+    np.testing.assert_allclose(again, np.asarray(x, np.float64), rtol=0, atol=2.0**-22 * float(jnp.abs(x).max()))
+
+
+@pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
+@pytest.mark.parametrize(("parts", "first", "size"), [(1, 0, 64), (2, 16, 16), (8, 0, 8)])
+def test_sums_count_where_a_part_meets_itself(interpreted, side, parts, first, size):
+    fold = token.Fold(1024, parts, 128)
+    columns = token.columns_of(side, fold)
+    sums = jnp.asarray(np.random.default_rng(parts).integers(-9, 9, (64, columns)), side.sums)
+
+    def body(sums, out, scratch):
+        (shared,) = scratch
+        shared[...] = sums[...]
+        out[...] = token.meeting(fold, side, shared, first, size)
+
+    out = jax.ShapeDtypeStruct((token.THREADS,), jnp.float32)
+    found = hopper.kernel(body, (token.plgpu.SMEM(sums.shape, sums.dtype),), out_type=out, grid={"block": 1})(sums)
+    wanted = [
+        sum(
+            int(sums[part * fold.rows + first + row, part * side.columns + limb]) * 2.0 ** (8 * limb)
+            for part in range(parts)
+            for limb in range(side.columns)
+        )
+        for row in range(size)
+    ]
+    assert np.array_equal(found, np.tile(wanted, token.THREADS // size))
+
+
+@pytest.mark.parametrize("shape", FOLDS, ids=str)
+@pytest.mark.parametrize("place", [(0, 128), (0, 4096), (4096, 128), (2048, 2048)])
+def test_runs_cover_a_place(shape, place):
+    fold, (start, size) = token.Fold(*shape), place
+    if start + size > fold.inputs:
+        start, size = 0, fold.inputs
+    seen = []
+    for begin, count, target in token._runs(fold, token.pl.ds(start, size)):
+        assert count > 0 and target.input + count <= fold.block and len(seen) == begin
+        seen += [target.part * fold.part + target.block * fold.block + target.input + step for step in range(count)]
+    assert seen == list(range(start, start + size))
 
 
 def test_bytes_of_words(monkeypatch):

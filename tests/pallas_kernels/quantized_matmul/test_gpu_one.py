@@ -1,14 +1,14 @@
-"""What becomes of one token, how its weight is dealt out, and which numbers a thread holds (the contract test runs it over the cases)."""
+"""What becomes of one token (the contract test runs it over the cases)."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper
+from pallas_kernels.hopper_token import MOST_INPUTS
 
 one = pytest.importorskip("pallas_kernels.quantized_matmul.gpu_one")
-SHAPES = [(24, 128), (40, 384), (136, 640), (48, 4224)]  # outputs, inputs: with two workers one has fewer tiles of the second and third
+SHAPES = [(24, 1024), (64, 384), (192, 640), (48, 4608)]  # outputs, inputs: with two workers one has fewer tiles of the first
 
 
 def drawn(outputs, inputs, scale=1.0, seed=0):
@@ -44,7 +44,7 @@ def test_against_float64(interpreted, shape, scale):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-35, 1e-38, 1e-40])
 def test_tiny_tokens_neither_overflow_nor_grow(interpreted, scale):
-    x, weight, scales = drawn(40, 384, scale)
+    x, weight, scales = drawn(64, 384, scale)
     found = one.multiply(x, weight, scales, out_dtype=jnp.dtype(jnp.float32))
     assert far_off(found, x, weight, scales) < 1 and (scale > 0 or not found.any())
 
@@ -53,39 +53,29 @@ def test_the_largest_sums_are_exact(interpreted):
     """All limbs at their largest meet -128; longer tokens have room, too."""
     x, weight, scales = jnp.full((1, 4096), -1.0, jnp.bfloat16), jnp.full((8, 4096), -128, jnp.int8), jnp.ones((8, 1), jnp.float32)
     np.testing.assert_allclose(one.multiply(x, weight, scales, out_dtype=jnp.dtype(jnp.float32)), 4096 * 128, rtol=3e-7)
-    assert 128 * 128 * one.MOST_INPUTS < 2**31
+    assert 128 * 128 * MOST_INPUTS < 2**31
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_a_token_that_is_not_finite_gives_nan(interpreted, bad):
-    x, weight, scales = drawn(24, 128)
+    x, weight, scales = drawn(64, 128)
     assert jnp.isnan(one.multiply(x.at[0, 77].set(bad), weight, scales, out_dtype=jnp.dtype(jnp.float32))).all()
 
 
 def test_an_output_depends_on_its_own_row_alone(interpreted):
     """The same bits, too, where a weight is dealt out in other tiles, inside jit or not."""
-    x, weight, scales = drawn(48, 384)
+    x, weight, scales = drawn(96, 1024)
     whole = jax.jit(lambda *given: one.multiply(*given, out_dtype=jnp.dtype(jnp.float32)))(x, weight, scales)
     part = one.multiply(x, weight[8:32], scales[8:32], out_dtype=jnp.dtype(jnp.float32))
-    assert one.plan_of(48, 384).rows != one.plan_of(24, 384).rows
+    folds = [one.hopper_links.plan_of([one.Link(1024, rows)], x.dtype, weight.dtype, one.SIZES).folds[0].parts for rows in (96, 24)]
+    assert folds[0] != folds[1]
     assert np.array_equal(whole[:, 8:32], part)
 
 
-@pytest.mark.parametrize("inputs", [128, 384, 4096, 14336, 16256, one.MOST_INPUTS])
-@pytest.mark.parametrize("outputs", [8, 200, 4096, 6144, 28672, 128256])
-@pytest.mark.parametrize("interpreting", [False, True])
-def test_every_plan_covers_the_weight_and_fits(monkeypatch, inputs, outputs, interpreting):
-    monkeypatch.setattr(hopper, "cores", lambda: 132)
-    monkeypatch.setattr(hopper, "interpreting", lambda: interpreting)
-    plan = one.plan_of(outputs, inputs)
-    assert plan.tiles * plan.rows == outputs and plan.length * plan.block == inputs
-    assert plan.workers <= plan.tiles and plan.workers <= 132 and plan.stages >= 2
-    held = one.LIMBS * (inputs + one.PAD) + (64 * plan.block if interpreting else 0)
-    assert plan.stages * plan.rows * plan.block + held <= hopper.SHARED_BYTES - 2048
-
-
-@pytest.mark.parametrize(("shape", "busiest"), [((6144, 4096), 48), ((4096, 14336), 32), ((28672, 4096), 224)])
-def test_an_8b_layer_is_dealt_out_evenly(monkeypatch, shape, busiest):
-    monkeypatch.setattr(hopper, "cores", lambda: 132)
-    plan = one.plan_of(*shape)
-    assert -(-plan.tiles // plan.workers) * plan.rows == busiest
+@pytest.mark.parametrize(
+    ("changes", "fits"),
+    [({}, True), ({"tokens": 2}, False), ({"in": 96}, False), ({"in": 384, "out": 200}, False), ({"in": 1024, "out": 200}, True), ({"in": 0}, False)],
+)
+def test_what_fits(changes, fits):
+    key = {"tokens": 1, "in": 4096, "out": 6144, "weight": "int8", "group": 0, "activations": "float", "dtype": "bfloat16"}
+    assert one.fits(key | changes) == fits
