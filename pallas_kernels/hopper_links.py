@@ -23,7 +23,20 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import hopper, hopper_counters, hopper_token
 from pallas_kernels.hopper import ACC, TILE
 from pallas_kernels.hopper_mail import Mail
-from pallas_kernels.hopper_token import COLUMNS, MOST_INPUTS, SWIZZLE, Fold, Limbs, Piece, RightSide, Same, columns_of, pieces_of, places_of, together
+from pallas_kernels.hopper_token import (
+    COLUMNS,
+    MOST_INPUTS,
+    SWIZZLE,
+    Fold,
+    Limbs,
+    Piece,
+    RightSide,
+    Same,
+    columns_of,
+    pieces_of,
+    places_of,
+    together,
+)
 
 PARTS = (1, 2, 4, 8)  # of a fold
 SLOTS, STAGES = (16384, 32768), 12  # bytes of a slot, and slots at most
@@ -155,7 +168,9 @@ def plan_of(links: Sequence[Link], dtype: Any, stored: Any, sizes: Sizes, made: 
     stages = min((hopper.SHARED_BYTES - 2048 - held) // sizes.slot, STAGES)
     tiles = max(link.outputs // fold.rows for link, fold in zip(links, chosen, strict=True))
     dtype = jnp.dtype(dtype)
-    return Plan(tuple(links), tuple(chosen), min(cores, tiles), stages, sizes.slot, dtype, stored, dtype if made is None else jnp.dtype(made))
+    return Plan(
+        tuple(links), tuple(chosen), min(cores, tiles), stages, sizes.slot, dtype, stored, dtype if made is None else jnp.dtype(made)
+    )
 
 
 def run(
@@ -189,15 +204,17 @@ def _run(
     """Compiled as a function, so that a model's layers lower it once. interpreted only keeps traces for the interpreter apart."""
     normed, several = any(link.normed for link in plan.links), len(plan.links) > 1
     given = (x, *([held] if normed else []), weights, scales, norms, *([counters] if several else []))
-    made = (jax.ShapeDtypeStruct((plan.links[-1].results,), plan.made), *([jax.ShapeDtypeStruct(x.shape if held is None else held.shape, plan.dtype)] * normed))
+    made = (
+        jax.ShapeDtypeStruct((plan.links[-1].results,), plan.made),
+        *([jax.ShapeDtypeStruct(x.shape if held is None else held.shape, plan.dtype)] * normed),
+    )
 
     def body(*refs: Any) -> None:
-        x, *refs, scratch = refs
-        held = refs.pop(0) if normed else None
-        weights, scales, norms, *refs = refs
-        counters = refs.pop(0) if several else None
-        out, total = refs if normed else (*refs, None)
-        _body(plan, Refs(x, held, weights, scales, norms, counters, out, total), _named(plan, scratch))
+        left = iter(refs)
+        x, held = next(left), next(left) if normed else None
+        weights, scales, norms = next(left), next(left), next(left)
+        shared, out, total = next(left) if several else None, next(left), next(left) if normed else None
+        _body(plan, Refs(x, held, weights, scales, norms, shared, out, total), _named(plan, next(left)))
 
     kernel = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=REGISTERS)
     out, *total = kernel(*given)
@@ -215,8 +232,13 @@ def _scratch(plan: Plan) -> tuple[Any, ...]:
 
 def _named(plan: Plan, made: tuple[Any, ...]) -> Scratch:
     ring, token, sums, full, free = made
-    named = [dict(zip(names, each, strict=True)) for names, each in ((plan.blocks, ring), (plan.rooms, token), (plan.columns, sums))]
-    return Scratch(*named, full, free)
+    return Scratch(
+        dict(zip(plan.blocks, ring, strict=True)),
+        dict(zip(plan.rooms, token, strict=True)),
+        dict(zip(plan.columns, sums, strict=True)),
+        full,
+        free,
+    )
 
 
 def _copies(plan: Plan) -> int:

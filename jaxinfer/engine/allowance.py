@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-SHARE = 0.008
+SHARE = 0.005
 START = 2.0
 GAINED = 6.0
 MOST = 16.0  # what is saved up for a dear trial
@@ -48,9 +48,9 @@ class Allowance:
         gain = self._open[size].tokens - self._open[size].seconds / self.plain(size)
         return settled + (max(gain, min(0.0, DEEPEST - settled)) if gain < 0 else max(0.0, min(gain, GAINED - settled)))
 
-    def earn(self, size: int) -> None:
-        """A step without drafts was made."""
-        self._settled[size] = min(self._settled.get(size, self.start) + self.share, self.most)
+    def earn(self, size: int, steps: int = 1) -> None:
+        """So many steps without drafts were made."""
+        self._settled[size] = min(self._settled.get(size, self.start) + self.share * steps, self.most)
 
     def owe(self, size: int, seconds: float, tokens: float) -> None:
         """A step because of drafts took so long, and brought so many tokens for each of its rows."""

@@ -66,12 +66,6 @@ class Seen(NamedTuple):
         return len(self.batch.rows)
 
     @property
-    def usual(self) -> bool:
-        """Whether it is a plain step as all are where there are no drafts."""
-        plain = self.bucket.decode_tokens == 1 and not self.bucket.prefill_tokens
-        return plain and self.steady and self.alike and not self.followed and self.seconds > 0
-
-    @property
     def way(self) -> Way:
         """How it was run."""
         return way_of(self.batch, self.bucket, followed=self.followed)

@@ -33,7 +33,7 @@ from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
-from jaxinfer.engine.speculation import Candidate, Seen
+from jaxinfer.engine.speculation import Candidate, Rest, Seen
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import IMPOSSIBLE, NOT_FINITE, Sampled
@@ -64,8 +64,8 @@ class _Active:
 
 @dataclass
 class _Flight:
-    """A batch on the devices, not committed yet. steady: launched behind another. alone: without the draft model. `sampled` is None until
-    its sampler is launched."""
+    """A batch on the devices, not committed yet. steady: launched behind another. alone: without the draft model. rest: of the speculator,
+    that it belongs to. `sampled` is None until its sampler is launched."""
 
     batch: Batch
     packed: Packed
@@ -74,6 +74,7 @@ class _Flight:
     host_gap: float
     steady: bool
     alone: bool = False
+    rest: Rest | None = None
     scored: Scored | None = None
     sampled: Sampled | Verified | None = None
 
@@ -148,7 +149,9 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule one batch, launch it on the devices, commit what the one before produced; [] when nothing became final."""
-        outputs, drafts = self._propose() if self.speculator is not None else ([], {})
+        speculator = self.speculator
+        resting = speculator is None or (speculator.rest is not None and speculator.rest.left > 0)
+        outputs, drafts = ([], {}) if resting else self._propose()
         batch = self.scheduler.schedule(drafts)
         flight = None if batch is None else self._launch(batch)
         outputs += self._take_pending()
@@ -215,11 +218,12 @@ class Engine:
             self._admit(admission)
         self.last_packed = packed = pack(batch, self.program.config.bucket_for(batch))
         idle = all(flight.done for flight in self._flights)
-        alone = self.speculator is not None and self.speculator.leaves_out(batch)
+        rest = None if self.speculator is None else self.speculator.rests(batch)
+        alone = self.speculator is not None and (rest is not None or self.speculator.leaves_out(batch))
         computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None, alone=alone)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         steady = bool(self._flights) or not self._depth
-        return _Flight(batch, packed, computed, begun, gap, steady, alone, self.program.score(packed, computed))
+        return _Flight(batch, packed, computed, begun, gap, steady, alone, rest, self.program.score(packed, computed))
 
     def _land(self, left: int) -> list[Output]:
         """Commit the oldest flights until so many are left."""
@@ -379,7 +383,9 @@ class Engine:
     def _measure(self, flight: _Flight, drawn: int) -> None:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
         padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
-        if self.speculator is not None:
+        if flight.rest is not None:
+            flight.rest.ends.append(now)
+        elif self.speculator is not None:
             followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)
             ahead = next(((later.packed.shapes.bucket, later.alone) for later in self._flights), None if self._depth else this)
             self.speculator.observe(Seen(batch, shapes.bucket, since and now - since, drawn, flight.steady, followed, ahead == this))

@@ -20,8 +20,7 @@ class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
     drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
     they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts. wide,
-    returns: steps with drafts, and plain ones that waited for one; these fade. quiet: what plain steps took that are still to be taken
-    in, while nothing is to be decided; None: each is looked at."""
+    returns: steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
@@ -32,7 +31,6 @@ class Pace:
     apart: int = APART
     wide: float = WIDE
     returns: float = RETURNS
-    quiet: list[float] | None = None
 
     @property
     def calm(self) -> bool:
@@ -52,13 +50,21 @@ class Pace:
 
     def plain(self, *, steady: bool) -> None:
         """One without was made; steady: behind another."""
-        self.apart += 1
-        if self.apart > APART:
-            self.until = FIRST
-        if self.apart % OLD == 0:
-            self.wide, self.returns = WIDE, RETURNS
+        self._away(1)
         if steady:
             self.age, self.looks = 0, max(0, self.looks - 1)
+
+    def rested(self, steps: int) -> None:
+        """So many without were made, where nothing was due."""
+        self._away(steps)
+        self.age = 0
+
+    def _away(self, steps: int) -> None:
+        before, self.apart = self.apart, self.apart + steps
+        if self.apart > APART:
+            self.until = FIRST
+        if self.apart // OLD > before // OLD:
+            self.wide, self.returns = WIDE, RETURNS
 
     def returned(self) -> None:
         """One without had to wait for one with drafts."""

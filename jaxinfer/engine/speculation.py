@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from jaxinfer.batch import DRAFTED, Batch, Row
@@ -40,9 +41,9 @@ FRESH, AGAIN = 256, 5  # after so many steps with drafts, at first fewer, a few 
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
-ASKING = 0.004  # of a plain step is what each plain step earns for being asked where drafts do not pay
+ASKING = 0.003  # of a plain step is what each plain step earns for being asked where drafts do not pay
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
-QUIET = 8  # plain steps that are taken in together where nothing is to be decided
+RESTING = 32  # plain steps at most that are neither asked for nor looked at, where nothing is to be decided
 
 
 class Candidate(NamedTuple):
@@ -84,6 +85,16 @@ class Plan(NamedTuple):
 
 
 @dataclass
+class Rest:
+    """Plain steps of so many rows, one behind another, for which nobody is asked and at which nobody looks: an engine only notes when each
+    of them ended. (In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long.)"""
+
+    rows: int
+    left: int
+    ends: list[float] = field(default_factory=list)
+
+
+@dataclass
 class _Since:
     """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
     or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. waited: drafts were wanted that a
@@ -98,7 +109,7 @@ class _Since:
 @dataclass
 class Speculator:
     """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks). unseen: steps with
-    drafts are launched behind others, as plain ones are. clock: seconds."""
+    drafts are launched behind others, as plain ones are. clock: seconds. rest: what an engine need not ask or tell about, if anything."""
 
     proposers: Sequence[Proposer]
     drafts: int
@@ -112,6 +123,7 @@ class Speculator:
     history: History = field(default_factory=History)
     allowance: Allowance = field(init=False)
     asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 4.0))
+    rest: Rest | None = None
     _about: Sequences = field(default_factory=Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _since: _Since = field(default_factory=_Since)
@@ -120,20 +132,44 @@ class Speculator:
         self.allowance = Allowance(plain=lambda size: self.costs.seconds(size))
 
     def asks(self, rows: int) -> bool:
-        """Whether the next step of so many rows may have drafts; False takes no time. Where drafts do not pay it holds for some steps."""
+        """Whether the next step of so many rows may have drafts; False takes no time. Where drafts do not pay a `rest` may begin."""
+        self.wake()
         size = self._size(rows)
-        pace = self._paces[size]
-        if pace.quiet is not None:
-            if len(pace.quiet) < QUIET:
-                return False
-            self._take_in(size)
-        known = self.costs.known(size)
+        pace, known = self._paces[size], self.costs.known(size)
         wanted = not pace.looks and (pace.drafting or self.asking.affords(size, 0.0))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
-        if not found and known and pace.calm and not self._since.waited:
-            pace.quiet = []
+        if not found and known and self._may_rest(pace):
+            self.rest = Rest(rows, RESTING)
         return found
+
+    def _may_rest(self, pace: Pace) -> bool:
+        since, followed = self._since, not pace.out and any(proposer.DEVICE for proposer in self.proposers)
+        return pace.calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
+
+    def rests(self, batch: Batch) -> Rest | None:
+        """The rest that a step belongs to. One that has prompts or other rows than those before ends it."""
+        rest = self.rest
+        if rest is None or not rest.left:
+            return None
+        if batch.prefills or len(batch.decodes) != rest.rows:
+            self.wake()
+            return None
+        rest.left -= 1
+        return rest
+
+    def wake(self) -> None:
+        """End a rest: its steps are taken in, all at once; the first only says when the second began."""
+        rest, self.rest = self.rest, None
+        if rest is None:
+            return
+        size, steps = self._size(rest.rows), [end - begin for begin, end in pairwise(rest.ends)]
+        self._about.missed += RESTING - rest.left
+        self._paces[size].rested(len(steps))
+        for seconds in steps:
+            self.costs.take(PLAIN, size, seconds)
+        self.allowance.earn(size, len(steps))
+        self.asking.earn(size, len(steps))
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
@@ -162,8 +198,7 @@ class Speculator:
         size = self._size(len(batch.rows))
         self._about.begin(batch)
         pace = self._paces[size]
-        quiet = pace.quiet is not None and pace.out and not batch.prefills
-        if not quiet and self._keeps_up(batch, size, pace):
+        if self._keeps_up(batch, size, pace):
             if pace.out and not batch.prefills:
                 pace.looks = AGAIN  # a few behind those show what it takes that the draft model keeps up
             pace.out = False
@@ -196,11 +231,6 @@ class Speculator:
         """Take in a step."""
         since, size = self._since, self._size(step.rows)
         pace = self._paces[size]
-        if pace.quiet is not None:
-            if step.usual and not (since.seconds or since.wanted or since.waited or since.owed):
-                pace.quiet.append(step.seconds)
-                return
-            self._take_in(size)
         self._since = _Since(waited=since.waited)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
@@ -249,16 +279,6 @@ class Speculator:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
         self.allowance.earn(size)
         self.asking.earn(size)
-
-    def _take_in(self, size: int) -> None:
-        """Take in the quiet steps of a size."""
-        pace = self._paces[size]
-        for seconds in pace.quiet or ():
-            pace.plain(steady=True)
-            self.costs.take(PLAIN, size, seconds)
-            self.allowance.earn(size)
-            self.asking.earn(size)
-        pace.quiet = None
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
         """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""
@@ -358,4 +378,3 @@ def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:
     if kind != "lookup" and model:
         found.append(EagleProposer() if head else DraftProposer())
     return found
-

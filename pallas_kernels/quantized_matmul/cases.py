@@ -81,7 +81,7 @@ class Case:
 
 CASES = (
     Case("one", tokens=1, features=96, outputs=200),
-    Case("one_narrow", tokens=1, features=384, outputs=200, dtype="bfloat16"),
+    Case("one_narrow", tokens=1, features=1024, outputs=200, dtype="bfloat16"),
     Case("one_half", tokens=1, features=640, outputs=128, dtype="float16", rows=64),
     Case("few", tokens=5, features=384, outputs=64, dtype="bfloat16"),
     Case("many", tokens=70, features=64, outputs=128),

@@ -1,5 +1,8 @@
-"""One token times an int8 weight with a scale for each row, on Hopper GPUs: a kernel of one link (`hopper_links`). The weight goes from shared
-memory to the tensor cores as it is stored and meets the token's limbs (`hopper_token.Limbs`); nothing converts it."""
+"""One token times an int8 weight with a scale for each row, on Hopper GPUs: a kernel of one link (`hopper_links`).
+
+The weight goes from shared memory to the tensor cores as it is stored and meets the token's limbs (`hopper_token.Limbs`): nothing converts
+it.
+"""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8

@@ -28,10 +28,9 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     for number in range(int(key.get("links", 0))):
         link = Link(int(key[f"in{number}"]), int(key[f"out{number}"]), gated=True)  # what is not needs less
         if link.inputs % THREADS or link.inputs > MOST_INPUTS or not hopper_links.folds(link, stored, SLOTS[0]):
-            return (
-                f"its kernel takes inputs in multiples of {THREADS} up to {MOST_INPUTS} and outputs in multiples of 64, or of 32 or 16 where"
-                f" half or a quarter of a row is a multiple of 128 bytes, not {link.inputs} and {link.outputs}"
-            )
+            wanted = f"inputs in multiples of {THREADS} up to {MOST_INPUTS} and outputs in multiples of 64"
+            else_ = "of 32 or 16 where half or a quarter of a row is a multiple of 128 bytes"
+            return f"its kernel takes {wanted}, or {else_}, not {link.inputs} and {link.outputs}"
     return None
 
 
@@ -64,7 +63,7 @@ def token_chain(
         flat = [None if scale is None else scale.reshape(-1) for scale in some_scales]
         shared = counters if counters is not None or len(links) == 1 else hopper_counters.made()
         value, total = hopper_links.run(value, total, some_weights, flat, some_norms, shared, plan=plan)
-    return value[None], total[None]
+    return value[None], held if total is None else total[None]
 
 
 def links_of(weights: Sequence[Any], norms: Sequence[Any], forms: Sequence[Form]) -> list[Link]:

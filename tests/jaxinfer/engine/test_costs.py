@@ -15,7 +15,6 @@ from jaxinfer.engine.costs import (
     RECENT,
     START,
     Costs,
-    Seen,
     Way,
     measure,
     way_of,
@@ -126,12 +125,3 @@ def test_every_way_is_measured_for_all_rows(speculating):
     assert costs.ways == [WIDE, MODEL]
     assert all(costs.ratio(way, rows) > 0 for way in (FOLLOWED, WIDE, MODEL) for rows in (1, 2, 4))
     assert all(seconds > 0 for seconds in costs.table().values()) and {PLAIN, ALONE} <= {way for way, _ in costs.table()}
-
-
-@pytest.mark.parametrize(
-    ("changes", "usual"),
-    [({}, True), ({"seconds": 0.0}, False), ({"steady": False}, False), ({"alike": False}, False), ({"followed": True}, False),
-     ({"bucket": Bucket(0, 0, 1, 3)}, False), ({"bucket": Bucket(32, 1, 1)}, False)],
-)  # fmt: skip
-def test_a_step_as_where_there_are_no_drafts(changes, usual):
-    assert Seen(**{"batch": Batch((), ()), "bucket": Bucket(0, 0, 1), "seconds": 1.0, "drawn": 1} | changes).usual is usual

@@ -11,11 +11,11 @@ from jaxinfer.engine import speculation
 from jaxinfer.engine.allowance import LEAST, SHARE, START
 from jaxinfer.engine.costs import ALONE, FOLLOWED, KNOWN, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
-from jaxinfer.engine.pace import FIRST, PATIENT
+from jaxinfer.engine.pace import APART, FIRST, PATIENT
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, ASKING, QUIET, SAVED, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, ASKING, RESTING, SAVED, Candidate, Speculator
 from jaxinfer.engine.thoughts import UNSEEN
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
@@ -80,6 +80,25 @@ def test_without_overlap(arranged, reference):
         assert_whole(run(engine, *VARIETY), reference)
     finally:
         engine._depth = 1
+
+
+@pytest.mark.parametrize("names", [("LookupProposer",), ("DraftProposer",)], ids=["lookup", "draft"])
+def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, names):
+    engine = arranged(*names)
+    made, rests = engine.speculator, []
+    begin = made.rests
+    monkeypatch.setattr(made, "rests", lambda batch: rests.append(begin(batch)) or rests[-1])
+    for size in range(1, 9):
+        made._paces[size].drafting, made._paces[size].apart, made._paces[size].out = False, APART + 1, True
+        made.asking.charge(size, 1.0)
+    monkeypatch.setattr(made.costs, "known", lambda rows: True)
+    missed = made._about.missed
+    assert_whole(run(engine, *VARIETY), reference)
+    begun = [rest for rest in rests if rest is not None]
+    ended = sum(len(rest.ends) for rest in {id(rest): rest for rest in begun}.values())
+    assert len(begun) > 10 and ended == len(begun)
+    made.wake()
+    assert made._about.missed - missed >= len(begun)
 
 
 def test_where_drafts_do_not_pay_the_draft_model_is_left_out(arranged, reference, monkeypatch):
@@ -270,41 +289,56 @@ def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
     assert all(asked[:PATIENT]) and abs(sum(asked[PATIENT:]) - 400 * ASKING / 0.1) < 3  # each takes a tenth of a step
 
 
-def test_where_drafts_do_not_pay_steps_are_taken_in_together(monkeypatch):
-    made, alone = speculator(Fixed((7, 8, 9)), wide=9.0), speculator(Fixed((7, 8, 9)), wide=9.0)
-    made._paces[1].drafting = alone._paces[1].drafting = False
-    for each in (made, alone):
-        each.asking.charge(1, 1.0)  # nobody can be asked for a while
-    monkeypatch.setattr(type(alone._paces[1]), "calm", property(lambda pace: pace is not alone._paces[1] and pace.apart > FIRST))
-    taken, counted = made.costs.take, []
-    monkeypatch.setattr(made.costs, "take", lambda way, rows, seconds: (counted.append(len(seen)), taken(way, rows, seconds)))
-    seen = []
-    for number in range(20 * QUIET + 1):
-        for each in (made, alone):
-            assert not each.asks(1)
-            observed(each, seconds=1.0 + number % 5)
-        seen.append(number)
-    assert max(counted.count(step) for step in set(counted)) > QUIET / 2  # together
-    assert made._paces[1].quiet is not None and len(made._paces[1].quiet) <= QUIET
-    made._take_in(1)
-    assert made.costs.seconds(1) == alone.costs.seconds(1) and made.asking.balance(1) == pytest.approx(alone.asking.balance(1))
-    assert made.allowance.balance(1) == pytest.approx(alone.allowance.balance(1))
+def resting(proposer=None, **costs):
+    """A speculator of one that does not pay and for which nobody can be asked for a while, and its next plain step."""
+    made = speculator(proposer or Fixed((7, 8, 9)), wide=9.0, **costs)
+    made.asking.charge(1, 1.0)
+    pace = made._paces[1]
+    pace.drafting, pace.apart = False, APART + 1
+    return made, Batch((drafted("0", ()),), ())
+
+
+def test_where_drafts_do_not_pay_nobody_looks_at_steps_for_a_while():
+    made, batch = resting()
+    assert not made.asks(1) and made.rest is not None
+    rests = [made.rests(batch) for _ in range(RESTING)]
+    assert all(rest is made.rest for rest in rests) and made.rests(batch) is None
+    before, balance, earned = made._paces[1].apart, made.allowance.balance(1), made.asking.balance(1)
+    made.rest.ends += [10.0 + 2 * number for number in range(RESTING - 1)]  # one is still on its way
+    assert not made.asks(1) and made.rest is not rests[0]
+    steps = RESTING - 2
+    assert made._paces[1].apart == before + steps and made.costs.seconds(1) == 2.0
+    assert made.allowance.balance(1) == pytest.approx(balance + SHARE * steps)
+    assert made.asking.balance(1) == pytest.approx(earned + ASKING * steps)
+    assert made._about.missed == RESTING
+
+
+@pytest.mark.parametrize("other", [Batch((drafted("0", ()), drafted("1", ())), ()), Batch((drafted("0", ()),), (drafted("1", ()),))])
+def test_other_rows_and_prompts_end_a_rest(other):
+    made, batch = resting()
+    assert not made.asks(1) and made.rests(batch) is not None
+    assert made.rests(other) is None and made.rest is None and made.rests(batch) is None
+    assert made._about.missed == 1
+
+
+@pytest.mark.parametrize("change", [{"apart": APART}, {"looks": 1}, {"drafting": True}])
+def test_nobody_rests_while_something_is_due(change):
+    made, batch = resting()
+    for name, value in change.items():
+        setattr(made._paces[1], name, value)
     made.asks(1)
-    assert made._paces[1].quiet == []
-    made.observe(Seen(Batch((drafted("0", ()),), ()), Bucket(0, 0, 1), 2.0, 1, steady=False))
-    assert made._paces[1].quiet is None  # something is different
+    assert made.rest is None and made.rests(batch) is None
 
 
-def test_a_draft_model_that_keeps_up_from_what_was_saved_is_not_left_out_because_all_is_quiet():
-    made = speculator(Fixed((DRAFTED,) * 3, "draft", device=True), model=9.0)
+def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():
+    made, _ = resting(Fixed((DRAFTED,) * 3, "draft", device=True), model=9.0)
     made.costs.set(FOLLOWED, 1, 1.1)
     pace, rows = made._paces[1], (drafted("0", ()),)
-    pace.drafting, pace.out = False, True
-    made.asking.charge(1, 1.0)  # nobody can be asked for a while
+    pace.out = True
     made.allowance.charge(1, -SAVED)
     assert not made.leaves_out(Batch((), rows, (Admission(rows[0].request, 0),))) and not pace.out
     for _ in range(3):
-        assert not made.asks(1) and not made.leaves_out(Batch(rows, ()))
+        assert not made.asks(1) and made.rest is None and not made.leaves_out(Batch(rows, ()))
         made.observe(Seen(Batch(rows, ()), Bucket(0, 0, 1), 1.1, 1, followed=True))
 
 

@@ -40,14 +40,14 @@ def test_one_token_of_int8_has_a_kernel_of_its_own():
     first, *others = chosen(1, 4096, 6144)
     assert first == gpu.ONE._asdict() == gpu.heuristic("gpu", Case("x", 1, 4096, 6144, dtype="bfloat16").tuning_key())
     assert others == chosen(2, 4096, 6144) and len(others) > 2
-    assert chosen(1, 384, 200, rows=8) == chosen(1, 384, 200, dtype="float16") == [gpu.ONE._asdict(), gpu.XLA._asdict()]
+    assert chosen(1, 1024, 200, rows=8) == chosen(1, 1024, 200, dtype="float16") == [gpu.ONE._asdict(), gpu.XLA._asdict()]
     for changes in ({"weight": "fp8"}, {"weight": "int4", "group": 128}, {"group": 128}, {"activations": "int8"}, {"dtype": "float32"}):
         assert gpu.ONE._asdict() not in chosen(1, 4096, 6144, **changes)
 
 
 def test_one_token_is_taken_where_the_kernel_of_few_refuses(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    key = Case("x", 1, 384, 200, dtype="float16").tuning_key()
+    key = Case("x", 1, 1024, 200, dtype="float16").tuning_key()
     assert gpu.refusal(H200, key) is None
     assert "float16" in gpu.refusal(H200, key | {"tokens": 2}) and "Hopper" in gpu.refusal(dispatch.Target("gpu", "NVIDIA A100"), key)
 

@@ -74,7 +74,14 @@ def test_an_output_depends_on_its_own_row_alone(interpreted):
 
 @pytest.mark.parametrize(
     ("changes", "fits"),
-    [({}, True), ({"tokens": 2}, False), ({"in": 96}, False), ({"in": 384, "out": 200}, False), ({"in": 1024, "out": 200}, True), ({"in": 0}, False)],
+    [
+        ({}, True),
+        ({"tokens": 2}, False),
+        ({"in": 96}, False),
+        ({"in": 384, "out": 200}, False),
+        ({"in": 1024, "out": 200}, True),
+        ({"in": 0}, False),
+    ],
 )
 def test_what_fits(changes, fits):
     key = {"tokens": 1, "in": 4096, "out": 6144, "weight": "int8", "group": 0, "activations": "float", "dtype": "bfloat16"}
