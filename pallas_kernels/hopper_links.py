@@ -39,21 +39,23 @@ from pallas_kernels.hopper_token import (
 )
 
 PARTS = (1, 2, 4, 8)  # of a fold
-SLOTS, STAGES = (16384, 32768), 12  # bytes of a slot, and slots at most
-ROOMS = (65536, 45056)  # bytes of shared memory that a token may take, if it can do with so few
+SLOTS, STAGES, LEAST = (16384, 32768), 12, 3  # bytes of a slot; slots at most, and at least
+FLYING = (65536, 49152, 98304)  # bytes that are on their way at most
+ROOM = 65536  # bytes of shared memory that a token may take, if it can do with so few
 REGISTERS = [232, 40]  # of a thread: of the consumer and of the producer
 
 
 class Sizes(NamedTuple):
-    """Bytes of a slot of the ring, and of the token's room."""
+    """Bytes of a slot of the ring, and bytes that are on their way at most: copies that wait for each other in front of the memory keep
+    what blocks of threads send each other waiting as well."""
 
     slot: int
-    room: int
+    flying: int
 
 
 class Link(NamedTuple):
-    """A matmul with a weight [outputs, inputs]. gated: silu of the first half of its results times the second half; epsilon: of the root mean
-    square norm of the residual stream that comes before, None if there is none; offset: added to the norm's weight."""
+    """A matmul with a weight [outputs, inputs]. gated: silu of the first half of its results times the second half; epsilon: of the root
+    mean square norm of the residual stream that comes before, None if there is none; offset: added to the norm's weight."""
 
     inputs: int
     outputs: int
@@ -74,13 +76,14 @@ class Link(NamedTuple):
 
 class Plan(NamedTuple):
     """Static shape of a kernel: links, how the weight of each is folded, `workers` blocks of threads, each with `stages` slots of `slot`
-    bytes; dtypes of token, weights and results."""
+    bytes, `flying` of them on their way at most; dtypes of token, weights and results."""
 
     links: tuple[Link, ...]
     folds: tuple[Fold, ...]
     workers: int
     stages: int
     slot: int
+    flying: int
     dtype: Any
     stored: Any
     made: Any
@@ -140,37 +143,43 @@ def right_of(stored: Any) -> RightSide:
 
 
 def folds(link: Link, stored: Any, slot: int) -> list[Fold]:
-    """The ways in which a link's weight can be folded; none: no kernel."""
-    size, found = jnp.dtype(stored).itemsize, []
+    """The ways in which a link's weight can be folded such that the token fits; none: no kernel."""
+    size, right, found = jnp.dtype(stored).itemsize, right_of(stored), []
     for parts in PARTS:
         rows, part = TILE // parts, link.inputs // parts
         whole = link.inputs % parts == 0 and part * size % SWIZZLE == 0 and link.outputs % rows == 0
         if whole and link.inputs <= MOST_INPUTS and rows >= COLUMNS * (2 if link.gated else 1):
             widths = [slot // TILE >> shift for shift in range(4) if slot // TILE >> shift >= SWIZZLE]
-            found.append(Fold(link.inputs, parts, next(width for width in widths if part * size % width == 0) // size))
+            fold = Fold(link.inputs, parts, next(width for width in widths if part * size % width == 0) // size)
+            found += [fold] if _room(right, fold) + LEAST * slot <= _shared(columns_of(right, fold)) else []
     return found
 
 
-def plan_of(links: Sequence[Link], dtype: Any, stored: Any, sizes: Sizes, made: Any = None) -> Plan:
-    """How weights are dealt out: so that the busiest worker has least to do, in few parts if the token has room for that. made: dtype of the
-    results, the token's if None."""
-    cores, right, size = hopper.cores(), right_of(stored), jnp.dtype(stored).itemsize
+def _room(right: RightSide, fold: Fold) -> int:
+    """Bytes of a token."""
+    return columns_of(right, fold) * fold.part * jnp.dtype(right.stored).itemsize
 
-    def room(fold: Fold) -> int:
-        return columns_of(right, fold) * fold.part * size
+
+def _shared(columns: int) -> int:
+    """Bytes of shared memory for the ring and the token, beside sums of products."""
+    return hopper.SHARED_BYTES - 2048 - TILE * 4 * columns
+
+
+def plan_of(links: Sequence[Link], dtype: Any, stored: Any, sizes: Sizes, made: Any = None) -> Plan:
+    """How weights are dealt out: so that the busiest worker has least to do, in few parts if the token has room for that. made: dtype of
+    the results, the token's if None."""
+    cores, right, dtype = hopper.cores(), right_of(stored), jnp.dtype(dtype)
 
     def worth(link: Link, fold: Fold) -> tuple[int, ...]:
         busiest = -(-link.outputs // fold.rows // cores) * fold.rows
-        return max(room(fold) - sizes.room, 0), busiest, fold.parts
+        return max(_room(right, fold) - ROOM, 0), busiest, fold.parts
 
     chosen = [min(folds(link, stored, sizes.slot), key=partial(worth, link)) for link in links]
-    held = max(map(room, chosen)) + TILE * 4 * max(columns_of(right, fold) for fold in chosen)
-    stages = min((hopper.SHARED_BYTES - 2048 - held) // sizes.slot, STAGES)
-    tiles = max(link.outputs // fold.rows for link, fold in zip(links, chosen, strict=True))
-    dtype = jnp.dtype(dtype)
-    return Plan(
-        tuple(links), tuple(chosen), min(cores, tiles), stages, sizes.slot, dtype, stored, dtype if made is None else jnp.dtype(made)
-    )
+    shared = _shared(max(columns_of(right, fold) for fold in chosen)) - max(_room(right, fold) for fold in chosen)
+    stages = min(shared // sizes.slot, STAGES)
+    workers = min(cores, max(link.outputs // fold.rows for link, fold in zip(links, chosen, strict=True)))
+    flying = max(min(sizes.flying // sizes.slot, stages), 1)
+    return Plan(tuple(links), tuple(chosen), workers, stages, sizes.slot, flying, dtype, stored, dtype if made is None else jnp.dtype(made))
 
 
 def run(
@@ -283,6 +292,9 @@ def _produce(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, 
     column = lax.rem(used, jnp.int32(fold.length)) * fold.block
     slot = lax.rem(begin + used, jnp.int32(plan.stages))
     pl.when(begin + used >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
+    if plan.flying < plan.stages:
+        landed = scratch.full.at[lax.rem(begin + used + plan.stages - plan.flying, jnp.int32(plan.stages))]
+        pl.when(begin + used >= plan.flying)(lambda: plgpu.barrier_wait(landed))
     target, full, halves = scratch.ring[fold.block].at[slot], scratch.full.at[slot], 2 if link.gated else 1
     size = fold.rows // halves
     for part in range(fold.parts):

@@ -4,15 +4,16 @@ A product has 64 rows at its left. A tile of a weight has fewer where that deals
 fall into parts that lie below one another, so row `part * rows + r` is that part of the tile's row r. The token falls into the same parts,
 each a column or more at the right; of all sums those count where a part of the weight meets the same part of the token (`Fold`).
 
-With weights of the token's own dtype (`Same`) a part is one column. With int8 weights (`Limbs`) the token becomes fixed point of 24 bits, cut
-into three int8 numbers, its limbs: x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor; a part is three columns. Sums of those are integers, so
-exact in any order, joined in float32. An input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is larger; a token
-with an infinity or NaN gives NaN everywhere.
+With weights of the token's own dtype (`Same`) a part is one column. With int8 weights (`Limbs`) the token becomes fixed point of 24 bits,
+cut into three int8 numbers, its limbs: x = (limb 0 + 2^8 limb 1 + 2^16 limb 2) * factor; a part is three columns. Sums of those are
+integers, so exact in any order, joined in float32. An input is off by less than 2^-23 of the token's largest, or of 2^-100 if that is
+larger; a token with an infinity or NaN gives NaN everywhere.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
+from itertools import product
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -166,34 +167,45 @@ def _runs(fold: Fold, place: Any) -> Iterator[tuple[int, int, Target]]:
 
 
 def _write(fold: Fold, begin: int, size: int, _: Any, room: Any, *columns: Any) -> None:
-    """size: bytes of a number. Shared memory keeps 8 columns by 128 bytes together, and of column c 16 bytes at i in place of i xor c."""
+    """size: bytes of a number. Shared memory keeps 8 columns by 128 bytes together, and of column c 16 bytes at i in place of i xor c.
+    Where a register of all threads lies in one part and in whole blocks, a thread's places differ from one to the next by a constant."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
-    word, byte = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+    word, byte, vector = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), columns[0].layout.vec_size
+    step, line, across = THREADS * vector, fold.block * size, -(-len(columns) * fold.parts // COLUMNS)
 
     def c(value: int) -> Any:
         return utils.c(value, word)
 
-    vector = columns[0].layout.vec_size
-    pointer, across = utils.memref_ptr(room), -(-len(columns) * fold.parts // COLUMNS)
-    own = arith.muli(thread(), c(vector))
-    for index in range(columns[0].registers.size):
-        at = arith.addi(own, c(begin + index * THREADS * vector))
-        part = arith.divui(at, c(fold.part))
-        along = arith.muli(arith.remui(at, c(fold.part)), c(size))  # bytes
-        block, inner = arith.divui(along, c(fold.block * size)), arith.remui(along, c(fold.block * size))
-        for number, values in enumerate(columns):
-            column = arith.addi(arith.muli(part, c(len(columns))), c(number))
-            line = arith.andi(column, c(COLUMNS - 1))
-            tiles = arith.addi(
-                arith.muli(arith.addi(arith.muli(block, c(across)), arith.divui(column, c(COLUMNS))), c(fold.block * size // SWIZZLE)),
-                arith.divui(inner, c(SWIZZLE)),
-            )
-            lane = arith.xori(arith.andi(inner, c(SWIZZLE - 1)), arith.shli(line, c(4)))
-            offset = arith.addi(arith.addi(arith.muli(tiles, c(COLUMNS * SWIZZLE)), arith.muli(line, c(SWIZZLE))), lane)
-            llvm.store(values.registers.flat[index], utils.getelementptr(pointer, [offset], byte))
+    def offset(along: Any, column: Any) -> Any:
+        """Of the byte `along` of a part's column, which may be a number or a constant."""
+        block, inner = arith.divui(along, c(line)), arith.remui(along, c(line))
+        tile = arith.addi(arith.muli(block, c(across)), arith.divui(column, c(COLUMNS)))
+        tile = arith.addi(arith.muli(tile, c(line // SWIZZLE)), arith.divui(inner, c(SWIZZLE)))
+        row = arith.andi(column, c(COLUMNS - 1))
+        lane = arith.xori(arith.andi(inner, c(SWIZZLE - 1)), arith.shli(row, c(4)))
+        return arith.addi(arith.addi(arith.muli(tile, c(COLUMNS * SWIZZLE)), arith.muli(row, c(SWIZZLE))), lane)
+
+    def moved(index: int, number: int) -> Any:
+        """Constants alone."""
+        part, inside = divmod(begin + index * step, fold.part)
+        column = part * len(columns) + number
+        tile = (inside * size // line * across + column // COLUMNS) * (line // SWIZZLE)
+        return utils.getelementptr(lines[column % COLUMNS], [tile * COLUMNS * SWIZZLE], byte)
+
+    def found(index: int, number: int) -> Any:
+        at = arith.addi(own, c(begin + index * step))
+        column = arith.addi(arith.muli(arith.divui(at, c(fold.part)), c(len(columns))), c(number))
+        return utils.getelementptr(pointer, [offset(arith.muli(arith.remui(at, c(fold.part)), c(size)), column)], byte)
+
+    pointer, own = utils.memref_ptr(room), arith.muli(thread(), c(vector))
+    even = fold.part % step == 0 and step * size % line == 0 and begin % step == 0
+    rows = range(COLUMNS if even else 0)
+    lines = [utils.getelementptr(pointer, [offset(arith.muli(own, c(size)), c(row))], byte) for row in rows]
+    for index, number in product(range(columns[0].registers.size), range(len(columns))):
+        llvm.store(columns[number].registers.flat[index], (moved if even else found)(index, number))
 
 
 def meeting(fold: Fold, side: RightSide, sums: Any, first: int, size: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import dispatch, hopper, hopper_counters, hopper_links, hopper_mail, tuning
-from pallas_kernels.hopper_links import ROOMS, SLOTS, Link, Sizes
+from pallas_kernels.hopper_links import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form
@@ -41,7 +41,7 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring."""
-    return [Sizes(slot, room)._asdict() for slot in SLOTS for room in ROOMS]
+    return [Sizes(slot, flying)._asdict() for slot in SLOTS for flying in FLYING]
 
 
 def token_chain(

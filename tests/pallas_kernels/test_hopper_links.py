@@ -20,17 +20,18 @@ def a_card(monkeypatch):
     monkeypatch.setattr(hopper, "cores", lambda: 132)
 
 
-def plan_of(chain, stored, slot, room):
-    return links.plan_of(chain, jnp.bfloat16, jnp.dtype(stored), links.Sizes(slot, room))
+def plan_of(chain, stored, slot=links.SLOTS[0], flying=links.FLYING[0]):
+    return links.plan_of(chain, jnp.bfloat16, jnp.dtype(stored), links.Sizes(slot, flying))
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 @pytest.mark.parametrize("stored", ["int8", "bfloat16"])
 @pytest.mark.parametrize("slot", links.SLOTS)
-@pytest.mark.parametrize("room", links.ROOMS)
-def test_every_plan_covers_the_weights_and_fits(a_card, chain, stored, slot, room):
-    plan, size = plan_of(chain, stored, slot, room), jnp.dtype(stored).itemsize
-    assert plan.links == tuple(chain) and 1 <= plan.workers <= 132 and plan.stages >= 2
+@pytest.mark.parametrize("flying", links.FLYING)
+def test_every_plan_covers_the_weights_and_fits(a_card, chain, stored, slot, flying):
+    plan, size = plan_of(chain, stored, slot, flying), jnp.dtype(stored).itemsize
+    assert plan.links == tuple(chain) and 1 <= plan.workers <= 132
+    assert links.LEAST <= plan.stages and 1 <= plan.flying <= plan.stages
     for number, (link, fold) in enumerate(zip(plan.links, plan.folds, strict=True)):
         assert plan.tiles(number) * fold.rows == link.outputs and fold.parts * fold.rows == 64
         assert fold.parts * fold.length * fold.block == link.inputs
@@ -42,17 +43,21 @@ def test_every_plan_covers_the_weights_and_fits(a_card, chain, stored, slot, roo
 
 
 @pytest.mark.parametrize("stored", ["int8", "bfloat16"])
-@pytest.mark.parametrize("room", links.ROOMS)
-def test_an_8b_layer_is_dealt_out_evenly(a_card, stored, room):
-    plan = plan_of(LAYER, stored, links.SLOTS[0], room)
+def test_an_8b_layer_is_dealt_out_evenly(a_card, stored):
+    plan = plan_of(LAYER, stored)
     busiest = [-(-plan.tiles(number) // plan.workers) * fold.rows for number, fold in enumerate(plan.folds)]
     assert busiest == [32, 224, 32, 48]
 
 
-def test_a_token_takes_little_room_where_that_is_asked(a_card):
-    wide, narrow = (plan_of(LAYER, "int8", links.SLOTS[0], room) for room in links.ROOMS)
-    sizes = [max(a * b * c for a, b, c in plan.rooms) for plan in (wide, narrow)]
-    assert links.ROOMS[0] >= sizes[0] > links.ROOMS[1] >= sizes[1]
+@pytest.mark.parametrize(("stored", "bytes_"), [("int8", 57344), ("bfloat16", 57344)])
+def test_a_token_takes_the_room_that_is_worth_it(a_card, stored, bytes_):
+    plan = plan_of(LAYER, stored)
+    assert max(a * b * c * jnp.dtype(stored).itemsize for a, b, c in plan.rooms) == bytes_ <= links.ROOM
+    assert [fold.parts for fold in plan.folds] == ([2, 2, 2, 4] if stored == "int8" else [2, 2, 4, 4])
+
+
+def test_a_token_that_leaves_no_room_is_refused():
+    assert links.folds(Link(18816, 64), jnp.int8, links.SLOTS[0]) and not links.folds(Link(29568, 64), jnp.int8, links.SLOTS[0])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ def test_how_a_weight_can_be_folded(link, parts):
 @pytest.mark.parametrize(("count", "sent"), [(4, 3), (3, 2), (1, 0)])
 def test_links_are_one_kernel_whose_blocks_wait_for_all_results(a_card, count, sent):
     chain = LAYER[:count]
-    plan = plan_of(chain, "int8", links.SLOTS[0], links.ROOMS[0])
+    plan = plan_of(chain, "int8")
     shaped = jax.ShapeDtypeStruct
     weights = [shaped((link.outputs, link.inputs), jnp.int8) for link in chain]
     scales = [shaped((link.outputs,), jnp.float32) for link in chain]

@@ -1,5 +1,8 @@
 """How a token is cut and laid out as the right side of products, and which of their sums count."""
 
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +36,67 @@ def test_what_is_put_lies_where_products_look_for_it(interpreted, side, shape):
     worth = 2.0 ** (8 * np.arange(side.columns))
     again = np.einsum("pci,c->pi", columns.reshape(fold.parts, side.columns, fold.part), worth).ravel() * float(factor[0])
     np.testing.assert_allclose(again, np.asarray(x, np.float64), rtol=0, atol=2.0**-22 * float(jnp.abs(x).max()))
+
+
+class Numbers:
+    """Plain integers in place of a kernel's values, and what is stored where."""
+
+    def __init__(self):
+        self.stored = {}
+        self.names = {
+            "addi": int.__add__, "muli": int.__mul__, "divui": int.__floordiv__, "remui": int.__mod__, "andi": int.__and__,
+            "xori": int.__xor__, "shli": int.__lshift__, "c": lambda value, kind: value, "memref_ptr": lambda ref: 0,
+            "getelementptr": lambda pointer, places, kind: pointer + sum(places), "store": self.store,
+        }  # fmt: skip
+        self.IntegerType = self
+
+    def store(self, value, place):
+        assert place not in self.stored
+        self.stored[place] = value
+
+    def get_signless(self, bits):
+        return bits
+
+    def __getattr__(self, name):
+        return self.names[name]
+
+
+def arrays(size, columns, vector):
+    """Registers in the strided layout: of each, the first of the numbers that a thread has there, and its column."""
+    found = []
+    for column in range(columns):
+        registers = np.array([(index * token.THREADS * vector, column) for index in range(size // token.THREADS // vector)], "i,i")
+        found.append(types.SimpleNamespace(layout=types.SimpleNamespace(vec_size=vector), registers=registers))
+    return found
+
+
+@pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
+@pytest.mark.parametrize("shape", [(4096, 2, 256), (14336, 2, 256), (14336, 8, 256), (4096, 4, 128), (896, 1, 128), (11008, 2, 128)], ids=str)
+def test_threads_write_to_where_a_swizzled_array_lies(monkeypatch, side, shape):
+    """Rows of 8 and 128 bytes are kept together, and 16 bytes i of row r are in place of i xor r."""
+    inputs, parts, block = shape
+    size = jnp.dtype(side.stored).itemsize
+    fold = token.Fold(inputs, parts, block // size)
+    length, columns, _ = token.room(side, fold)
+    place = np.arange(length * columns * block).reshape(length, columns // 8, block // 128, 8, 8, 16)
+    row, chunk = np.ogrid[:8, :8]
+    lies = place[:, :, :, row, chunk ^ row].transpose(0, 1, 3, 2, 4, 5).reshape(length, columns, block)
+    for piece in token.places_of(inputs):
+        vector = token.neighbours(piece.size)
+        for thread in (0, 1, 37, 127):
+            numbers = Numbers()
+            for module, name in (("jax.experimental.mosaic.gpu", "utils"), ("jaxlib.mlir", "ir")):
+                monkeypatch.setattr(importlib.import_module(module), name, numbers)
+            for name in ("arith", "llvm"):
+                monkeypatch.setattr(importlib.import_module("jaxlib.mlir.dialects"), name, numbers, raising=False)
+            monkeypatch.setattr(token, "thread", lambda thread=thread: thread)
+            token._write(fold, piece.start, size, None, None, *arrays(piece.size, side.columns, vector))
+            monkeypatch.undo()
+            for found, (first, column) in numbers.stored.items():
+                part, inner = divmod(piece.start + first + thread * vector, fold.part)
+                at, within = divmod(inner, fold.block)
+                assert found == lies[at, part * side.columns + column, within * size]
+            assert len(numbers.stored) == side.columns * piece.size // token.THREADS // vector
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
