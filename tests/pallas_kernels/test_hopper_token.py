@@ -12,6 +12,7 @@ from pallas_kernels import hopper
 
 token = pytest.importorskip("pallas_kernels.hopper_token")
 SIDES = [token.Limbs(), token.Same(jnp.bfloat16)]
+SWIZZLED = [(4096, 2, 256), (14336, 2, 256), (14336, 8, 256), (4096, 4, 128), (896, 1, 128), (11008, 2, 128)]  # inputs, parts, bytes
 FOLDS = [(128, 1, 128), (512, 2, 128), (2048, 8, 256), (4224, 3, 128), (14336, 8, 256)]
 
 
@@ -71,7 +72,7 @@ def arrays(size, columns, vector):
 
 
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: type(side).__name__)
-@pytest.mark.parametrize("shape", [(4096, 2, 256), (14336, 2, 256), (14336, 8, 256), (4096, 4, 128), (896, 1, 128), (11008, 2, 128)], ids=str)
+@pytest.mark.parametrize("shape", SWIZZLED, ids=str)
 def test_threads_write_to_where_a_swizzled_array_lies(monkeypatch, side, shape):
     """Rows of 8 and 128 bytes are kept together, and 16 bytes i of row r are in place of i xor r."""
     inputs, parts, block = shape
