@@ -53,7 +53,7 @@ for stage in "$@"; do
       ;;
     sanitize)
       for op in token_chain quantized_matmul; do
-        run "sanitize-$op" 250 compute-sanitizer --tool memcheck --error-exitcode 3 --print-limit 20 \
+        run "sanitize-$op" 250 compute-sanitizer --tool memcheck --show-backtrace device --error-exitcode 3 --print-limit 20 \
           $python .ci/check_on_gpu.py --op $op --repeat 1 --case "$([ $op = token_chain ] && echo layer || echo one_narrow)"
       done
       ;;
