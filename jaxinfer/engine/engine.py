@@ -149,12 +149,10 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule one batch, launch it on the devices, commit what the one before produced; [] when nothing became final."""
-        speculator = self.speculator
-        resting = speculator is None or (speculator.rest is not None and speculator.rest.left > 0)
-        outputs, drafts = ([], {}) if resting else self._propose()
+        outputs, drafts = ([], {}) if self.speculator is None or self.speculator.resting else self._propose()
         batch = self.scheduler.schedule(drafts)
         flight = None if batch is None else self._launch(batch)
-        outputs += self._take_pending()
+        outputs, self._pending = outputs + self._pending, []
         if flight is not None:
             self._flights.append(flight)
             guided = any(row.samples and row.request.params.grammar is not None for _, row in flight.packed.rows)
@@ -347,10 +345,6 @@ class Engine:
             self.speculator.forget(active.sequence.request.key)
         del self._active[active.sequence.request.key]
         self.metrics.finished[reason.value] += active.counted
-
-    def _take_pending(self) -> list[Output]:
-        taken, self._pending = self._pending, []
-        return taken
 
     def _check(self, request: Request) -> int:
         """Refuse what can never run; returns how many tokens the sequence may produce."""

@@ -84,6 +84,14 @@ class Plan(NamedTuple):
         return self.tokens / self.cost
 
 
+class Bounds(NamedTuple):
+    """Drafts of a row at most, token ids, and replicas, each with rows of its own."""
+
+    drafts: int
+    vocab: int
+    replicas: int
+
+
 @dataclass
 class Rest:
     """Plain steps of so many rows, one behind another, for which nobody is asked and at which nobody looks: an engine only notes when each
@@ -112,9 +120,7 @@ class Speculator:
     drafts are launched behind others, as plain ones are. clock: seconds. rest: what an engine need not ask or tell about, if anything."""
 
     proposers: Sequence[Proposer]
-    drafts: int
-    vocab: int
-    replicas: int
+    bounds: Bounds
     costs: Costs
     metrics: EngineMetrics
     always: bool = False
@@ -146,6 +152,11 @@ class Speculator:
     def _may_rest(self, pace: Pace) -> bool:
         since, followed = self._since, not pace.out and any(proposer.DEVICE for proposer in self.proposers)
         return pace.calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
+
+    @property
+    def resting(self) -> bool:
+        """Whether nobody need be asked for the next step."""
+        return self.rest is not None and self.rest.left > 0
 
     def rests(self, batch: Batch) -> Rest | None:
         """The rest that a step belongs to. One that has prompts or other rows than those before ends it."""
@@ -294,7 +305,7 @@ class Speculator:
 
     def _size(self, rows: int) -> int:
         """The rows of the plain program for so many: what is known of one number holds for its neighbours."""
-        return self.costs.size(PLAIN, -(-rows // self.replicas))
+        return self.costs.size(PLAIN, -(-rows // self.bounds.replicas))
 
     def _guesses(self, candidate: Candidate) -> list[Guess]:
         """What each proposer says. What it says about a text whose last token is still on its way can be used if the text goes on as
@@ -308,9 +319,9 @@ class Speculator:
         for proposer in self.proposers:
             if proposer.DEVICE and (not candidate.hidden or self._about.lost(key)):
                 continue
-            proposal = proposer.propose(sequence, self.drafts)
+            proposal = proposer.propose(sequence, self.bounds.drafts)
             if proposal is not None and not proposer.DEVICE:
-                proposal = proposal._replace(tokens=checked(proposal.tokens, self.vocab))
+                proposal = proposal._replace(tokens=checked(proposal.tokens, self.bounds.vocab))
             if proposal is None or not proposal.tokens:
                 continue
             chance = self.history.chance(key, proposal.kind)
@@ -367,7 +378,8 @@ def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metr
     if settings.speculate == "off":
         return None
     found = proposers(settings.speculate, model=program.draft is not None, head=program.draft is not None and bool(program.draft.tapped))
-    return Speculator(found, settings.drafts, program.vocab, program.pool.replicas, costs, metrics, unseen=unseen(settings))
+    bounds = Bounds(settings.drafts, program.vocab, program.pool.replicas)
+    return Speculator(found, bounds, costs, metrics, unseen=unseen(settings))
 
 
 def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:

@@ -7,8 +7,8 @@ it.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels import dispatch, hopper_links
-from pallas_kernels.hopper_links import FLYING, SLOTS, Link, Sizes
+from pallas_kernels import dispatch, hopper_folds, hopper_links
+from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import THREADS
 
 SIZES = Sizes(SLOTS[0], FLYING[0])
@@ -20,7 +20,7 @@ def fits(key: dispatch.Key) -> bool:
     if any(key.get(name) != value for name, value in known.items()) or key.get("dtype") not in ("bfloat16", "float16"):
         return False
     link = Link(int(key["in"]), int(key["out"]))
-    return link.inputs > 0 and link.inputs % THREADS == 0 and bool(hopper_links.folds(link, jnp.int8, SIZES.slot))
+    return link.inputs > 0 and link.inputs % THREADS == 0 and bool(hopper_folds.folds(link, jnp.int8, SIZES.slot))
 
 
 def multiply(
@@ -28,6 +28,6 @@ def multiply(
 ) -> Float[Array, "1 out"]:
     """x @ (weight * scales).T for what `fits`."""
     outputs, inputs = weight.shape
-    plan = hopper_links.plan_of([Link(inputs, outputs)], x.dtype, weight.dtype, SIZES, out_dtype)
+    plan = hopper_folds.plan_of([Link(inputs, outputs)], x.dtype, weight.dtype, SIZES, out_dtype)
     out, _ = hopper_links.run(x.reshape(-1), None, [weight], [scales.reshape(-1)], [None], None, plan=plan)
     return out[None]

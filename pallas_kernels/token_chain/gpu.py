@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import dispatch, hopper, hopper_counters, hopper_links, hopper_mail, tuning
-from pallas_kernels.hopper_links import FLYING, SLOTS, Link, Sizes
+from pallas_kernels import dispatch, hopper, hopper_counters, hopper_folds, hopper_links, hopper_mail, tuning
+from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form
@@ -27,7 +27,7 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return "its kernel wants weights that are all int8 with scales, or all of the token's dtype"
     for number in range(int(key.get("links", 0))):
         link = Link(int(key[f"in{number}"]), int(key[f"out{number}"]), gated=True)  # what is not needs less
-        if link.inputs % THREADS or link.inputs > MOST_INPUTS or not hopper_links.folds(link, stored, SLOTS[0]):
+        if link.inputs % THREADS or link.inputs > MOST_INPUTS or not hopper_folds.folds(link, stored, SLOTS[0]):
             wanted = f"inputs in multiples of {THREADS} up to {MOST_INPUTS} and outputs in multiples of 64"
             else_ = "of 32 or 16 where half or a quarter of a row is a multiple of 128 bytes"
             return f"its kernel takes {wanted}, or {else_}, not {link.inputs} and {link.outputs}"
@@ -59,7 +59,7 @@ def token_chain(
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, scales, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some_weights, some_scales, some_norms, some_forms = zip(*links, strict=True)
-        plan = hopper_links.plan_of(links_of(some_weights, some_norms, some_forms), x.dtype, weights[0].dtype, sizes)
+        plan = hopper_folds.plan_of(links_of(some_weights, some_norms, some_forms), x.dtype, weights[0].dtype, sizes)
         flat = [None if scale is None else scale.reshape(-1) for scale in some_scales]
         shared = counters if counters is not None or len(links) == 1 else hopper_counters.made()
         value, total = hopper_links.run(value, total, some_weights, flat, some_norms, shared, plan=plan)

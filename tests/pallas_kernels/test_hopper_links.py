@@ -1,87 +1,24 @@
-"""How weights are folded and dealt out, and what is traced of links that follow one another (the ops' tests run them)."""
+"""What is traced of links that follow one another (the ops' tests run them)."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import hopper, hopper_token
+from pallas_kernels import hopper
 from pallas_kernels.hopper_counters import HALF, ROOM
 
 links = pytest.importorskip("pallas_kernels.hopper_links")
-Link = links.Link
+folds = pytest.importorskip("pallas_kernels.hopper_folds")
+Link = folds.Link
 LAYER = [Link(4096, 4096), Link(4096, 28672, True, 1e-5), Link(14336, 4096), Link(4096, 6144, False, 1e-5)]
-LARGE = [Link(8192, 8192), Link(8192, 57344, True, 1e-5), Link(28672, 8192), Link(8192, 10240, False, 1e-5)]
-ODD = [Link(896, 896), Link(896, 9728, True, 1e-5), Link(4864, 896), Link(896, 1152, False, 1e-5)]
-CHAINS = {"8b": LAYER, "70b": LARGE, "odd": ODD, "head": [Link(4096, 128256)], "small": [Link(128, 64)]}
-
-
-@pytest.fixture
-def a_card(monkeypatch):
-    monkeypatch.setattr(hopper, "cores", lambda: 132)
-
-
-def plan_of(chain, stored, slot=links.SLOTS[0], flying=links.FLYING[0]):
-    return links.plan_of(chain, jnp.bfloat16, jnp.dtype(stored), links.Sizes(slot, flying))
-
-
-@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
-@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
-@pytest.mark.parametrize("slot", links.SLOTS)
-@pytest.mark.parametrize("flying", links.FLYING)
-def test_every_plan_covers_the_weights_and_fits(a_card, chain, stored, slot, flying):
-    plan, size = plan_of(chain, stored, slot, flying), jnp.dtype(stored).itemsize
-    assert plan.links == tuple(chain) and 1 <= plan.workers <= 132
-    assert plan.stages >= links.LEAST and 1 <= plan.flying <= plan.stages
-    for number, (link, fold) in enumerate(zip(plan.links, plan.folds, strict=True)):
-        assert plan.tiles(number) * fold.rows == link.outputs and fold.parts * fold.rows == 64
-        assert fold.parts * fold.length * fold.block == link.inputs
-        assert fold.rows % (16 if link.gated else 8) == 0
-        assert 64 * fold.block * size <= slot and slot % (64 * fold.block * size) == 0 and fold.block * size % 128 == 0
-    token = max(a * b * c * size for a, b, c in plan.rooms)
-    sums = 4 * 64 * max(plan.columns)
-    assert plan.stages * slot + token + sums <= hopper.SHARED_BYTES - 2048
-
-
-@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
-def test_an_8b_layer_is_dealt_out_evenly(a_card, stored):
-    plan = plan_of(LAYER, stored)
-    busiest = [-(-plan.tiles(number) // plan.workers) * fold.rows for number, fold in enumerate(plan.folds)]
-    assert busiest == [32, 224, 32, 48]
-
-
-@pytest.mark.parametrize(("stored", "bytes_"), [("int8", 57344), ("bfloat16", 57344)])
-def test_a_token_takes_the_room_that_is_worth_it(a_card, stored, bytes_):
-    plan = plan_of(LAYER, stored)
-    assert max(a * b * c * jnp.dtype(stored).itemsize for a, b, c in plan.rooms) == bytes_ <= links.ROOM
-    assert [fold.parts for fold in plan.folds] == ([2, 2, 2, 4] if stored == "int8" else [2, 2, 4, 4])
-
-
-def test_a_token_that_leaves_no_room_is_refused():
-    assert links.folds(Link(18816, 64), jnp.int8, links.SLOTS[0]) and not links.folds(Link(29568, 64), jnp.int8, links.SLOTS[0])
-
-
-@pytest.mark.parametrize(
-    ("link", "parts"),
-    [
-        (Link(4096, 64), [1, 2, 4, 8]),
-        (Link(4096, 64, gated=True), [1, 2, 4]),
-        (Link(128, 64), [1]),
-        (Link(384, 96), []),
-        (Link(512, 96), [2, 4]),
-        (Link(2304, 96), [2]),
-        (Link(65536, 64), []),
-        (Link(4096, 40), [8]),
-    ],
-)
-def test_how_a_weight_can_be_folded(link, parts):
-    assert [fold.parts for fold in links.folds(link, jnp.int8, links.SLOTS[0])] == parts
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="cannot be traced before")
 @pytest.mark.parametrize(("count", "sent"), [(4, 3), (3, 2), (1, 0)])
-def test_links_are_one_kernel_whose_blocks_wait_for_all_results(a_card, count, sent):
+def test_links_are_one_kernel_whose_blocks_wait_for_all_results(monkeypatch, count, sent):
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
     chain = LAYER[:count]
-    plan = plan_of(chain, "int8")
+    plan = folds.plan_of(chain, jnp.bfloat16, jnp.dtype(jnp.int8), folds.Sizes(folds.SLOTS[0], folds.FLYING[0]))
     shaped = jax.ShapeDtypeStruct
     weights = [shaped((link.outputs, link.inputs), jnp.int8) for link in chain]
     scales = [shaped((link.outputs,), jnp.float32) for link in chain]
@@ -96,8 +33,3 @@ def test_links_are_one_kernel_whose_blocks_wait_for_all_results(a_card, count, s
     assert traced.count("function _post") == sent and traced.count("function _take") >= sent
     assert traced.count("leave.<locals>.change") == (sent > 0)
     assert traced.count("function _met") == sum(1 + link.gated for link in chain)
-
-
-def test_how_a_token_meets_a_weight():
-    assert isinstance(links.right_of(jnp.dtype(jnp.int8)), hopper_token.Limbs)
-    assert links.right_of(jnp.dtype(jnp.float16)).stored == jnp.float16

@@ -12,7 +12,7 @@ from jaxinfer.engine.allowance import DEEPEST, GAINED, LEAST, MOST, SHARE, START
 from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.proposal import Proposal
-from jaxinfer.engine.speculation import Candidate, Speculator
+from jaxinfer.engine.speculation import Bounds, Candidate, Speculator
 from jaxinfer.request import Request
 from jaxinfer.step.buckets import Occupancy, buckets, choose, verifying
 
@@ -104,7 +104,7 @@ class World:
             if not bucket.prefill_tokens:
                 way = Way(bucket.decode_tokens)
                 costs.set(way, bucket.decode_rows, min(self.measured(way) for _ in range(5)))
-        self.made = Speculator((Anything(),), 4, 10, 1, costs, EngineMetrics(), clock=lambda: 0.0)  # asking takes no time here
+        self.made = Speculator((Anything(),), Bounds(4, 10, 1), costs, EngineMetrics(), clock=lambda: 0.0)  # asking takes no time here
         self.requests = [Request(str(number), (1,)) for number in range(rows)]
         self.candidates = [Candidate(SimpleNamespace(request=request, pending=0, tokens=[])) for request in self.requests]
         self.seconds = self.tokens = 0.0
@@ -186,7 +186,7 @@ class Overlapping:
             if way == PLAIN:
                 costs.set(ALONE, bucket.decode_rows, launch + device)
             costs.set(Way(way.width, hidden=True), bucket.decode_rows, max(launch, device) * (follows if way == PLAIN else 1))
-        self.made = Speculator((self,), 4, 10, 1, costs, EngineMetrics(), unseen=unseen, clock=lambda: self.now)
+        self.made = Speculator((self,), Bounds(4, 10, 1), costs, EngineMetrics(), unseen=unseen, clock=lambda: self.now)
         self.requests, self.texts = [Request(str(number), (1,)) for number in range(rows)], [[] for _ in range(rows)]
 
     def takes(self, width):
@@ -210,18 +210,21 @@ class Overlapping:
 
     def land(self, left):
         while len(self.flights) > left:
-            batch, bucket, end, texts, steady, followed = self.flights.popleft()
+            batch, bucket, end, texts, steady, rest, followed = self.flights.popleft()
             counts = [len(drawn) for drawn in texts]
             self.now = max(self.now, end) + self.commit * self.draw.lognormvariate(0, 0.1)
             self.made.learn(zip(batch.decodes, counts, strict=True))
             alike = [(later[1], later[-1]) for later in self.flights] == [(bucket, followed)]
-            self.made.observe(Seen(batch, bucket, self.now - self.committed, sum(counts), steady, followed, alike))
+            if rest is not None:
+                rest.ends.append(self.now)
+            else:
+                self.made.observe(Seen(batch, bucket, self.now - self.committed, sum(counts), steady, followed, alike))
             for text, drawn in zip(self.texts, texts, strict=True):
                 text += drawn
             self.committed, self.tokens = self.now, self.tokens + sum(counts)
 
     def guess(self):
-        if not self.made.asks(self.rows):
+        if self.made.resting or not self.made.asks(self.rows):
             return {}
         pairs = zip(self.requests, self.texts, strict=True)
         return self.made.propose([Candidate(SimpleNamespace(request=one, pending=len(self.flights), tokens=text)) for one, text in pairs])
@@ -236,14 +239,15 @@ class Overlapping:
         rows = tuple(Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests)
         batch = Batch(rows, ())
         bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
-        followed = not self.made.leaves_out(batch)
+        rest = self.made.rests(batch)
+        followed = rest is None and not self.made.leaves_out(batch)
         more = self.follows if followed and bucket.decode_tokens == 1 else 1.0
         self.now += self.launch * more * self.draw.lognormvariate(0, 0.1) + self.roughly(bucket.decode_tokens)
         self.free = max(self.free, self.now) + self.takes(bucket.decode_tokens) * more * self.draw.lognormvariate(0, 0.05)
         texts = [[] for _ in rows]
         for row, text in zip(rows, texts, strict=True):
             came(self.draw, self.stands, len(row.tokens) - 1, text)
-        self.flights.append((batch, bucket, self.free, texts, bool(self.flights), followed and self.unseen))
+        self.flights.append((batch, bucket, self.free, texts, bool(self.flights), rest, followed and self.unseen))
         self.land(1)
 
     def rate(self, steps):

@@ -15,7 +15,7 @@ from jaxinfer.engine.pace import APART, FIRST, PATIENT
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, ASKING, RESTING, SAVED, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, ASKING, RESTING, SAVED, Bounds, Candidate, Speculator
 from jaxinfer.engine.thoughts import UNSEEN
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
@@ -86,7 +86,7 @@ def test_without_overlap(arranged, reference):
 def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, names):
     engine, rests = arranged(*names), []
     used = engine.speculator
-    made = Speculator(used.proposers, used.drafts, used.vocab, 1, used.costs, engine.metrics, unseen=used.unseen)
+    made = Speculator(used.proposers, used.bounds, used.costs, engine.metrics, unseen=used.unseen)
     monkeypatch.setattr(engine, "speculator", made)
     begin = made.rests
     monkeypatch.setattr(made, "rests", lambda batch: rests.append(begin(batch)) or rests[-1])
@@ -179,7 +179,8 @@ def costs(**seconds):
 
 
 def speculator(*proposers, **seconds):
-    return Speculator(proposers, 3, 100, 1, costs(**{"plain": 1.0, "alone": 1.0, "wide": 1.2, "model": 1.3, **seconds}), EngineMetrics())
+    known = costs(**{"plain": 1.0, "alone": 1.0, "wide": 1.2, "model": 1.3, **seconds})
+    return Speculator(proposers, Bounds(3, 100, 1), known, EngineMetrics())
 
 
 def candidates(count=1, **hidden):
@@ -405,7 +406,7 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
 
 
 def test_what_a_plain_step_takes_is_seen_first_without_and_then_with_the_draft_model():
-    made, seen = Speculator((Fixed((DRAFTED,) * 3, "draft", device=True),), 3, 100, 1, Costs(), EngineMetrics(), unseen=True), []
+    made, seen = Speculator((Fixed((DRAFTED,) * 3, "draft", device=True),), Bounds(3, 100, 1), Costs(), EngineMetrics(), unseen=True), []
     for way, seconds in ((PLAIN, 0.5), (ALONE, 0.5), (FOLLOWED, 0.5), (MODEL, 0.6)):
         made.costs.set(way, 1, seconds)
     while not made.asks(1) and len(seen) < 100:

@@ -67,7 +67,7 @@ def test_an_output_depends_on_its_own_row_alone(interpreted):
     x, weight, scales = drawn(96, 1024)
     whole = jax.jit(lambda *given: one.multiply(*given, out_dtype=jnp.dtype(jnp.float32)))(x, weight, scales)
     part = one.multiply(x, weight[8:32], scales[8:32], out_dtype=jnp.dtype(jnp.float32))
-    folds = [one.hopper_links.plan_of([one.Link(1024, rows)], x.dtype, weight.dtype, one.SIZES).folds[0].parts for rows in (96, 24)]
+    folds = [one.hopper_folds.plan_of([one.Link(1024, rows)], x.dtype, weight.dtype, one.SIZES).folds[0].parts for rows in (96, 24)]
     assert folds[0] != folds[1]
     assert np.array_equal(whole[:, 8:32], part)
 
