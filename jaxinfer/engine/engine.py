@@ -4,9 +4,9 @@
 `generate()` and the server drive the same engine. Exactly one thread calls an engine. While the devices compute one step the host commits
 the one before: drawn tokens stay on the device, in their slots, where the next step finds them. With `overlap` off each step is committed
 before the next is scheduled; the tokens are the same. With drafts (`speculation.py`) a step may give a sequence several tokens, and as
-how many there are decides where it goes on, it is committed before the next is scheduled, unless the device makes all drafts itself and
-so knows where they go on (`Row.unsettled`). Each request has a wall around it: what goes wrong in its own text or numbers ends that
-request alone. This file does not know how arrays look or where requests come from.
+how many there are decides where it goes on, it is committed before the next is scheduled, unless the device makes all drafts itself
+(`Row.unsettled`). Each request has a wall around it: what goes wrong in its own text or numbers ends that request alone. This file does
+not know how arrays look or where requests come from.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from jaxinfer.engine.drawn import Drawn, fetch
 from jaxinfer.engine.grammar import Grammars, Matcher, masks
 from jaxinfer.engine.grammar_compile import GrammarProblem
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
+from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
 from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
-from jaxinfer.engine.speculation import Candidate, Rest, Seen
+from jaxinfer.engine.speculation import Candidate, Seen
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import IMPOSSIBLE, NOT_FINITE, Sampled
@@ -64,8 +65,7 @@ class _Active:
 
 @dataclass
 class _Flight:
-    """A batch on the devices, not committed yet. steady: launched behind another. alone: without the draft model. rest: of the speculator,
-    that it belongs to. `sampled` is None until its sampler is launched."""
+    """A batch on the devices, not committed yet. steady: behind another; alone: without a draft model; sampled: None until that begins."""
 
     batch: Batch
     packed: Packed
@@ -377,7 +377,7 @@ class Engine:
     def _measure(self, flight: _Flight, drawn: int) -> None:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
         padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
-        if flight.rest is not None:
+        if flight.rest is not None and not flight.rest.over:
             flight.rest.ends.append(now)
         elif self.speculator is not None:
             followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)

@@ -32,11 +32,6 @@ class Pace:
     wide: float = WIDE
     returns: float = RETURNS
 
-    @property
-    def calm(self) -> bool:
-        """Whether drafts do not seem to pay, none were made lately, and nothing is due."""
-        return not self.drafting and not self.looks and self.apart > APART
-
     def asked(self, *, believed: bool) -> None:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain = 0 if believed else self.vain + 1

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple
 
 from jaxinfer.batch import DRAFTED, Batch, Row
@@ -31,6 +30,7 @@ from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
+from jaxinfer.engine.resting import RESTING, Rest
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.engine.thoughts import Sequences, Thought, common
@@ -43,7 +43,6 @@ MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.003  # of a plain step is what each plain step earns for being asked where drafts do not pay
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
-RESTING = 32  # plain steps at most that are neither asked for nor looked at, where nothing is to be decided
 
 
 class Candidate(NamedTuple):
@@ -93,24 +92,15 @@ class Bounds(NamedTuple):
 
 
 @dataclass
-class Rest:
-    """Plain steps of so many rows, one behind another, for which nobody is asked and at which nobody looks: an engine only notes when each
-    of them ended. (In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long.)"""
-
-    rows: int
-    left: int
-    ends: list[float] = field(default_factory=list)
-
-
-@dataclass
 class _Since:
     """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
-    or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. waited: drafts were wanted that a
-    step had to be awaited for, and no plain step has been launched since that had to wait."""
+    or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. blind: nobody knows how many
+    are. waited: drafts were wanted that a step had to be awaited for, and no plain step has been launched since that had to wait."""
 
     seconds: float = 0.0
     wanted: bool = False
     owed: float = 0.0
+    blind: bool = False
     waited: bool = False
 
 
@@ -130,6 +120,7 @@ class Speculator:
     allowance: Allowance = field(init=False)
     asking: Allowance = field(default_factory=lambda: Allowance(ASKING, 0.0, 4.0))
     rest: Rest | None = None
+    _prompts: bool = False
     _about: Sequences = field(default_factory=Sequences)
     _paces: defaultdict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
     _since: _Since = field(default_factory=_Since)
@@ -142,16 +133,17 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        wanted = not pace.looks and (pace.drafting or self.asking.affords(size, 0.0))
+        wanted = not pace.looks and (pace.drafting or (self.asking.affords(size, 0.0) and not self._prompts))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
         if not found and known and self._may_rest(pace):
-            self.rest = Rest(rows, RESTING)
+            self.rest = Rest(rows)
         return found
 
     def _may_rest(self, pace: Pace) -> bool:
         since, followed = self._since, not pace.out and any(proposer.DEVICE for proposer in self.proposers)
-        return pace.calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
+        calm = not pace.drafting and not pace.looks and pace.apart > AGAIN  # what the last drafts cost is settled
+        return calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
 
     @property
     def resting(self) -> bool:
@@ -160,7 +152,7 @@ class Speculator:
 
     def rests(self, batch: Batch) -> Rest | None:
         """The rest that a step belongs to. One that has prompts or other rows than those before ends it."""
-        rest = self.rest
+        self._prompts, rest = bool(batch.prefills), self.rest
         if rest is None or not rest.left:
             return None
         if batch.prefills or len(batch.decodes) != rest.rows:
@@ -170,11 +162,11 @@ class Speculator:
         return rest
 
     def wake(self) -> None:
-        """End a rest: its steps are taken in, all at once; the first only says when the second began."""
+        """End a rest: its steps are taken in, all at once."""
         rest, self.rest = self.rest, None
         if rest is None:
             return
-        size, steps = self._size(rest.rows), [end - begin for begin, end in pairwise(rest.ends)]
+        size, steps = self._size(rest.rows), rest.finish()
         self._about.missed += RESTING - rest.left
         self._paces[size].rested(len(steps))
         for seconds in steps:
@@ -242,7 +234,8 @@ class Speculator:
         """Take in a step."""
         since, size = self._since, self._size(step.rows)
         pace = self._paces[size]
-        self._since = _Since(waited=since.waited)
+        unknown = bool(step.batch.prefills) or not step.seconds
+        self._since = _Since(waited=since.waited, blind=self.unseen and since.wanted and unknown)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
             (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
@@ -253,10 +246,17 @@ class Speculator:
         elif step.way.width == 1:
             self._plain(step, size, since)
         else:
-            took = step.seconds - since.seconds + since.owed
+            self._wide(step, size, since)
+
+    def _wide(self, step: Seen, size: int, since: _Since) -> None:
+        """Take in a step with drafts."""
+        took = step.seconds - since.seconds + since.owed
+        if since.blind:
+            took = max(took, self.costs.ratio(step.way, size) * self.costs.seconds(size))
+        else:
             self.costs.take(step.way, size, took)
-            self._owe(step.way, size, took, step.drawn / step.rows)
-            pace.drafted()
+        self._owe(step.way, size, took, step.drawn / step.rows)
+        self._paces[size].drafted()
 
     def _mixed(self, step: Seen, size: int) -> None:
         """Take in a step with prompts: the draft model's part of it is charged, and that it had to wait for one with drafts."""
@@ -349,7 +349,11 @@ class Speculator:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
                 pace.looks, pace.until = AGAIN, min(2 * pace.until, FRESH)
             return None if pace.looks else best
-        return best if pace.apart >= APART and self.allowance.affords(size, best.cost - 1) else None
+        return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
+
+    def _may_try(self, pace: Pace) -> bool:
+        """Whether a trial's cost would show: behind prompts nothing says what launching drafts takes."""
+        return pace.apart >= APART and not self._prompts
 
     def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """Drafts for one way to run the step; None where nobody has any that need it."""

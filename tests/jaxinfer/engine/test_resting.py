@@ -1,0 +1,17 @@
+"""What a rest says in the end."""
+
+import pytest
+
+from jaxinfer.engine.resting import RESTING, Rest
+
+
+def test_the_first_end_says_when_the_second_step_began():
+    rest = Rest(4)
+    assert rest.left == RESTING and not rest.over
+    rest.ends += [5.0, 6.0, 8.5]
+    assert rest.finish() == [1.0, 2.5] and rest.over
+
+
+@pytest.mark.parametrize("ends", [[], [3.0]])
+def test_one_end_says_nothing(ends):
+    assert Rest(1, ends=ends).finish() == []
