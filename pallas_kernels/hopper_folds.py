@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     what blocks of threads send each other waiting as well."""
 
     slot: int
-    flying: int
+    flying: int = FLYING[0]
 
 
 class Link(NamedTuple):
@@ -95,7 +95,8 @@ def right_of(stored: Any) -> RightSide:
 
 def folds(link: Link, stored: Any, slot: int) -> list[Fold]:
     """The ways in which a link's weight can be folded such that the token fits; none: no kernel."""
-    size, right, found = jnp.dtype(stored).itemsize, right_of(stored), []
+    right, found = right_of(jnp.dtype(stored)), []
+    size = jnp.dtype(stored).itemsize
     for parts in PARTS:
         rows, part = TILE // parts, link.inputs // parts
         whole = link.inputs % parts == 0 and part * size % SWIZZLE == 0 and link.outputs % rows == 0
@@ -118,14 +119,21 @@ def _shared(columns: int) -> int:
 
 def plan_of(links: Sequence[Link], dtype: Any, stored: Any, sizes: Sizes, made: Any = None) -> Plan:
     """How weights are dealt out: so that the busiest worker has least to do, in few parts if the token has room for that. made: dtype of
-    the results, the token's if None."""
+    the results, the token's if None.
+
+    Raises:
+        ValueError: the token does not fit beside slots of that size.
+    """
     cores, right, dtype = hopper.cores(), right_of(stored), jnp.dtype(dtype)
 
     def worth(link: Link, fold: Fold) -> tuple[int, ...]:
         busiest = -(-link.outputs // fold.rows // cores) * fold.rows
         return max(_room(right, fold) - ROOM, 0), busiest, fold.parts
 
-    chosen = [min(folds(link, stored, sizes.slot), key=partial(worth, link)) for link in links]
+    ways = [folds(link, stored, sizes.slot) for link in links]
+    if not all(ways):
+        raise ValueError(f"slots of {sizes.slot} bytes: no way to fold {links[ways.index([])]}")
+    chosen = [min(found, key=partial(worth, link)) for link, found in zip(links, ways, strict=True)]
     shared = _shared(max(columns_of(right, fold) for fold in chosen)) - max(_room(right, fold) for fold in chosen)
     stages = min(shared // sizes.slot, STAGES)
     workers = min(cores, max(link.outputs // fold.rows for link, fold in zip(links, chosen, strict=True)))

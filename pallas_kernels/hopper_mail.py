@@ -65,15 +65,18 @@ class Mail(NamedTuple):
 
 
 def _post(size: int, _: Any, words: Any, values: Any) -> None:
-    """Each thread stores its own."""
+    """Of two neighbours the first stores both, as words are what is read."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
-    mine = thread()
-    with utils.when(arith.cmpi(arith.CmpIPredicate.ult, mine, utils.c(size, mine.type))):
-        number = _turned(utils.bitcast(values.registers.flat[0], ir.IntegerType.get_signless(16)))
-        hopper_counters.asm(None, [_address(words, mine, 2), number], "st.relaxed.gpu.global.b16 [$0], $1;", "l,h")
+    mine, word = thread(), ir.IntegerType.get_signless(32)
+    number = arith.extui(word, _turned(utils.bitcast(values.registers.flat[0], ir.IntegerType.get_signless(16))))
+    pair = arith.ori(number, arith.shli(utils.shfl_bfly(number, 1), utils.c(16, word)))
+    first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(mine, utils.c(1, word)), utils.c(0, word))
+    with utils.when(arith.andi(first, arith.cmpi(arith.CmpIPredicate.ult, mine, utils.c(size, word)))):
+        pointer = _address(words, arith.shrui(mine, utils.c(1, word)), 4)
+        hopper_counters.asm(None, [pointer, pair], "st.relaxed.gpu.global.b32 [$0], $1;", "l,r")
 
 
 def _turned(number: Any) -> Any:

@@ -199,11 +199,11 @@ class Engine:
         drafts = self._guess()
         if self._flights and any(DRAFTED not in tokens for tokens in drafts.values()):
             outputs += self._land(0)
-            drafts = self._guess()
+            drafts = self._guess(asked=True)
         return outputs, drafts
 
-    def _guess(self) -> dict[Key, tuple[int, ...]]:
-        if self.speculator is None or not self.scheduler.running or not self.speculator.asks(self.scheduler.running):
+    def _guess(self, *, asked: bool = False) -> dict[Key, tuple[int, ...]]:
+        if self.speculator is None or not self.scheduler.running or not (asked or self.speculator.asks(self.scheduler.running)):
             return {}
         candidates = [Candidate(running, self._active[running.request.key].matcher is None) for running in self.scheduler.decoding]
         return self.speculator.propose(candidates) if candidates else {}
@@ -378,7 +378,7 @@ class Engine:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
         padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
         if flight.rest is not None and not flight.rest.over:
-            flight.rest.ends.append(now)
+            flight.rest.ends += (now,) if flight.rest.ends else (since or now, now)
         elif self.speculator is not None:
             followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)
             ahead = next(((later.packed.shapes.bucket, later.alone) for later in self._flights), None if self._depth else this)

@@ -17,13 +17,14 @@ PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allow
 
 @dataclass
 class Pace:
-    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none. age: steps with
-    drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the age at which
-    they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts. wide,
-    returns: steps with drafts, and plain ones that waited for one; these fade."""
+    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none; put_off: how often in
+    a row nobody was asked who could have been. age: steps with drafts since plain ones were last made to see what these cost; looks: how
+    many of those are still to come; until: the age at which they are due. out: the draft model was left out of the last plain step. apart:
+    plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
+    put_off: int = 0
     age: int = 0
     looks: int = 0
     until: int = FIRST
@@ -40,7 +41,7 @@ class Pace:
     def drafted(self) -> None:
         """A step with drafts was made."""
         self.age += 1
-        self.apart = 0
+        self.apart = self.put_off = 0
         self.wide += 1
 
     def plain(self, *, steady: bool) -> None:

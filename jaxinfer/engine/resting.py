@@ -14,8 +14,8 @@ RESTING = 32  # steps at most
 
 @dataclass
 class Rest:
-    """Steps of so many rows, one behind another. left: how many more may be launched. ends: when each ended, in seconds. over: what ends
-    now is to be told as usual."""
+    """Steps of so many rows, one behind another. left: how many more may be launched. ends: when the step before ended and each of them, in
+    seconds. over: what ends now is to be told as usual."""
 
     rows: int
     left: int = RESTING
@@ -23,6 +23,6 @@ class Rest:
     over: bool = False
 
     def finish(self) -> list[float]:
-        """What the steps took, but for the first, which only says when the second began."""
+        """What the steps took."""
         self.over = True
         return [end - begin for begin, end in pairwise(self.ends)]

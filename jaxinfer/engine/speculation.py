@@ -42,6 +42,7 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.003  # of a plain step is what each plain step earns for being asked where drafts do not pay
+PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
 
 
@@ -133,10 +134,12 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        wanted = not pace.looks and (pace.drafting or (self.asking.affords(size, 0.0) and not self._prompts))
+        may, behind = self.asking.affords(size, 0.0), self._prompts and pace.put_off < PUT_OFF
+        pace.put_off = pace.put_off + (may and behind) if self._prompts else 0
+        wanted = not pace.looks and (pace.drafting or (may and not behind))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
-        if not found and known and self._may_rest(pace):
+        if not found and known and not self._prompts and self._may_rest(pace):
             self.rest = Rest(rows)
         return found
 
@@ -153,9 +156,9 @@ class Speculator:
     def rests(self, batch: Batch) -> Rest | None:
         """The rest that a step belongs to. One that has prompts or other rows than those before ends it."""
         self._prompts, rest = bool(batch.prefills), self.rest
-        if rest is None or not rest.left:
+        if rest is None:
             return None
-        if batch.prefills or len(batch.decodes) != rest.rows:
+        if not rest.left or batch.prefills or batch.admissions or len(batch.decodes) != rest.rows:
             self.wake()
             return None
         rest.left -= 1
@@ -352,8 +355,8 @@ class Speculator:
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
 
     def _may_try(self, pace: Pace) -> bool:
-        """Whether a trial's cost would show: behind prompts nothing says what launching drafts takes."""
-        return pace.apart >= APART and not self._prompts
+        """Whether a trial's cost would show: behind prompts nothing says what launching drafts takes. It is not put off for ever."""
+        return pace.apart >= APART and not (self._prompts and pace.put_off < PUT_OFF)
 
     def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """Drafts for one way to run the step; None where nobody has any that need it."""

@@ -22,15 +22,22 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
     if passed > hopper_mail.MOST:
         return f"its links pass {passed} numbers on, and there is room for {hopper_mail.MOST}"
-    stored = key.get("weight", "int8")
-    if stored not in ("int8", key.get("dtype")):
+    if key.get("weight", "int8") not in ("int8", key.get("dtype")):
         return "its kernel wants weights that are all int8 with scales, or all of the token's dtype"
+    link = _unfitting(key, SLOTS[0])
+    if link is not None:
+        wanted = f"inputs in multiples of {THREADS} up to {MOST_INPUTS} and outputs in multiples of 64"
+        else_ = "of 32 or 16 where half or a quarter of a row is a multiple of 128 bytes"
+        return f"its kernel takes {wanted}, or {else_}, and fewer inputs in odd multiples, not {link.inputs} and {link.outputs}"
+    return None
+
+
+def _unfitting(key: dispatch.Key, slot: int) -> Link | None:
+    """The first link that the kernel does not take with slots of that size, if any."""
     for number in range(int(key.get("links", 0))):
         link = Link(int(key[f"in{number}"]), int(key[f"out{number}"]), gated=True)  # what is not needs less
-        if link.inputs % THREADS or link.inputs > MOST_INPUTS or not hopper_folds.folds(link, stored, SLOTS[0]):
-            wanted = f"inputs in multiples of {THREADS} up to {MOST_INPUTS} and outputs in multiples of 64"
-            else_ = "of 32 or 16 where half or a quarter of a row is a multiple of 128 bytes"
-            return f"its kernel takes {wanted}, or {else_}, not {link.inputs} and {link.outputs}"
+        if link.inputs % THREADS or not hopper_folds.folds(link, key.get("weight", "int8"), slot):
+            return link
     return None
 
 
@@ -41,7 +48,8 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring."""
-    return [Sizes(slot, flying)._asdict() for slot in SLOTS for flying in FLYING]
+    fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
+    return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
 
 def token_chain(

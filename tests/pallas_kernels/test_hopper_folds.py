@@ -54,7 +54,13 @@ def test_a_token_takes_the_room_that_is_worth_it(a_card, stored, bytes_):
     assert [fold.parts for fold in plan.folds] == ([2, 2, 2, 4] if stored == "int8" else [2, 2, 4, 4])
 
 
-def test_a_token_that_leaves_no_room_is_refused():
+def test_sizes_of_before_are_understood():
+    assert folds.Sizes(**{"slot": folds.SLOTS[1]}).flying == folds.FLYING[0]
+
+
+def test_a_token_that_leaves_no_room_is_refused(a_card):
+    with pytest.raises(ValueError, match=r"slots of 32768 bytes: no way to fold Link\(inputs=18816"):
+        plan_of([Link(4096, 64), Link(18816, 64)], "int8", folds.SLOTS[1])
     assert folds.folds(Link(18816, 64), jnp.int8, folds.SLOTS[0]) and not folds.folds(Link(29568, 64), jnp.int8, folds.SLOTS[0])
 
 

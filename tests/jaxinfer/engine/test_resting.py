@@ -5,11 +5,11 @@ import pytest
 from jaxinfer.engine.resting import RESTING, Rest
 
 
-def test_the_first_end_says_when_the_second_step_began():
+def test_what_steps_took():
     rest = Rest(4)
     assert rest.left == RESTING and not rest.over
     rest.ends += [5.0, 6.0, 8.5]
-    assert rest.finish() == [1.0, 2.5] and rest.over
+    assert rest.finish() == [1.0, 2.5] and rest.over  # the first is the end of the step before
 
 
 @pytest.mark.parametrize("ends", [[], [3.0]])

@@ -99,7 +99,8 @@ def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, 
     begun = [rest for rest in rests if rest is not None]
     apart = {id(rest): rest for rest in begun}.values()
     made.wake()
-    assert len(begun) > 10 and all(rest.over and RESTING - rest.left - len(rest.ends) in (0, 1) for rest in apart)
+    assert len(begun) > 10 and all(rest.over for rest in apart)
+    assert all(RESTING - rest.left - max(len(rest.ends) - 1, 0) in (0, 1) for rest in apart)  # one is still on its way
     assert made._about.missed >= len(begun)
 
 
@@ -305,23 +306,43 @@ def test_where_drafts_do_not_pay_nobody_looks_at_steps_for_a_while():
     made, batch = resting()
     assert not made.asks(1) and made.rest is not None
     rests = [made.rests(batch) for _ in range(RESTING)]
-    assert all(rest is made.rest for rest in rests) and made.rests(batch) is None
+    assert all(rest is made.rest for rest in rests)
     before, balance, earned = made._paces[1].apart, made.allowance.balance(1), made.asking.balance(1)
-    made.rest.ends += [10.0 + 2 * number for number in range(RESTING - 1)]  # one is still on its way
-    assert not made.asks(1) and made.rest is not rests[0]
-    steps = RESTING - 2
+    made.rest.ends += [10.0 + 2 * number for number in range(RESTING)]  # one is still on its way, the first is of the step before
+    assert not made.asks(1) and made.rest is not rests[0] and rests[0].over
+    steps = RESTING - 1
     assert made._paces[1].apart == before + steps and made.costs.seconds(1) == 2.0
     assert made.allowance.balance(1) == pytest.approx(balance + SHARE * steps)
     assert made.asking.balance(1) == pytest.approx(earned + ASKING * steps)
     assert made._about.missed == RESTING
 
 
-@pytest.mark.parametrize("other", [Batch((drafted("0", ()), drafted("1", ())), ()), Batch((drafted("0", ()),), (drafted("1", ()),))])
-def test_other_rows_and_prompts_end_a_rest(other):
+OTHERS = [
+    Batch((drafted("0", ()), drafted("1", ())), ()),
+    Batch((drafted("0", ()),), (drafted("1", ()),)),
+    Batch((drafted("1", ()),), (), (Admission(Request("1", (1,)), 0),)),  # its prompt is in the cache
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["rows", "prompts", "another"])
+def test_others_end_a_rest(other):
     made, batch = resting()
     assert not made.asks(1) and made.rests(batch) is not None
     assert made.rests(other) is None and made.rest is None and made.rests(batch) is None
     assert made._about.missed == 1
+
+
+def test_a_rest_that_is_used_up_ends_before_another_sequence_begins():
+    made, batch = resting(Fixed((DRAFTED,) * 3, "draft", device=True), model=9.0)
+    made._paces[1].out = True
+    assert not made.asks(1)
+    for _ in range(RESTING):
+        assert made.rests(batch) is not None
+    another = drafted("1", ())
+    prompts = Batch((), (another,), (Admission(another.request, 0),))
+    assert made.rests(prompts) is None and made.rest is None
+    made.leaves_out(prompts)
+    assert not made.asks(1) and not made._about.lost(another.request.key)
 
 
 @pytest.mark.parametrize("change", [{"apart": AGAIN}, {"looks": 1}, {"drafting": True}])
@@ -346,6 +367,23 @@ def test_nothing_is_tried_behind_prompts():
     assert made.asks(1) and not made.propose(candidates())
     made.rests(plain)
     assert made.asks(1) and made.propose(candidates())
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 20, 50])
+def test_under_a_load_that_never_ends_somebody_is_asked_all_the_same(every):
+    made, plain = resting()
+    made.asking.charge(1, -3.0)
+    made.allowance.charge(1, -20.0)
+    prompts, asked = Batch((drafted("0", ()),), (drafted("1", ()),)), 0
+    for step in range(400):
+        if step % every == 0:
+            made.rests(prompts)
+            continue
+        if not made.resting and made.asks(1):
+            asked += bool(made.propose(candidates()))
+        made.rests(plain)
+        observed(made)
+    assert asked or every == 1
 
 
 @pytest.mark.parametrize("batch", [Batch((), (drafted("1", ()),)), Batch((drafted("0", ()),), ())], ids=["prompts", "nothing"])

@@ -79,6 +79,12 @@ def test_sizes():
     assert gpu.heuristic("gpu", KEY) in gpu.candidates("gpu", KEY)
 
 
+def test_sizes_are_those_that_all_links_fit_beside():
+    """18,816 inputs, an odd multiple of 128, leave no room for three slots of 32 KB."""
+    some = {sizes["slot"] for sizes in gpu.candidates("gpu", KEY | {"in2": 18816})}
+    assert some == {gpu.SLOTS[0]} and {sizes["slot"] for sizes in gpu.candidates("gpu", KEY)} == set(gpu.SLOTS)
+
+
 def test_it_is_what_a_hopper_gpu_gets(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert dispatch.choose("token_chain", "auto", H200, KEY) == "gpu"
