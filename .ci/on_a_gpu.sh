@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a Hopper GPU can show, stage by stage, each with an end; what is printed goes to $OUT (default: gpu-results) as well.
 #
-#     bash .ci/on_a_gpu.sh chain merges | tune | steps | prefill | throughput | drafts | sanitize
+#     [ROWS="1 8"] bash .ci/on_a_gpu.sh chain merges | tune | steps | prefill | throughput | drafts | sanitize
 #
 # Rights first (chain, merges, sanitize), then times. Needs jax with CUDA, and for sanitize compute-sanitizer of CUDA 13 or newer.
 set -uo pipefail
@@ -48,8 +48,10 @@ for stage in "$@"; do
       ;;
     throughput) run throughput 300 $python -m jaxinfer bench throughput --shape llama-3.1-8b --workload batch-512 --page-size 64 --json ;;
     drafts)
-      run drafts 590 $python -m jaxinfer bench speculation --kind story --batch 1,8,64,256,16 --way lookup,draft --max-step-tokens 256 \
-        --repeat 8 --seconds 42 --json --out "$out/speculation.jsonl"
+      for rows in ${ROWS:-1 8 16 64 256}; do  # apart: engines for many sequences have many programs, which take minutes to compile
+        run "drafts-$rows" 590 $python -m jaxinfer bench speculation --kind story --batch "$rows" --way lookup,draft --max-step-tokens 256 \
+          --repeat 8 --seconds 70 --json --out "$out/speculation-$rows.jsonl"
+      done
       ;;
     sanitize)
       for op in token_chain quantized_matmul; do
