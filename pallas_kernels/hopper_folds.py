@@ -90,13 +90,12 @@ class Plan(NamedTuple):
 
 def right_of(stored: Any) -> RightSide:
     """How a token meets weights of a dtype."""
-    return Limbs() if stored == jnp.int8 else Same(stored)
+    return Limbs() if jnp.dtype(stored) == jnp.int8 else Same(stored)
 
 
 def folds(link: Link, stored: Any, slot: int) -> list[Fold]:
     """The ways in which a link's weight can be folded such that the token fits; none: no kernel."""
-    right, found = right_of(jnp.dtype(stored)), []
-    size = jnp.dtype(stored).itemsize
+    right, size, found = right_of(stored), jnp.dtype(stored).itemsize, []
     for parts in PARTS:
         rows, part = TILE // parts, link.inputs // parts
         whole = link.inputs % parts == 0 and part * size % SWIZZLE == 0 and link.outputs % rows == 0

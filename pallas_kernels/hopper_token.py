@@ -126,7 +126,12 @@ class Same:
 
 def columns_of(side: RightSide, fold: Fold) -> int:
     """Columns of a product, those of all parts and what fills them up."""
-    return -(-side.columns * fold.parts // COLUMNS) * COLUMNS
+    return _filled(side.columns * fold.parts) * COLUMNS
+
+
+def _filled(columns: int) -> int:
+    """How many times `COLUMNS` so many take."""
+    return -(-columns // COLUMNS)
 
 
 def room(side: RightSide, fold: Fold) -> tuple[int, int, int]:
@@ -174,7 +179,7 @@ def _write(fold: Fold, begin: int, size: int, _: Any, room: Any, *columns: Any) 
     from jaxlib.mlir.dialects import arith, llvm
 
     word, byte, vector = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8), columns[0].layout.vec_size
-    step, line, across = THREADS * vector, fold.block * size, -(-len(columns) * fold.parts // COLUMNS)
+    step, line, across = THREADS * vector, fold.block * size, _filled(len(columns) * fold.parts)
 
     def c(value: int) -> Any:
         return utils.c(value, word)

@@ -378,7 +378,7 @@ class Engine:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
         padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
         if flight.rest is not None and not flight.rest.over:
-            flight.rest.ends += (now,) if flight.rest.ends else (since or now, now)
+            flight.rest.ends += (since, now) if since and not flight.rest.ends else (now,)
         elif self.speculator is not None:
             followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)
             ahead = next(((later.packed.shapes.bucket, later.alone) for later in self._flights), None if self._depth else this)

@@ -22,6 +22,11 @@ class Rest:
     ends: list[float] = field(default_factory=list)
     over: bool = False
 
+    @property
+    def launched(self) -> int:
+        """How many of them were."""
+        return RESTING - self.left
+
     def finish(self) -> list[float]:
         """What the steps took."""
         self.over = True

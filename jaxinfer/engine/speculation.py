@@ -30,7 +30,7 @@ from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
-from jaxinfer.engine.resting import RESTING, Rest
+from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.engine.thoughts import Sequences, Thought, common
@@ -154,7 +154,8 @@ class Speculator:
         return self.rest is not None and self.rest.left > 0
 
     def rests(self, batch: Batch) -> Rest | None:
-        """The rest that a step belongs to. One that has prompts or other rows than those before ends it."""
+        """The rest that a step belongs to; one with prompts, with admissions or with other rows than those before ends it. Every step is
+        shown here when it is launched: what comes behind prompts is treated apart."""
         self._prompts, rest = bool(batch.prefills), self.rest
         if rest is None:
             return None
@@ -170,7 +171,7 @@ class Speculator:
         if rest is None:
             return
         size, steps = self._size(rest.rows), rest.finish()
-        self._about.missed += RESTING - rest.left
+        self._about.missed += rest.launched
         self._paces[size].rested(len(steps))
         for seconds in steps:
             self.costs.take(PLAIN, size, seconds)

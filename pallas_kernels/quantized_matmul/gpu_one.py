@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from pallas_kernels import dispatch, hopper_folds, hopper_links
-from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
+from pallas_kernels.hopper_folds import SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import THREADS
 
-SIZES = Sizes(SLOTS[0], FLYING[0])
+SIZES = Sizes(SLOTS[0])
 
 
 def fits(key: dispatch.Key) -> bool:

@@ -216,7 +216,7 @@ class Overlapping:
             self.made.learn(zip(batch.decodes, counts, strict=True))
             alike = [(later[1], later[-1]) for later in self.flights] == [(bucket, followed)]
             if rest is not None and not rest.over:
-                rest.ends += (self.now,) if rest.ends else (self.committed, self.now)
+                rest.ends += (self.committed, self.now) if self.committed and not rest.ends else (self.now,)
             else:
                 self.made.observe(Seen(batch, bucket, self.now - self.committed, sum(counts), steady, followed, alike))
             for text, drawn in zip(self.texts, texts, strict=True):

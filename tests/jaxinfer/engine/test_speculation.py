@@ -100,7 +100,7 @@ def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, 
     apart = {id(rest): rest for rest in begun}.values()
     made.wake()
     assert len(begun) > 10 and all(rest.over for rest in apart)
-    assert all(RESTING - rest.left - max(len(rest.ends) - 1, 0) in (0, 1) for rest in apart)  # one is still on its way
+    assert all(rest.launched - max(len(rest.ends) - 1, 0) in (0, 1) for rest in apart)  # one is still on its way
     assert made._about.missed >= len(begun)
 
 
