@@ -377,9 +377,7 @@ class Engine:
     def _measure(self, flight: _Flight, drawn: int) -> None:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch
         padded, phase = shapes.bucket.tokens * shapes.replicas, "mixed" if batch.prefills else "decode"
-        if flight.rest is not None and not flight.rest.over:
-            flight.rest.ends += (since, now) if since and not flight.rest.ends else (now,)
-        elif self.speculator is not None:
+        if self.speculator is not None and (flight.rest is None or flight.rest.over):
             followed, this = not (flight.alone or self.program.config.draft is None), (shapes.bucket, flight.alone)
             ahead = next(((later.packed.shapes.bucket, later.alone) for later in self._flights), None if self._depth else this)
             self.speculator.observe(Seen(batch, shapes.bucket, since and now - since, drawn, flight.steady, followed, ahead == this))

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxinfer.engine.resting import LONGEST, SHORTEST
+
 FIRST = 8  # steps with drafts before the first that are made without, to see what these cost
 APART = 16  # steps without drafts between two trials, at least
 FADING = 0.9  # of what is known of excursions, with each that ends
 WIDE, RETURNS = 2.0, 1.0  # excursions are thought to be at first: steps with drafts, and plain ones that wait for them
 OLD = 128  # plain steps after which what is known of excursions no longer counts
+CURIOUS = 2  # asked in vain so often since the last rest, they are left alone until the next
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
 
 
 @dataclass
 class Pace:
-    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none; put_off: how often in
-    a row nobody was asked who could have been. age: steps with drafts since plain ones were last made to see what these cost; looks: how
-    many of those are still to come; until: the age at which they are due. out: the draft model was left out of the last plain step. apart:
-    plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
+    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many with each that was no use.
+    age: steps with drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the
+    age at which they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts.
+    wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
     put_off: int = 0
+    rest: int = SHORTEST
     age: int = 0
     looks: int = 0
     until: int = FIRST
@@ -37,6 +42,12 @@ class Pace:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain = 0 if believed else self.vain + 1
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
+        self.rest = SHORTEST if believed else self.rest
+
+    @property
+    def curious(self) -> bool:
+        """Whether it is not yet time to leave it for a while. What was said is compared with what came when it is asked again."""
+        return self.vain < CURIOUS
 
     def drafted(self) -> None:
         """A step with drafts was made."""
@@ -53,7 +64,8 @@ class Pace:
     def rested(self, steps: int) -> None:
         """So many without were made, where nothing was due."""
         self._away(steps)
-        self.age = 0
+        self.age = self.vain = 0
+        self.rest = min(2 * self.rest, LONGEST)
 
     def _away(self, steps: int) -> None:
         before, self.apart = self.apart, self.apart + steps

@@ -1,33 +1,40 @@
-"""Plain steps at which nobody looks, where drafts do not pay. Plain Python.
+"""Steps at which nobody looks, where drafts do not pay. Plain Python.
 
-In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long: so an engine only notes when
-each of them ended. This file does not know when to rest.
+In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long: so for a while an engine does
+nothing for drafts at all, and the longer they have not paid, the longer (`pace.py`). This file does not know when to rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
-RESTING = 32  # steps at most
+from jaxinfer.batch import Batch
+
+SHORTEST, LONGEST = 32, 256  # steps
 
 
 @dataclass
 class Rest:
-    """Steps of so many rows, one behind another. left: how many more may be launched. ends: when the step before ended and each of them, in
-    seconds. over: what ends now is to be told as usual."""
+    """So many steps, one behind another, whatever they do. size: see `Speculator`, when it began. late: it ends with the first prompts that
+    come behind them, for a draft model has to see a sequence from its beginning, or after twice as many steps. launched: so far; plain: of
+    these, those without prompts. over: what ends now is to be told as usual."""
 
-    rows: int
-    left: int = RESTING
-    ends: list[float] = field(default_factory=list)
+    size: int
+    steps: int = SHORTEST
+    late: bool = False
+    launched: int = 0
+    plain: int = 0
     over: bool = False
 
     @property
-    def launched(self) -> int:
-        """How many of them were."""
-        return RESTING - self.left
+    def due(self) -> bool:
+        """Whether it ends now, if no prompts come."""
+        return self.launched >= self.steps * (2 if self.late else 1)
 
-    def finish(self) -> list[float]:
-        """What the steps took."""
-        self.over = True
-        return [end - begin for begin, end in pairwise(self.ends)]
+    def takes(self, batch: Batch) -> bool:
+        """Whether a step that is launched is one of them; it is counted."""
+        if self.due or (self.launched >= self.steps and batch.prefills):
+            return False
+        self.launched += 1
+        self.plain += not batch.prefills
+        return True

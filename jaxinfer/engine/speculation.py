@@ -41,7 +41,7 @@ FRESH, AGAIN = 256, 5  # after so many steps with drafts, at first fewer, a few 
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
-ASKING = 0.003  # of a plain step is what each plain step earns for being asked where drafts do not pay
+ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
 PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
 
@@ -134,49 +134,49 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        may, behind = self.asking.affords(size, 0.0), self._prompts and pace.put_off < PUT_OFF
-        pace.put_off = pace.put_off + (may and behind) if self._prompts else 0
+        may, behind = pace.curious and self.asking.affords(size, 0.0), self._prompts and pace.put_off < PUT_OFF
+        put_off = may and behind
+        pace.put_off = pace.put_off + put_off if self._prompts else 0
         wanted = not pace.looks and (pace.drafting or (may and not behind))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
-        if not found and known and not self._prompts and self._may_rest(pace):
-            self.rest = Rest(rows)
+        if not found and not put_off and known and self._may_rest(pace):
+            self.rest = Rest(size, pace.rest, late=self._follows)
         return found
 
+    @property
+    def _follows(self) -> bool:
+        return any(proposer.DEVICE for proposer in self.proposers)
+
     def _may_rest(self, pace: Pace) -> bool:
-        since, followed = self._since, not pace.out and any(proposer.DEVICE for proposer in self.proposers)
+        since, followed = self._since, not pace.out and self._follows
         calm = not pace.drafting and not pace.looks and pace.apart > AGAIN  # what the last drafts cost is settled
         return calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
 
     @property
     def resting(self) -> bool:
         """Whether nobody need be asked for the next step."""
-        return self.rest is not None and self.rest.left > 0
+        return self.rest is not None and not self.rest.due
 
     def rests(self, batch: Batch) -> Rest | None:
-        """The rest that a step belongs to; one with prompts, with admissions or with other rows than those before ends it. Every step is
-        shown here when it is launched: what comes behind prompts is treated apart."""
+        """The rest that a step belongs to. Every step is shown here when it is launched: what comes behind prompts is treated apart."""
         self._prompts, rest = bool(batch.prefills), self.rest
-        if rest is None:
-            return None
-        if not rest.left or batch.prefills or batch.admissions or len(batch.decodes) != rest.rows:
+        if rest is not None and not rest.takes(batch):
             self.wake()
-            return None
-        rest.left -= 1
-        return rest
+        if batch.admissions:
+            self._about.begin(batch)
+        return self.rest
 
     def wake(self) -> None:
         """End a rest: its steps are taken in, all at once."""
         rest, self.rest = self.rest, None
         if rest is None:
             return
-        size, steps = self._size(rest.rows), rest.finish()
-        self._about.missed += rest.launched
-        self._paces[size].rested(len(steps))
-        for seconds in steps:
-            self.costs.take(PLAIN, size, seconds)
-        self.allowance.earn(size, len(steps))
-        self.asking.earn(size, len(steps))
+        rest.over = True
+        self._about.lose()
+        self._paces[rest.size].rested(rest.plain)
+        self.allowance.earn(rest.size, rest.plain)
+        self.asking.earn(rest.size, rest.plain)
 
     def propose(self, candidates: Sequence[Candidate]) -> dict[Key, tuple[int, ...]]:
         """The drafts of the next step by sequence; {} where it is better to have none."""
@@ -200,10 +200,9 @@ class Speculator:
         """Whether the draft model stays out of a step, whose tokens it has not seen then."""
         if self.always or batch.decode_tokens > 1:
             return False
-        if not any(proposer.DEVICE for proposer in self.proposers):
+        if not self._follows:
             return True
         size = self._size(len(batch.rows))
-        self._about.begin(batch)
         pace = self._paces[size]
         if self._keeps_up(batch, size, pace):
             if pace.out and not batch.prefills:

@@ -57,6 +57,10 @@ class Sequences:
         for row in batch.rows:
             self.unseen[row.request.key] += len(row.tokens)
 
+    def lose(self) -> None:
+        """The draft model has not seen what came of any sequence that there is."""
+        self.missed += UNSEEN + 1
+
     def lost(self, key: Key) -> bool:
         """Whether the draft model has lost sight of a sequence: it drafts worse for each token that it has not seen."""
         return self.unseen[key] + self.missed - self.began.setdefault(key, self.missed) > UNSEEN

@@ -215,9 +215,7 @@ class Overlapping:
             self.now = max(self.now, end) + self.commit * self.draw.lognormvariate(0, 0.1)
             self.made.learn(zip(batch.decodes, counts, strict=True))
             alike = [(later[1], later[-1]) for later in self.flights] == [(bucket, followed)]
-            if rest is not None and not rest.over:
-                rest.ends += (self.committed, self.now) if self.committed and not rest.ends else (self.now,)
-            else:
+            if rest is None or rest.over:
                 self.made.observe(Seen(batch, bucket, self.now - self.committed, sum(counts), steady, followed, alike))
             for text, drawn in zip(self.texts, texts, strict=True):
                 text += drawn

@@ -14,7 +14,7 @@ from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.pace import APART, FIRST, PATIENT
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
-from jaxinfer.engine.resting import RESTING
+from jaxinfer.engine.resting import LONGEST, SHORTEST
 from jaxinfer.engine.scheduler import Limits
 from jaxinfer.engine.speculation import AGAIN, ASKING, SAVED, Bounds, Candidate, Speculator
 from jaxinfer.engine.thoughts import UNSEEN
@@ -85,23 +85,22 @@ def test_without_overlap(arranged, reference):
 
 @pytest.mark.parametrize("names", [("LookupProposer",), ("DraftProposer",)], ids=["lookup", "draft"])
 def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, names):
-    engine, rests = arranged(*names), []
+    engine, rests, told = arranged(*names), [], []
     used = engine.speculator
     made = Speculator(used.proposers, used.bounds, used.costs, engine.metrics, unseen=used.unseen)
     monkeypatch.setattr(engine, "speculator", made)
     begin = made.rests
     monkeypatch.setattr(made, "rests", lambda batch: rests.append(begin(batch)) or rests[-1])
     monkeypatch.setattr(made.costs, "known", lambda rows: True)
+    monkeypatch.setattr(made, "observe", told.append)
     for size in range(1, 9):
         made._paces[size].drafting, made._paces[size].apart, made._paces[size].out = False, APART + 1, True
         made.asking.charge(size, 1.0)
     assert_whole(run(engine, *VARIETY), reference)
     begun = [rest for rest in rests if rest is not None]
     apart = {id(rest): rest for rest in begun}.values()
-    made.wake()
-    assert len(begun) > 10 and all(rest.over for rest in apart)
-    assert all(rest.launched - max(len(rest.ends) - 1, 0) in (0, 1) for rest in apart)  # one is still on its way
-    assert made._about.missed >= len(begun)
+    assert len(begun) > 10 and sum(rest.launched for rest in apart) == len(begun)
+    assert len(rests) - len(begun) <= len(told) <= len(rests) - len(begun) + len(apart)  # one may be on its way when a rest ends
 
 
 def test_where_drafts_do_not_pay_the_draft_model_is_left_out(arranged, reference, monkeypatch):
@@ -302,47 +301,50 @@ def resting(proposer=None, **costs):
     return made, Batch((drafted("0", ()),), ())
 
 
+PROMPTS = Batch((drafted("0", ()),), (drafted("1", ()),), (Admission(Request("1", (1,)), 0),))
+
+
 def test_where_drafts_do_not_pay_nobody_looks_at_steps_for_a_while():
     made, batch = resting()
-    assert not made.asks(1) and made.rest is not None
-    rests = [made.rests(batch) for _ in range(RESTING)]
-    assert all(rest is made.rest for rest in rests)
-    before, balance, earned = made._paces[1].apart, made.allowance.balance(1), made.asking.balance(1)
-    made.rest.ends += [10.0 + 2 * number for number in range(RESTING)]  # one is still on its way, the first is of the step before
-    assert not made.asks(1) and made.rest is not rests[0] and rests[0].over
-    steps = RESTING - 1
-    assert made._paces[1].apart == before + steps and made.costs.seconds(1) == 2.0
+    assert not made.asks(1) and made.resting
+    rest, before, balance, earned = made.rest, made._paces[1].apart, made.allowance.balance(1), made.asking.balance(1)
+    for number in range(SHORTEST):  # prompts and other rows do not matter
+        assert made.resting and made.rests(PROMPTS if number % 8 == 7 else batch) is rest
+    steps = SHORTEST - SHORTEST // 8
+    assert not made.resting and not rest.over and made.rests(batch) is None and rest.over
+    assert made._paces[1].apart == before + steps
     assert made.allowance.balance(1) == pytest.approx(balance + SHARE * steps)
     assert made.asking.balance(1) == pytest.approx(earned + ASKING * steps)
-    assert made._about.missed == RESTING
 
 
-OTHERS = [
-    Batch((drafted("0", ()), drafted("1", ())), ()),
-    Batch((drafted("0", ()),), (drafted("1", ()),)),
-    Batch((drafted("1", ()),), (), (Admission(Request("1", (1,)), 0),)),  # its prompt is in the cache
-]
-
-
-@pytest.mark.parametrize("other", OTHERS, ids=["rows", "prompts", "another"])
-def test_others_end_a_rest(other):
+def test_the_longer_drafts_have_not_paid_the_longer_nobody_looks():
     made, batch = resting()
-    assert not made.asks(1) and made.rests(batch) is not None
-    assert made.rests(other) is None and made.rest is None and made.rests(batch) is None
-    assert made._about.missed == 1
+    lengths = []
+    for _ in range(7):
+        made.asking.charge(1, 10.0)
+        assert not made.asks(1) and made.rest is not None
+        lengths.append(made.rest.steps)
+        while made.rests(batch) is not None:
+            pass
+        made._paces[1].asked(believed=False)
+    assert lengths == [min(SHORTEST * 2**number, LONGEST) for number in range(7)] and lengths[-1] == lengths[-2]
+    made._paces[1].asked(believed=True)
+    assert made._paces[1].rest == SHORTEST
 
 
-def test_a_rest_that_is_used_up_ends_before_another_sequence_begins():
+def test_a_rest_that_a_draft_model_sits_out_ends_with_the_next_prompts():
+    """It sees those from their beginning; what began before is lost to it."""
     made, batch = resting(Fixed((DRAFTED,) * 3, "draft", device=True), model=9.0)
     made._paces[1].out = True
     assert not made.asks(1)
-    for _ in range(RESTING):
+    within = Batch((), (drafted("2", ()),), (Admission(Request("2", (1,)), 0),))
+    assert made.rests(within) is not None
+    for _ in range(SHORTEST):
         assert made.rests(batch) is not None
-    another = drafted("1", ())
-    prompts = Batch((), (another,), (Admission(another.request, 0),))
-    assert made.rests(prompts) is None and made.rest is None
-    made.leaves_out(prompts)
-    assert not made.asks(1) and not made._about.lost(another.request.key)
+    assert made.rests(PROMPTS) is None and made.rest is None
+    made.leaves_out(PROMPTS)
+    lost = [made._about.lost(key) for key in (within.admissions[0].request.key, PROMPTS.admissions[0].request.key)]
+    assert lost == [True, False] and not made.asks(1)
 
 
 @pytest.mark.parametrize("change", [{"apart": AGAIN}, {"looks": 1}, {"drafting": True}])
@@ -453,8 +455,8 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     made.costs.set(FOLLOWED, 1, 1.1)
     made.history.take("x", "draft", 3, 3)
     step = Batch((drafted("0", ()),), ())
-    entering = tuple(Admission(row.request, 0) for row in step.decodes)
-    assert not made.leaves_out(Batch((), step.decodes, entering))  # drafts are thought to pay
+    entering = Batch((), step.decodes, tuple(Admission(row.request, 0) for row in step.decodes))
+    assert made.rests(entering) is None and not made.leaves_out(entering)  # drafts are thought to pay
     made._paces[1].drafting = False
     for _ in range(UNSEEN):
         assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
