@@ -6,7 +6,7 @@
     paged_attention     a paged pool, written and read in one call; `kv_layout` names the pool's layout
     quantized_matmul    weights in int8, float8 or 4 bits
     residual_norm       a sum and its root mean square norm
-    token_chain         one token through matmuls that follow one another
+    token_chain         tokens through matmuls that follow one another
 
 `dispatch` chooses the implementation, `tuning` its block sizes.
 """
@@ -30,6 +30,7 @@ from pallas_kernels.quantized_matmul.api import quantized_matmul as quantized_ma
 from pallas_kernels.residual_norm.api import residual_norm as residual_norm
 from pallas_kernels.residual_norm.reference import Normed as Normed
 from pallas_kernels.token_chain.api import Chained as Chained
-from pallas_kernels.token_chain.api import one_kernel as one_kernel
+from pallas_kernels.token_chain.api import joins as joins
 from pallas_kernels.token_chain.api import token_chain as token_chain
 from pallas_kernels.token_chain.reference import Form as Form
+from pallas_kernels.token_chain.reference import Weight as Weight

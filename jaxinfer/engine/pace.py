@@ -15,6 +15,7 @@ FADING = 0.9  # of what is known of excursions, with each that ends
 WIDE, RETURNS = 2.0, 1.0  # excursions are thought to be at first: steps with drafts, and plain ones that wait for them
 OLD = 128  # plain steps after which what is known of excursions no longer counts
 CURIOUS = 2  # asked in vain so often since the last rest, they are left alone until the next
+PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
 
 
@@ -48,6 +49,12 @@ class Pace:
     def curious(self) -> bool:
         """Whether it is not yet time to leave it for a while. What was said is compared with what came when it is asked again."""
         return self.vain < CURIOUS
+
+    def puts_off(self, *, behind: bool, may: bool) -> bool:
+        """Whether nobody is asked who may be, because the step is behind prompts."""
+        found = may and behind and self.put_off < PUT_OFF
+        self.put_off = self.put_off + found if behind else 0
+        return found
 
     def drafted(self) -> None:
         """A step with drafts was made."""

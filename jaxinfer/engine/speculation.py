@@ -25,7 +25,7 @@ from jaxinfer.engine.allowance import Allowance
 from jaxinfer.engine.costs import ALONE, FOLLOWED, HELD_UP, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.history import History, enough, worth
 from jaxinfer.engine.metrics import EngineMetrics
-from jaxinfer.engine.pace import APART, Pace
+from jaxinfer.engine.pace import APART, PUT_OFF, Pace
 from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
@@ -42,7 +42,6 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
-PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
 
 
@@ -134,10 +133,9 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        may, behind = pace.curious and self.asking.affords(size, 0.0), self._prompts and pace.put_off < PUT_OFF
-        put_off = may and behind
-        pace.put_off = pace.put_off + put_off if self._prompts else 0
-        wanted = not pace.looks and (pace.drafting or (may and not behind))
+        may = pace.curious and self.asking.affords(size, 0.0)
+        put_off = pace.puts_off(behind=self._prompts, may=may)
+        wanted = not pace.looks and (pace.drafting or (may and not put_off))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
         if not found and not put_off and known and self._may_rest(pace):

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxinfer.models.layers import Placement, Projection, RMSNorm, StepContext, gated
-from jaxinfer.quant.matmul import rows_of
+from jaxinfer.quant.matmul import Rows, rows_of
 from jaxinfer.sharding import constrain, partition
-from pallas_kernels import Form, Normed, Pool, dispatch, one_kernel, residual_norm, token_chain
+from pallas_kernels import Chained, Form, Normed, Pool, Weight, dispatch, joins, residual_norm, token_chain
 
 
 class Link(NamedTuple):
@@ -62,7 +62,7 @@ class Stream(NamedTuple):
 
     def projected(self, norm: RMSNorm, projection: Projection, placement: Placement) -> Projected:
         """A projection of the norm of the sum."""
-        found = _in_one_kernel(self.then(Link(projection, norm)), placement) if self.links else None
+        found = _together(self.then(Link(projection, norm)), placement) if self.links else None
         if found is not None and found.added is not None:
             return Projected(found.added, Stream(found.held, counters=self.counters))
         normed = self.normed(norm, placement)
@@ -72,7 +72,7 @@ class Stream(NamedTuple):
         """The same stream with no matmul to be done."""
         if not self.links:
             return self
-        return _in_one_kernel(self, placement) or _one_by_one(self, placement)
+        return _together(self, placement) or _one_by_one(self, placement)
 
     def total(self, placement: Placement) -> Float[Array, "tokens embed"]:
         """The sum alone."""
@@ -107,32 +107,32 @@ def _one_by_one(stream: Stream, placement: Placement) -> Stream:
     return Stream(held, value, counters=counters)
 
 
-def _in_one_kernel(stream: Stream, placement: Placement) -> Stream | None:
-    """What comes of a stream's links if a kernel can do them all: one token on one device, SwiGLU, no biases, weights all alike, and
-    counters, without which nothing keeps two such kernels of a program apart."""
-    token, links = _alone(stream, placement), stream.links
+def _together(stream: Stream, placement: Placement) -> Stream | None:
+    """What comes of a stream's links if there are kernels that know several: on one device, SwiGLU, no biases, weights all alike."""
+    x, links = stream.added, stream.links
     projections = [link.projection for link in links]
     rows = [rows_of(each.weight.get_value(), each.weight.contracting) for each in projections]
     whole = [each for each in rows if each is not None]
     plain = all(link.projection.bias is None and link.gate in (None, jax.nn.silu) for link in links)
-    if token is None or not plain or len(whole) < len(rows):
+    if x is None or placement.mesh.size > 1 or not plain or len(whole) < len(rows):
         return None
-    weights, scales = zip(*whole, strict=True)
-    if not one_kernel(token, weights, scales, placement.implementation):
+    found = _chained(x.reshape(x.shape[0], -1), stream, whole, placement.implementation)
+    if found is None:
         return None
-    norms = [None if link.norm is None else link.norm.weight.get_value() for link in links]
-    forms, settings = tuple(map(_form, links)), {"counters": stream.counters, "implementation": placement.implementation}
-    found = token_chain(token, stream.held, weights, scales, norms, forms=forms, **settings)
     out = projections[-1].weight.spec.shape[: -projections[-1].weight.contracting]
-    return Stream(found.total, found.out.reshape(1, *out), counters=stream.counters)
+    return Stream(found.total, found.out.reshape(x.shape[0], *out), counters=stream.counters)
 
 
-def _alone(stream: Stream, placement: Placement) -> Float[Array, "1 in"] | None:
-    """What the links begin with, if it is of one token on one device and there are counters."""
-    x = stream.added
-    if x is None or x.shape[0] != 1 or placement.mesh.size > 1 or stream.counters is None:
+def _chained(x: Float[Array, "tokens in"], stream: Stream, rows: Sequence[Rows], implementation: str) -> Chained | None:
+    """Inputs as they are need counters, without which nothing keeps two such kernels of a program apart, and there is one for one token."""
+    weights, activations = [Weight(each.values, each.scales, each.smooth) for each in rows], rows[0].activations
+    bare = all(weight.smooth is None for weight in weights)
+    ready = activations == "int8" or (bare and x.shape[0] == 1 and stream.counters is not None)
+    if any(each.activations != activations for each in rows) or not ready or not joins(x, weights, activations, implementation):
         return None
-    return x.reshape(1, -1)
+    norms = [None if link.norm is None else link.norm.weight.get_value() for link in stream.links]
+    settings = {"activations": activations, "counters": stream.counters, "implementation": implementation}
+    return token_chain(x, stream.held, weights, norms, forms=tuple(map(_form, stream.links)), **settings)
 
 
 def _form(link: Link) -> Form:

@@ -51,23 +51,27 @@ def matmul(
 
 
 class Rows(NamedTuple):
-    """A weight as a plain matrix, and a scale for each of its rows if it has some."""
+    """A weight as a plain matrix, and a scale for each of its rows if it has some; activations, smooth: see `QArray`."""
 
     values: Shaped[Array, "out in"]
-    scales: Float[Array, "out 1"] | None
+    scales: Float[Array, "out 1"] | None = None
+    activations: str = "float"
+    smooth: Float[Array, "in"] | None = None
 
 
 def rows_of(weight: Weight | Observed, contracting: int) -> Rows | None:
-    """A weight [out.., into..] that is an array, or int8 with a scale for each output and nothing else; None for any other."""
+    """A weight [out.., into..] that is an array, or int8 with a scale for each output; None for any other."""
     if isinstance(weight, Observed):
         return None
     out = math.prod(weight.shape[: len(weight.shape) - contracting])
     if not isinstance(weight, QArray):
-        return Rows(weight.reshape(out, -1), None)
-    bare = weight.zeros is None and weight.smooth is None and weight.order is None and weight.activations == "float"
-    if not bare or weight.values.dtype != INT8 or weight.scales.shape != (*weight.shape[:-contracting], *[1] * contracting):
+        return Rows(weight.reshape(out, -1))
+    if weight.values.dtype != INT8 or weight.zeros is not None or weight.order is not None:
         return None
-    return Rows(weight.values.reshape(out, -1), weight.scales.reshape(out, 1))
+    if weight.scales.shape != (*weight.shape[:-contracting], *[1] * contracting):
+        return None
+    smooth = None if weight.smooth is None else weight.smooth.reshape(-1)
+    return Rows(weight.values.reshape(out, -1), weight.scales.reshape(out, 1), weight.activations, smooth)
 
 
 def grouped(

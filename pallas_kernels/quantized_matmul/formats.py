@@ -1,13 +1,12 @@
-"""What implementations of the quantised matmul share: names of formats, halves of bytes, rounding of activations, blocks of scales."""
+"""What implementations of the quantised matmul share: names of formats, halves of bytes, blocks of scales."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Shaped, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
 PACKED = jnp.dtype(jnp.uint8)
 ZERO = 8  # of 4 bits, where no zeros are given
-LIMIT = 127  # of activations
 NAMES = {"int8": "int8", "float8_e4m3fn": "fp8", "uint8": "int4"}
 
 
@@ -32,26 +31,11 @@ class Format(NamedTuple):
         return shape | {"weight": self.weight, "group": self.inputs, "rows": self.outputs, "activations": self.activations}
 
 
-class Tokens(NamedTuple):
-    """Activations as int8 and the scale of each token."""
-
-    values: Int8[Array, "tokens in"]
-    scales: Float32[Array, "tokens 1"]
-
-
 class Halves(NamedTuple):
     """The two numbers in each byte: those of even inputs and those of odd ones."""
 
     even: UInt8[Array, "out half"]
     odd: UInt8[Array, "out half"]
-
-
-def round_tokens(x: Float[Array, "tokens in"]) -> Tokens:
-    """Each token to int8, in float32 whatever x's dtype: scale = max|token| / 127, to nearest, ties to even; scale 1 for zeros."""
-    wide = x.astype(jnp.float32)
-    top = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-    scales = jnp.where(top > 0, jnp.maximum(top / LIMIT, jnp.finfo(jnp.float32).tiny), 1)
-    return Tokens(jnp.clip(jnp.rint(wide / scales), -LIMIT, LIMIT).astype(jnp.int8), scales)
 
 
 def halves(weight: UInt8[Array, "out half"]) -> Halves:

@@ -26,8 +26,9 @@ from pallas_kernels import dispatch, hopper, tuning
 from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
 from pallas_kernels.quantized_matmul import gpu_one, xla
-from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
+from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format
 from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
+from pallas_kernels.rounding import round_tokens
 
 MOST = 64  # tokens
 CONSUMER, PRODUCER = {1: 240, 2: 208, 4: 104}, 40  # registers of a thread: of a consumer, by how many there are; of the producer

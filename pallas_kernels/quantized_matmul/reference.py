@@ -5,7 +5,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from pallas_kernels.attention import accumulation_dtype
-from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, halves, round_tokens, spread
+from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, halves, spread
+from pallas_kernels.rounding import round_tokens
 
 
 def quantized_matmul(

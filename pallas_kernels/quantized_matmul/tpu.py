@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from pallas_kernels import dispatch, generations, tensorcore, tuning
 from pallas_kernels.attention import precision
-from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, round_tokens
+from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format
+from pallas_kernels.rounding import round_tokens
 from pallas_kernels.tensorcore import LANES, Call, Copies, ceil_to
 
 OP = "quantized_matmul"

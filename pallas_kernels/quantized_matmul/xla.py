@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Float32, Int8, Int32, Shaped, UInt8
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.attention import accumulation_dtype, precision
-from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, halves, round_tokens
+from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format, halves
+from pallas_kernels.rounding import round_tokens
 
 
 class Sizes(NamedTuple):

@@ -1,15 +1,17 @@
-"""A chain in one kernel on Hopper GPUs (`hopper_links`): refusals, sizes."""
+"""A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of int8 inputs with one between two matmuls (`gpu_rows`). Refusals,
+sizes."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, hopper, hopper_counters, hopper_folds, hopper_links, hopper_mail, tuning
 from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
+from pallas_kernels.token_chain import gpu_rows, xla
 from pallas_kernels.token_chain.api import key_of
-from pallas_kernels.token_chain.reference import Form
+from pallas_kernels.token_chain.reference import Form, Weight
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
@@ -17,6 +19,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
     if reason is not None:
         return reason
+    if key.get("activations", "float") == "int8":
+        return gpu_rows.refusal(key)
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
@@ -48,29 +52,36 @@ def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
 
 def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring."""
+    if key.get("activations", "float") == "int8":
+        return [gpu_rows.Sizes(piece)._asdict() for piece in gpu_rows.PIECES]
     fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
     return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
 
 def token_chain(
-    x: Float[Array, "1 in"],
-    held: Float[Array, "1 features"],
-    weights: Sequence[Shaped[Array, "_ _"]],
-    scales: Sequence[Float[Array, "_ 1"] | None],
+    x: Float[Array, "tokens in"],
+    held: Float[Array, "tokens features"],
+    weights: Sequence[Weight],
     norms: Sequence[Float[Array, "_"] | None],
     *,
     forms: tuple[Form, ...],
+    activations: str = "float",
     counters: Any = None,
 ) -> tuple[Array, Array]:
     """See api.token_chain."""
-    sizes = Sizes(**tuning.sizes("token_chain", "gpu", dispatch.target(), key_of(x, weights, scales)))
-    value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, scales, norms, forms, strict=True))
+    found = tuning.sizes("token_chain", "gpu", dispatch.target(), key_of(x, weights, activations))
+    if activations == "int8":
+        if x.shape[0] == 0:
+            return xla.token_chain(x, held, weights, norms, forms=forms, activations=activations)
+        return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
+    value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
-        some_weights, some_scales, some_norms, some_forms = zip(*links, strict=True)
-        plan = hopper_folds.plan_of(links_of(some_weights, some_norms, some_forms), x.dtype, weights[0].dtype, sizes)
-        flat = [None if scale is None else scale.reshape(-1) for scale in some_scales]
+        some, some_norms, some_forms = zip(*links, strict=True)
+        matrices, scales = [weight.values for weight in some], [weight.scales for weight in some]
+        plan = hopper_folds.plan_of(links_of(matrices, some_norms, some_forms), x.dtype, matrices[0].dtype, Sizes(**found))
+        flat = [None if scale is None else scale.reshape(-1) for scale in scales]
         shared = counters if counters is not None or len(links) == 1 else hopper_counters.made()
-        value, total = hopper_links.run(value, total, some_weights, flat, some_norms, shared, plan=plan)
+        value, total = hopper_links.run(value, total, matrices, flat, some_norms, shared, plan=plan)
     return value[None], held if total is None else total[None]
 
 

@@ -3,22 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from pallas_kernels.token_chain import reference
-from pallas_kernels.token_chain.reference import Form
+from pallas_kernels.token_chain.reference import Form, Weight
 
 
 def token_chain(
-    x: Float[Array, "1 in"],
-    held: Float[Array, "1 features"],
-    weights: Sequence[Shaped[Array, "_ _"]],
-    scales: Sequence[Float[Array, "_ 1"] | None],
+    x: Float[Array, "tokens in"],
+    held: Float[Array, "tokens features"],
+    weights: Sequence[Weight],
     norms: Sequence[Float[Array, "_"] | None],
     *,
     forms: tuple[Form, ...],
+    activations: str = "float",
     counters: Any = None,
 ) -> tuple[Array, Array]:
     """See api.token_chain."""
     del counters
-    return reference.token_chain(x, held, weights, scales, norms, forms=forms)
+    return reference.token_chain(x, held, weights, norms, forms=forms, activations=activations)

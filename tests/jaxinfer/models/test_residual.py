@@ -123,11 +123,11 @@ def kernels(monkeypatch):
     """As if there were a kernel for chains: how many links it is given, and which counters."""
     seen = []
 
-    def chain(x, held, weights, scales, norms, *, forms, counters, implementation):
+    def chain(x, held, weights, norms, *, forms, activations, counters, implementation):
         seen.append((len(weights), counters))
-        return token_chain(x, held, weights, scales, norms, forms=forms, implementation="xla")
+        return token_chain(x, held, weights, norms, forms=forms, activations=activations, implementation="xla")
 
-    monkeypatch.setattr(residual, "one_kernel", lambda x, weights, scales, implementation: implementation == "auto")
+    monkeypatch.setattr(residual, "joins", lambda x, weights, activations, implementation: implementation == "auto")
     monkeypatch.setattr(residual, "token_chain", chain)
     return seen
 
@@ -143,6 +143,15 @@ def test_one_token_goes_through_one_kernel(kernels, scheme):
     assert kernels == [(4, "counters"), (3, "counters")] and again.added.shape == (1, 8) and again.counters == "counters"
 
 
+def test_many_tokens_of_int8_go_through_what_knows_several_matmuls(kernels):
+    placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of("w8a8", tokens=5, counters=None)
+    found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
+    assert kernels == [(4, None)] and found.value.shape == (5, 2, 4)
+    for mine, wanted in ((found.value, value), (found.stream.held, total)):
+        mine, wanted = np.asarray(mine, np.float32), np.asarray(wanted, np.float32)
+        assert np.linalg.norm(mine - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -151,12 +160,13 @@ def test_one_token_goes_through_one_kernel(kernels, scheme):
         {"gate": gelu_tanh},
         {"down": projection((8,), (6,), bias=True)},
         {"down": projection((8,), (6,), scheme="int8")},
+        {"down": projection((8,), (6,), scheme="w8a8")},
     ],
 )
 def test_what_no_kernel_does_is_done_one_by_one(kernels, monkeypatch, changes):
     """Weights of two kinds are told apart by the op."""
     placement, (stream, norm, qkv) = Placement(make_mesh({})), layer_of(**changes)
-    monkeypatch.setattr(residual, "one_kernel", lambda x, weights, scales, implementation: all(scale is None for scale in scales))
+    monkeypatch.setattr(residual, "joins", lambda x, weights, *rest: all(weight.scales is None for weight in weights))
     found, (value, total) = stream.projected(norm, qkv, placement), written_out(stream, norm, qkv, placement)
     assert np.array_equal(found.value, value) and np.array_equal(found.stream.held, total) and not kernels
 

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.quantized_matmul.formats import Format, halves, round_tokens, spread
+from pallas_kernels.quantized_matmul.formats import Format, halves, spread
 
 
 def test_formats_are_named():
@@ -9,14 +9,6 @@ def test_formats_are_named():
     assert Format.of(weight, scales, "float") == ("int4", 2, 4, "float")
     assert Format.of(weight.astype(jnp.int8), jnp.ones((4, 1)), "int8") == ("int8", 1, 0, "int8")
     assert Format.of(weight.astype(jnp.float8_e4m3fn), scales[:1, :1], "float") == ("fp8", 4, 0, "float")
-
-
-def test_tokens_are_rounded_each_by_itself():
-    x = jnp.asarray([[1.0, -0.5, 0.25], [0, 0, 0], [1e-45, 0, 0], [254, 127, 1]], jnp.float32)
-    tokens = round_tokens(x)
-    assert np.array_equal(tokens.values[jnp.asarray([0, 1, 3])], [[127, -64, 32], [0, 0, 0], [127, 64, 0]])
-    assert tokens.scales[1, 0] == 1 and tokens.scales[3, 0] == 2 and jnp.isfinite(tokens.scales).all()
-    assert np.array_equal(round_tokens(x.astype(jnp.bfloat16)).values[0], tokens.values[0])
 
 
 def test_the_low_half_is_the_even_input():

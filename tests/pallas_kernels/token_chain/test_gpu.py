@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import dispatch, hopper
 from pallas_kernels.token_chain.cases import CASES, TUNING
+from pallas_kernels.token_chain.reference import Weight
 
 gpu = pytest.importorskip("pallas_kernels.token_chain.gpu")
 H200 = dispatch.Target("gpu", "NVIDIA H200")
@@ -32,6 +33,8 @@ def cores_are_known(monkeypatch):
         (H200, {"in1": 32768, "in2": 32768}, "pass 65792 numbers on, and there is room for 65536"),
         (H200, {}, None),
         (H200, {"weight": "bfloat16"}, None),
+        (H200, {"activations": "int8", "tokens": 70, "in1": 32768}, "its kernel between int8 matmuls"),
+        (H200, {"activations": "int8", "tokens": 70, "out1": 100}, None),
     ],
 )
 def test_what_it_refuses(monkeypatch, target, changes, reason):
@@ -62,8 +65,8 @@ def test_results_depend_on_their_own_rows_alone(interpreted, weight):
     case = next(case for case in CASES if case.name == "gated")
     inputs = case.make(0)
     first = case.run(inputs, "gpu")[0]
-    gate, up = jnp.split(inputs["weights"][0], 2)
-    part = case.run(inputs | {"weights": [jnp.concatenate([gate[16:64], up[16:64]])]}, "gpu")[0]
+    gate, up = jnp.split(inputs["weights"][0].values, 2)
+    part = case.run(inputs | {"weights": [Weight(jnp.concatenate([gate[16:64], up[16:64]]))]}, "gpu")[0]
     assert np.array_equal(first[:, 16:64], part)
 
 

@@ -11,7 +11,7 @@ def test_a_layer_means_what_it_says():
     case = next(case for case in CASES if case.name == "layer")
     inputs, (out, total) = case.make(3), expected("token_chain", case, 3)
     x, held, *_ = (np.asarray(inputs[name], np.float64) for name in ("x", "held"))
-    weights = [np.asarray(w, np.float64) * np.asarray(s, np.float64) for w, s in zip(inputs["weights"], inputs["scales"], strict=True)]
+    weights = [np.asarray(weight.values, np.float64) * np.asarray(weight.scales, np.float64) for weight in inputs["weights"]]
 
     def normed(stream, weight):
         return stream / np.sqrt(np.mean(stream**2) + 1e-5) * np.asarray(weight, np.float64)
