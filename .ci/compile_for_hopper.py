@@ -5,9 +5,9 @@ Needs jax 0.11 or newer with the CUDA plugin of its own version (no driver, none
     pip install "jax==0.11.2" jaxtyping && pip install --no-deps "jax-cuda13-plugin==0.11.2" "jax-cuda13-pjrt==0.11.2"
     python .ci/compile_for_hopper.py
 
-Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, a matmul of few tokens, a chain of them, or
-a norm. A case that does not compile ends the run. What this does not show is that the numbers are right: the tests do that in jax's
-interpreter, and a card does.
+Each case is a program: paged attention with decode rows, prefill rows or both, flash attention, a matmul of few tokens, a chain of them or
+of matmuls of int8 numbers, or a norm. A case that does not compile ends the run. What this does not show is that the numbers are right: the
+tests do that in jax's interpreter, and a card does.
 """
 
 import argparse
@@ -206,8 +206,8 @@ def products() -> Iterator[Planned]:
     for case in norms():
         yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
     for case in (*chain_cases.TUNING, *chain_cases.CASES, RAGGED):
-        for sizes in chain_gpu.candidates("gpu", case.tuning_key()):
-            yield Planned(f"chain {case.name}", case, sizes, 1)
+        for sizes in chain_gpu.candidates("gpu", case.tuning_key()) if case.tokens else ():
+            yield Planned(f"chain {case.name}", case, sizes, len(case.parts) if case.activations == "int8" else 1)
 
 
 def kernels_in(case: Any, mesh: Mesh) -> int:

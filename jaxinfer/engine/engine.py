@@ -29,6 +29,7 @@ from jaxinfer.engine import speculation, words
 from jaxinfer.engine.drawn import Drawn, fetch
 from jaxinfer.engine.grammar import Grammars, Matcher, masks
 from jaxinfer.engine.grammar_compile import GrammarProblem
+from jaxinfer.engine.longest import limit_of
 from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.scheduler import Key, Sequence
@@ -113,6 +114,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
         self._idle_since = 0.0
+        self._rest: Rest | None = None  # of the steps that are launched now
         self.speculator = speculation.make(config.speculation, built.program.config, built.costs, self.metrics)
 
     @property
@@ -126,7 +128,7 @@ class Engine:
         Raises:
             RequestError: it can never run (too long, a token outside the vocabulary, a bad grammar). QueueFull: too many wait already.
         """
-        limit = self._check(request)
+        limit = self._limit(request)
         if self.scheduler.waiting >= self.config.scheduler.max_waiting:
             raise QueueFull(f"{self.scheduler.waiting} requests are waiting already; try again later")
         detokenizer = self.tokenizer.stream(skip_special=request.params.skip_special_tokens) if self.tokenizer else None
@@ -149,7 +151,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Schedule one batch, launch it on the devices, commit what the one before produced; [] when nothing became final."""
-        outputs, drafts = ([], {}) if self.speculator is None or self.speculator.resting else self._propose()
+        outputs, drafts = ([], {}) if self.speculator is None or self._rest is not None else self._propose()
         batch = self.scheduler.schedule(drafts)
         flight = None if batch is None else self._launch(batch)
         outputs, self._pending = outputs + self._pending, []
@@ -203,7 +205,10 @@ class Engine:
         return outputs, drafts
 
     def _guess(self, *, asked: bool = False) -> dict[Key, tuple[int, ...]]:
-        if self.speculator is None or not self.scheduler.running or not (asked or self.speculator.asks(self.scheduler.running)):
+        if self.speculator is None or not self.scheduler.running:
+            return {}
+        if not asked and not self.speculator.asks(self.scheduler.running):
+            self._rest = self.speculator.rest
             return {}
         candidates = [Candidate(running, self._active[running.request.key].matcher is None) for running in self.scheduler.decoding]
         return self.speculator.propose(candidates) if candidates else {}
@@ -216,12 +221,24 @@ class Engine:
             self._admit(admission)
         self.last_packed = packed = pack(batch, self.program.config.bucket_for(batch))
         idle = all(flight.done for flight in self._flights)
-        rest = None if self.speculator is None else self.speculator.rests(batch)
-        alone = self.speculator is not None and (rest is not None or self.speculator.leaves_out(batch))
+        rest = None if self.speculator is None else self._resting(self.speculator, batch)
+        alone = rest is not None or (self.speculator is not None and self.speculator.leaves_out(batch))
         computed = self.program.forward(packed, self._demand(packed) if batch.hidden else None, alone=alone)
         gap = time.perf_counter() - self._idle_since if idle and self._idle_since else 0.0
         steady = bool(self._flights) or not self._depth
         return _Flight(batch, packed, computed, begun, gap, steady, alone, rest, self.program.score(packed, computed))
+
+    def _resting(self, speculator: speculation.Speculator, batch: Batch) -> Rest | None:
+        """The rest that a step belongs to; the speculator hears of others, and of sequences that enter."""
+        rest = self._rest
+        if rest is not None and rest.takes(batch):
+            if batch.admissions:
+                speculator.enter(batch)
+            self._rest = None if rest.due else rest
+            return rest
+        self._rest = None
+        speculator.sees(batch)
+        return None
 
     def _land(self, left: int) -> list[Output]:
         """Commit the oldest flights until so many are left."""
@@ -346,33 +363,10 @@ class Engine:
         del self._active[active.sequence.request.key]
         self.metrics.finished[reason.value] += active.counted
 
-    def _check(self, request: Request) -> int:
-        """Refuse what can never run; returns how many tokens the sequence may produce."""
-        params, longest = request.params, self.info.max_model_len
-        vocab = self.program.config.vocab
-        if params.n != 1:
-            raise RequestError("the engine takes one sequence at a time; split n with request.choices", "n")
+    def _limit(self, request: Request) -> int:
         if request.key in self._active:
             raise RequestError("a request with this id is running already", "id")
-        for name, largest in (
-            ("prompt", int(np.max(request.ids))), ("logit_bias", max(params.logit_bias, default=0)),
-            ("stop_token_ids", max(params.stop.token_ids, default=0)), ("allowed_token_ids", max(params.allowed_token_ids or (0,))),
-        ):  # fmt: skip
-            if largest >= vocab:
-                raise RequestError(f"{name} holds token id {largest}, but the vocabulary ends at {vocab - 1}", name)
-        length = len(request.prompt)
-        if length >= longest:
-            raise RequestError(f"the prompt has {length} tokens, but the context holds {longest}, output included; shorten it", "prompt")
-        if params.max_tokens is not None and length + params.max_tokens > longest:
-            raise RequestError(
-                f"the prompt's {length} tokens and max_tokens {params.max_tokens} exceed the context of {longest} tokens;"
-                f" ask for at most {longest - length}",
-                "max_tokens",
-            )
-        limit = longest - length if params.max_tokens is None else params.max_tokens
-        if params.min_tokens > limit:
-            raise RequestError(f"min_tokens {params.min_tokens} exceeds the {limit} tokens that still fit; lower it", "min_tokens")
-        return limit
+        return limit_of(request, longest=self.info.max_model_len, vocab=self.program.config.vocab)
 
     def _measure(self, flight: _Flight, drawn: int) -> None:
         now, since, shapes, batch = time.perf_counter(), self._idle_since, flight.packed.shapes, flight.batch

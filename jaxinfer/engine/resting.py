@@ -1,7 +1,8 @@
 """Steps at which nobody looks, where drafts do not pay. Plain Python.
 
 In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long: so for a while an engine does
-nothing for drafts at all, and the longer they have not paid, the longer (`pace.py`). This file does not know when to rest.
+nothing for drafts at all, and the longer they have not paid, the longer (`pace.py`). What it looks at then is one object. This file does
+not know when to rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from jaxinfer.batch import Batch
 SHORTEST, LONGEST = 32, 256  # steps
 
 
-@dataclass
+@dataclass(slots=True)
 class Rest:
     """So many steps, one behind another, whatever they do. size: see `Speculator`, when it began. late: it ends with the first prompts that
     come behind them, for a draft model has to see a sequence from its beginning, or after twice as many steps. launched: so far; plain: of

@@ -107,7 +107,7 @@ class _Since:
 @dataclass
 class Speculator:
     """Decides for an engine. always: as many drafts as there are, whatever they cost (tests, selftests, benchmarks). unseen: steps with
-    drafts are launched behind others, as plain ones are. clock: seconds. rest: what an engine need not ask or tell about, if anything."""
+    drafts are launched behind others, as plain ones are. clock: seconds. rest: steps that an engine need not ask or tell about, if any."""
 
     proposers: Sequence[Proposer]
     bounds: Bounds
@@ -151,19 +151,16 @@ class Speculator:
         calm = not pace.drafting and not pace.looks and pace.apart > AGAIN  # what the last drafts cost is settled
         return calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
 
-    @property
-    def resting(self) -> bool:
-        """Whether nobody need be asked for the next step."""
-        return self.rest is not None and not self.rest.due
+    def sees(self, batch: Batch) -> None:
+        """A step is launched that belongs to no rest: what comes behind prompts is treated apart."""
+        self.wake()
+        self._prompts = bool(batch.prefills)
+        self.enter(batch)
 
-    def rests(self, batch: Batch) -> Rest | None:
-        """The rest that a step belongs to. Every step is shown here when it is launched: what comes behind prompts is treated apart."""
-        self._prompts, rest = bool(batch.prefills), self.rest
-        if rest is not None and not rest.takes(batch):
-            self.wake()
+    def enter(self, batch: Batch) -> None:
+        """Sequences enter with a step, of a rest or not."""
         if batch.admissions:
             self._about.begin(batch)
-        return self.rest
 
     def wake(self) -> None:
         """End a rest: its steps are taken in, all at once."""

@@ -62,8 +62,10 @@ class Program:
         self.compile_seconds: dict[str, float] = {}
         self._compiled: dict[Any, Any] = {}
         self._runs: dict[Any, Callable[..., Any]] = {}
+        self._alone: dict[Bucket, Callable[..., Any]] = {}
         self._sizes: dict[Any, ProgramSize] = {}
         self._leaves: tuple[Array, ...] = ()
+        self._own: tuple[Array, ...] = ()
         self._kv: tuple[Any, ...] = ()
         self._computed: dict[Bucket, Computed] = {}
         self._slots: Any = None
@@ -102,7 +104,7 @@ class Program:
     @property
     def leaves(self) -> tuple[Array, ...]:
         """The weights, in the graph's order; empty before `load`."""
-        return self._leaves[: len(self.config.graph.arrays)]
+        return self._own
 
     @property
     def beside(self) -> Beside:
@@ -143,7 +145,7 @@ class Program:
     def load(self, leaves: Sequence[Array]) -> None:
         """Take the weights and make the KV pool and the slots."""
         config = self.config
-        self._leaves = tuple(leaves)
+        self._leaves, self._own = tuple(leaves), tuple(leaves[: len(config.graph.arrays)])
         self._pair(list(self._compiled))
         self._kv, held = self._compiled[POOL]()
         self._computed = dict(zip(self._held_buckets, held, strict=True))
@@ -165,9 +167,8 @@ class Program:
         sampler. alone: a step without drafts leaves the draft model out, if there is one."""
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         if alone and self.config.draft is not None:
-            weights, layers = len(self.config.graph.arrays), len(self.config.graph.config.attention_shapes)
-            program = self._runs[AloneKey(bucket)]
-            kv, computed = program(self._leaves[:weights], self._kv[:layers], self._slots, buffer, *self._place(bucket))
+            layers = len(self.config.graph.config.attention_shapes)
+            kv, computed = self._alone[bucket](self.leaves, self._kv[:layers], self._slots, buffer, *self._place(bucket))
             self._kv = kv + self._kv[layers:]
             return self._keep(bucket, computed)
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
@@ -320,6 +321,7 @@ class Program:
             copies = pool.map(lambda key: twin(self._compiled[key], self.call(key), mesh), steps)
             pairs = {key: InTurns(self._compiled[key], copy) for key, copy in zip(steps, copies, strict=True)}
         self._runs.update({key: pairs.get(key, self._compiled[key]) for key in keys})
+        self._alone = {key.bucket: run for key, run in self._runs.items() if isinstance(key, AloneKey)}  # found sooner than by their keys
 
     def _make(self, key: Any, make: Callable[[], Made]) -> None:
         begun = time.perf_counter()

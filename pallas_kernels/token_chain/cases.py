@@ -65,12 +65,12 @@ class Case:
         rng, dtype = np.random.default_rng(seed), jnp.dtype(self.dtype)
         x = rng.standard_normal((self.tokens, self.inputs)) * np.where(rng.random((1, self.inputs)) < 0.02, 30, 1)
         sizes = np.exp2(rng.integers(-4, 5, (self.tokens, 1))) * (np.arange(self.tokens)[:, None] != 3) if self.tokens > 1 else 1.0
-        weights = []
+        weights: list[Any] = []
         for outputs, inputs in self.shapes:
             plain = rng.standard_normal((outputs, inputs), np.float32) * np.float32(inputs**-0.5)
             scales = np.abs(plain).max(axis=1, keepdims=True) / 127
-            whole = Weight(np.rint(plain / scales).astype(np.int8), scales)
-            weights.append(whole if self.weight == "int8" else Weight(plain.astype(dtype)))
+            given = (np.rint(plain / scales).astype(np.int8), scales) if self.weight == "int8" else (plain.astype(dtype),)
+            weights.append(Weight._make((*given, None, None)[:3]))
         made = {
             "x": (x * sizes).astype(dtype),
             "held": (sizes * rng.standard_normal((self.tokens, self.features))).astype(dtype),

@@ -173,7 +173,7 @@ class Overlapping:
     launches with drafts, and in the two steps behind them, the host takes so much more, which was not seen when the engine started."""
 
     def __init__(self, rows, stands, launch, commit, plain, wide, *, found=1.0, unseen=False, asked=0.0, follows=1.0, rough=(0.0, 0.0)):
-        self.rough, self.behind = rough, 2
+        self.rough, self.behind, self.resting = rough, 2, None
         self.draw, self.rows, self.stands, self.found, self.unseen = random.Random(0), rows, stands, found, unseen
         self.DEVICE, self.flights, self.now, self.free, self.committed, self.tokens = unseen, deque(), 0.0, 0.0, 0.0, 0
         self.launch, self.commit, self.plain, self.wide, self.asked, self.follows = launch, commit, plain, wide, asked, follows
@@ -222,7 +222,10 @@ class Overlapping:
             self.committed, self.tokens = self.now, self.tokens + sum(counts)
 
     def guess(self):
-        if self.made.resting or not self.made.asks(self.rows):
+        if self.resting is not None:
+            return {}
+        if not self.made.asks(self.rows):
+            self.resting = self.made.rest
             return {}
         pairs = zip(self.requests, self.texts, strict=True)
         return self.made.propose([Candidate(SimpleNamespace(request=one, pending=len(self.flights), tokens=text)) for one, text in pairs])
@@ -237,7 +240,10 @@ class Overlapping:
         rows = tuple(Row(request, 0, 0, (1, *drafts.get(request.key, ())), (1,), samples=True) for request in self.requests)
         batch = Batch(rows, ())
         bucket = choose(self.available, Occupancy(0, 0, self.rows, batch.decode_tokens))
-        rest = self.made.rests(batch)
+        rest = self.resting if self.resting is not None and self.resting.takes(batch) else None
+        self.resting = rest if rest is not None and not rest.due else None
+        if rest is None:
+            self.made.sees(batch)
         followed = rest is None and not self.made.leaves_out(batch)
         more = self.follows if followed and bucket.decode_tokens == 1 else 1.0
         self.now += self.launch * more * self.draw.lognormvariate(0, 0.1) + self.roughly(bucket.decode_tokens)

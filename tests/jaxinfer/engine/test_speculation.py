@@ -89,8 +89,9 @@ def test_an_engine_rests_where_nothing_is_due(arranged, reference, monkeypatch, 
     used = engine.speculator
     made = Speculator(used.proposers, used.bounds, used.costs, engine.metrics, unseen=used.unseen)
     monkeypatch.setattr(engine, "speculator", made)
-    begin = made.rests
-    monkeypatch.setattr(made, "rests", lambda batch: rests.append(begin(batch)) or rests[-1])
+    monkeypatch.setattr(engine, "_rest", None)
+    begin = engine._resting
+    monkeypatch.setattr(engine, "_resting", lambda *given: rests.append(begin(*given)) or rests[-1])
     monkeypatch.setattr(made.costs, "known", lambda rows: True)
     monkeypatch.setattr(made, "observe", told.append)
     for size in range(1, 9):
@@ -292,6 +293,15 @@ def test_proposers_are_seldom_asked_where_there_is_nothing_to_gain():
     assert all(asked[:PATIENT]) and abs(sum(asked[PATIENT:]) - 400 * ASKING / 0.1) < 3  # each takes a tenth of a step
 
 
+def launched(made, batch):
+    """The rest that a step belongs to, as in an engine."""
+    if made.rest is not None and made.rest.takes(batch):
+        made.enter(batch)
+        return made.rest
+    made.sees(batch)
+    return None
+
+
 def resting(proposer=None, **costs):
     """A speculator of one that does not pay and for which nobody can be asked for a while, and its next plain step."""
     made = speculator(proposer or Fixed((7, 8, 9)), wide=9.0, **costs)
@@ -306,12 +316,12 @@ PROMPTS = Batch((drafted("0", ()),), (drafted("1", ()),), (Admission(Request("1"
 
 def test_where_drafts_do_not_pay_nobody_looks_at_steps_for_a_while():
     made, batch = resting()
-    assert not made.asks(1) and made.resting
+    assert not made.asks(1) and made.rest is not None
     rest, before, balance, earned = made.rest, made._paces[1].apart, made.allowance.balance(1), made.asking.balance(1)
     for number in range(SHORTEST):  # prompts and other rows do not matter
-        assert made.resting and made.rests(PROMPTS if number % 8 == 7 else batch) is rest
+        assert not made.rest.due and launched(made, PROMPTS if number % 8 == 7 else batch) is rest
     steps = SHORTEST - SHORTEST // 8
-    assert not made.resting and not rest.over and made.rests(batch) is None and rest.over
+    assert rest.due and not rest.over and launched(made, batch) is None and rest.over
     assert made._paces[1].apart == before + steps
     assert made.allowance.balance(1) == pytest.approx(balance + SHARE * steps)
     assert made.asking.balance(1) == pytest.approx(earned + ASKING * steps)
@@ -324,7 +334,7 @@ def test_the_longer_drafts_have_not_paid_the_longer_nobody_looks():
         made.asking.charge(1, 10.0)
         assert not made.asks(1) and made.rest is not None
         lengths.append(made.rest.steps)
-        while made.rests(batch) is not None:
+        while launched(made, batch) is not None:
             pass
         made._paces[1].asked(believed=False)
     assert lengths == [min(SHORTEST * 2**number, LONGEST) for number in range(7)] and lengths[-1] == lengths[-2]
@@ -338,10 +348,10 @@ def test_a_rest_that_a_draft_model_sits_out_ends_with_the_next_prompts():
     made._paces[1].out = True
     assert not made.asks(1)
     within = Batch((), (drafted("2", ()),), (Admission(Request("2", (1,)), 0),))
-    assert made.rests(within) is not None
+    assert launched(made, within) is not None
     for _ in range(SHORTEST):
-        assert made.rests(batch) is not None
-    assert made.rests(PROMPTS) is None and made.rest is None
+        assert launched(made, batch) is not None
+    assert launched(made, PROMPTS) is None and made.rest is None
     made.leaves_out(PROMPTS)
     lost = [made._about.lost(key) for key in (within.admissions[0].request.key, PROMPTS.admissions[0].request.key)]
     assert lost == [True, False] and not made.asks(1)
@@ -353,7 +363,7 @@ def test_nobody_rests_while_something_is_due(change):
     for name, value in change.items():
         setattr(made._paces[1], name, value)
     made.asks(1)
-    assert made.rest is None and made.rests(batch) is None
+    assert made.rest is None and launched(made, batch) is None
 
 
 def test_nothing_is_tried_behind_prompts():
@@ -363,11 +373,11 @@ def test_nothing_is_tried_behind_prompts():
     made._paces[1].drafting = False
     prompts, plain = Batch((), (drafted("0", ()),)), Batch((drafted("0", ()),), ())
     for batch, tried in ((prompts, False), (plain, True), (prompts, False)):
-        made.rests(batch)
+        launched(made, batch)
         assert made.asks(1) == tried
     made._paces[1].drafting = True
     assert made.asks(1) and not made.propose(candidates())
-    made.rests(plain)
+    launched(made, plain)
     assert made.asks(1) and made.propose(candidates())
 
 
@@ -379,11 +389,11 @@ def test_under_a_load_that_never_ends_somebody_is_asked_all_the_same(every):
     prompts, asked = Batch((drafted("0", ()),), (drafted("1", ()),)), 0
     for step in range(400):
         if step % every == 0:
-            made.rests(prompts)
+            launched(made, prompts)
             continue
-        if not made.resting and made.asks(1):
+        if (made.rest is None or made.rest.due) and made.asks(1):
             asked += bool(made.propose(candidates()))
-        made.rests(plain)
+        launched(made, plain)
         observed(made)
     assert asked or every == 1
 
@@ -456,7 +466,7 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
     made.history.take("x", "draft", 3, 3)
     step = Batch((drafted("0", ()),), ())
     entering = Batch((), step.decodes, tuple(Admission(row.request, 0) for row in step.decodes))
-    assert made.rests(entering) is None and not made.leaves_out(entering)  # drafts are thought to pay
+    assert launched(made, entering) is None and not made.leaves_out(entering)  # drafts are thought to pay
     made._paces[1].drafting = False
     for _ in range(UNSEEN):
         assert made.leaves_out(step) and not made.leaves_out(Batch((drafted("0", (5,)),), ()))
