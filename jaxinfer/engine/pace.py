@@ -43,7 +43,6 @@ class Pace:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain = 0 if believed else self.vain + 1
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
-        self.rest = SHORTEST if believed else self.rest
 
     @property
     def curious(self) -> bool:
@@ -61,6 +60,10 @@ class Pace:
         self.age += 1
         self.apart = self.put_off = 0
         self.wide += 1
+
+    def gained(self) -> None:
+        """Drafts have brought more than they took."""
+        self.rest = SHORTEST
 
     def plain(self, *, steady: bool) -> None:
         """One without was made; steady: behind another."""

@@ -280,8 +280,9 @@ class Speculator:
         steady = step.steady and pace.apart > AFTER and not since.wanted
         if step.alike and (waited or steady):
             self.costs.take(way, size, took)
-            if pace.apart >= AGAIN:
-                self.asking.charge(size, -self.allowance.settle(size))  # what drafts have gained is spent on asking for more
+            if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
+                self.asking.charge(size, -gain)  # it is spent on asking for more
+                pace.gained()
         if waited or pace.apart <= AFTER:
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:

@@ -339,7 +339,7 @@ def test_the_longer_drafts_have_not_paid_the_longer_nobody_looks():
         made._paces[1].asked(believed=False)
     assert lengths == [min(SHORTEST * 2**number, LONGEST) for number in range(7)] and lengths[-1] == lengths[-2]
     made._paces[1].asked(believed=True)
-    assert made._paces[1].rest == SHORTEST
+    assert made._paces[1].rest == LONGEST  # by belief alone they do not get shorter
 
 
 def test_a_rest_that_a_draft_model_sits_out_ends_with_the_next_prompts():
@@ -425,12 +425,12 @@ def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():
 def test_what_drafts_have_gained_is_spent_on_asking_for_more():
     made = speculator(Fixed((7, 8, 9)))
     observed(made, 7, 8, 9, drawn=4)
-    made._paces[1].drafting = False
+    made._paces[1].drafting, made._paces[1].rest = False, LONGEST
     made.asking.charge(1, 1.0)
     for _ in range(AGAIN):
         assert not made.asks(1)
         observed(made)
-    assert made.asks(1) and made.asking.balance(1) == pytest.approx(2.0, abs=0.05)
+    assert made.asks(1) and made.asking.balance(1) == pytest.approx(2.0, abs=0.05) and made._paces[1].rest == SHORTEST
 
 
 def test_what_was_said_and_not_used_is_compared_with_what_came():
