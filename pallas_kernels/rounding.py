@@ -16,8 +16,9 @@ class Tokens(NamedTuple):
 
 
 def round_tokens(x: Float[Array, "tokens in"]) -> Tokens:
-    """Each token to int8, in float32 whatever x's dtype: scale = max|token| / 127, to nearest, ties to even; scale 1 for zeros."""
+    """Each token to int8, in float32 whatever x's dtype: scale = max|token| / 127, to nearest, ties to even; scale 1 for zeros,
+    and what is not finite leaves a scale that is not."""
     wide = x.astype(jnp.float32)
     top = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-    scales = jnp.where(top > 0, jnp.maximum(top / LIMIT, jnp.finfo(jnp.float32).tiny), 1)
+    scales = jnp.where(top == 0, 1, jnp.maximum(top / LIMIT, jnp.finfo(jnp.float32).tiny))  # NaN is not 0
     return Tokens(jnp.clip(jnp.rint(wide / scales), -LIMIT, LIMIT).astype(jnp.int8), scales)

@@ -1,6 +1,6 @@
 """What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
 
-Steps are compared with plain ones of the same size that were made just before: whatever else the machine does makes both slower. Means
+Steps are compared with the plain ones of the same size that were looked at last: whatever else the machine does makes both slower. Means
 count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more than `HELD_UP` of its
 kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know what drafts are worth.
 """
@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from jaxinfer.batch import Batch
+from jaxinfer.engine.resting import Span
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.forward import Demand
 from jaxinfer.step.inputs import pack
@@ -162,6 +163,12 @@ class Costs:
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
         return len(self._plains.get(self.size(PLAIN, rows), ())) >= KNOWN
+
+    def span(self, rows: int, replicas: int) -> Span:
+        """All numbers of rows, those of all replicas together, that the plain program for so many in each runs."""
+        most = self.size(PLAIN, rows)
+        less = max((size for way, size in self._start if way == PLAIN and size < most), default=0)
+        return Span(less * replicas + 1, most * replicas)
 
     def size(self, way: Way, rows: int) -> int:
         """The rows of the program that holds so many.

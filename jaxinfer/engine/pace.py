@@ -22,10 +22,11 @@ PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allow
 @dataclass
 class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
-    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many with each that was no use.
-    age: steps with drafts since plain ones were last made to see what these cost; looks: how many of those are still to come; until: the
-    age at which they are due. out: the draft model was left out of the last plain step. apart: plain steps since the last one with drafts.
-    wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each, few where
+    drafts gain. age: steps with drafts since plain ones were last made to see what these cost; looks: how many of those are still to come;
+    until: the age at which they are due. out: the draft model was left out of the last plain step; missed: no prompts came that it could
+    have seen when the last rest ended. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones
+    that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
@@ -35,6 +36,7 @@ class Pace:
     looks: int = 0
     until: int = FIRST
     out: bool = False
+    missed: bool = False
     apart: int = APART
     wide: float = WIDE
     returns: float = RETURNS
@@ -43,6 +45,15 @@ class Pace:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain = 0 if believed else self.vain + 1
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
+
+    def reading(self) -> None:
+        """Proposers were asked that have more to read first: that was not in vain."""
+        self.vain = 0
+
+    @property
+    def prompts_after(self) -> int:
+        """Behind how many steps of the next rest prompts end it, if there is a draft model that should see them."""
+        return 0 if self.missed else self.rest
 
     @property
     def curious(self) -> bool:
@@ -71,9 +82,10 @@ class Pace:
         if steady:
             self.age, self.looks = 0, max(0, self.looks - 1)
 
-    def rested(self, steps: int) -> None:
-        """So many without were made, where nothing was due."""
+    def rested(self, steps: int, *, missed: bool = False) -> None:
+        """So many without were made, where nothing was due. missed: the draft model saw no prompts behind them."""
         self._away(steps)
+        self.missed = missed
         self.age = self.vain = 0
         self.rest = min(2 * self.rest, LONGEST)
 

@@ -37,6 +37,7 @@ from jaxinfer.engine.thoughts import Sequences, Thought, common
 from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
+WAITED = 2  # steady steps that may end before one that had to wait for drafts does; where nothing overlaps, none ever does
 FRESH, AGAIN = 256, 5  # after so many steps with drafts, at first fewer, a few are made without, to see what these cost now
 SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
@@ -95,13 +96,14 @@ class Bounds(NamedTuple):
 class _Since:
     """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
     or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. blind: nobody knows how many
-    are. waited: drafts were wanted that a step had to be awaited for, and no plain step has been launched since that had to wait."""
+    are. waited: drafts were wanted that a step had to be awaited for, and no plain step has been launched since that had to wait:
+    how many may end that had not."""
 
     seconds: float = 0.0
     wanted: bool = False
     owed: float = 0.0
     blind: bool = False
-    waited: bool = False
+    waited: int = 0
 
 
 @dataclass
@@ -133,13 +135,14 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        may = pace.curious and self.asking.affords(size, 0.0)
+        may = (pace.curious or not self._may_rest(pace)) and self.asking.affords(size, 0.0)
         put_off = pace.puts_off(behind=self._prompts, may=may)
         wanted = not pace.looks and (pace.drafting or (may and not put_off))
         entering = pace.drafting and pace.out  # the draft model keeps up first
         found = self.always or (wanted and not entering and known)
         if not found and not put_off and known and self._may_rest(pace):
-            self.rest = Rest(size, pace.rest, late=self._follows)
+            span, after = self.costs.span(size, self.bounds.replicas), pace.prompts_after if self._follows else None
+            self.rest = Rest(size, span, pace.rest, after)
         return found
 
     @property
@@ -167,9 +170,9 @@ class Speculator:
         rest, self.rest = self.rest, None
         if rest is None:
             return
-        rest.over = True
+        rest.over, self._prompts = True, rest.behind
         self._about.lose()
-        self._paces[rest.size].rested(rest.plain)
+        self._paces[rest.size].rested(rest.plain, missed=rest.due)
         self.allowance.earn(rest.size, rest.plain)
         self.asking.earn(rest.size, rest.plain)
 
@@ -178,12 +181,12 @@ class Speculator:
         rows, begun = len(candidates), self.clock()
         size = self._size(rows)
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
-        for proposer in self.proposers:
-            proposer.rest()
+        if any([proposer.rest() for proposer in self.proposers]):
+            self._paces[size].reading()
         self._since.seconds += self.clock() - begun
         if plan is None:
             return {}
-        self._since.wanted, self._since.waited = True, not self.unseen
+        self._since.wanted, self._since.waited = True, 0 if self.unseen else WAITED
         self._about.kinds = {key: guess.proposal.kind for key, guess in plan.guesses.items()}
         if not any(candidate.sequence.pending for candidate in candidates):  # else texts are asked again when that has come
             self._about.use(plan.guesses)
@@ -233,7 +236,7 @@ class Speculator:
         since, size = self._since, self._size(step.rows)
         pace = self._paces[size]
         unknown = bool(step.batch.prefills) or not step.seconds
-        self._since = _Since(waited=since.waited, blind=self.unseen and since.wanted and unknown)
+        self._since = _Since(waited=max(0, since.waited - step.steady), blind=self.unseen and since.wanted and unknown)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
             (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
@@ -262,7 +265,7 @@ class Speculator:
             more = self.costs.more(FOLLOWED, size)
             self.allowance.charge(size, more / (1 + more) * step.seconds / self.costs.seconds(size))
         if self._since.waited and not step.steady:
-            self._since.waited = False
+            self._since.waited = 0
             self._paces[size].returned()
             self.allowance.charge(size, self.costs.more(ALONE, size))
 
@@ -271,7 +274,7 @@ class Speculator:
         pace, way, took = self._paces[size], step.way, step.seconds - since.seconds
         waited = since.waited and not step.steady  # a steady one was launched before drafts were thought of
         if waited:
-            self._since.waited, way, took = False, ALONE, took + since.owed
+            self._since.waited, way, took = 0, ALONE, took + since.owed
             pace.returned()
         elif since.wanted and self.costs.known(size):
             usual = self.costs.seconds(size) * (1 + self.costs.more(way, size))

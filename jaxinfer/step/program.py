@@ -65,7 +65,6 @@ class Program:
         self._alone: dict[Bucket, Callable[..., Any]] = {}
         self._sizes: dict[Any, ProgramSize] = {}
         self._leaves: tuple[Array, ...] = ()
-        self._own: tuple[Array, ...] = ()
         self._kv: tuple[Any, ...] = ()
         self._computed: dict[Bucket, Computed] = {}
         self._slots: Any = None
@@ -104,7 +103,7 @@ class Program:
     @property
     def leaves(self) -> tuple[Array, ...]:
         """The weights, in the graph's order; empty before `load`."""
-        return self._own
+        return self._leaves[: len(self.config.graph.arrays)]
 
     @property
     def beside(self) -> Beside:
@@ -145,7 +144,7 @@ class Program:
     def load(self, leaves: Sequence[Array]) -> None:
         """Take the weights and make the KV pool and the slots."""
         config = self.config
-        self._leaves, self._own = tuple(leaves), tuple(leaves[: len(config.graph.arrays)])
+        self._leaves = tuple(leaves)
         self._pair(list(self._compiled))
         self._kv, held = self._compiled[POOL]()
         self._computed = dict(zip(self._held_buckets, held, strict=True))

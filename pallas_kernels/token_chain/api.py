@@ -42,9 +42,9 @@ def token_chain(
     gated, silu of y's first half times its second half. Sums are float32, every result is rounded to x's dtype.
 
     activations "float" takes one token. "int8" takes any number, and int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438):
-    each token's inputs of a matmul are rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339); sums are exact then. A
-    token's result depends on that token, the weights and the static shapes alone. counters: the program's, see `hopper_counters`; None:
-    chains of this program must not run at the same time by themselves. Raises ValueError when shapes or dtypes do not fit.
+    each token's inputs of a matmul are rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339). A token's result depends
+    on that token, the weights and the static shapes alone. counters: the program's, see `hopper_counters`; None: chains of this program
+    must not run at the same time by themselves. Raises ValueError when shapes or dtypes do not fit.
     """
     check(x, held, weights, norms, forms, activations)
     module = dispatch.resolve(OP, implementation, dispatch.target(), key_of(x, weights, activations))

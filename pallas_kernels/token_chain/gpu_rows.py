@@ -202,12 +202,12 @@ def _normed(row: Row, token: Any, numbers: Callable[[int], Any], held: Any, weig
 
 
 def _round(row: Row, token: Any, pieces: list[Any], values: Any, scales: Any) -> None:
-    """Pieces to int8, as `formats.round_tokens` does it."""
+    """Pieces to int8, as `rounding.round_tokens` does it, but for ties: they are multiplied by the scale's reciprocal."""
     top = pieces[0]
     for piece in pieces:
         top = jnp.maximum(top, jnp.maximum(piece, -piece))
     largest = jnp.max(top.astype(jnp.float32))
-    scale = jnp.where(largest > 0, jnp.maximum(largest / LIMIT, TINY), 1.0)
+    scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / LIMIT, TINY))  # NaN is not 0
     for begin, piece in zip(row.pieces, pieces, strict=True):
         shifted = piece.astype(jnp.float32) * (1.0 / scale) + SHIFT
         values[token, pl.ds(begin, row.piece)] = lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)

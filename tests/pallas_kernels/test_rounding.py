@@ -10,3 +10,8 @@ def test_tokens_are_rounded_each_by_itself():
     assert np.array_equal(tokens.values[jnp.asarray([0, 1, 3])], [[127, -64, 32], [0, 0, 0], [127, 64, 0]])
     assert tokens.scales[1, 0] == 1 and tokens.scales[3, 0] == 2 and jnp.isfinite(tokens.scales).all()
     assert np.array_equal(round_tokens(x.astype(jnp.bfloat16)).values[0], tokens.values[0])
+
+
+def test_what_is_not_finite_is_not_hidden():
+    scales = round_tokens(jnp.asarray([[1.0, jnp.nan], [jnp.inf, 1.0], [1.0, 2.0]])).scales
+    assert not jnp.isfinite(scales[:2]).any() and jnp.isfinite(scales[2]).all()

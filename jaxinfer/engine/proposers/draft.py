@@ -14,8 +14,9 @@ class DraftProposer:
 
     DEVICE: ClassVar[bool] = True
 
-    def rest(self) -> None:
-        """Nothing to do between steps."""
+    def rest(self) -> bool:
+        """Nothing is read."""
+        return False
 
     def propose(self, sequence: Sequence, count: int) -> Proposal | None:
         """Places for `count` drafts."""

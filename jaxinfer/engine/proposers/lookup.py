@@ -124,9 +124,10 @@ class LookupProposer:
         self._texts: dict[Key, Lookup] = {}
         self._left = AT_ONCE
 
-    def rest(self) -> None:
-        """A new step: so much may be read again."""
-        self._left = AT_ONCE
+    def rest(self) -> bool:
+        """A new step: so much may be read again. Whether all that could be was."""
+        left, self._left = self._left, AT_ONCE
+        return left <= 0
 
     def propose(self, sequence: Running, count: int) -> Proposal | None:
         """What followed the text's end before; None without a match, and while a long prompt is still being read."""

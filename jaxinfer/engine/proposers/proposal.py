@@ -24,8 +24,8 @@ class Proposer(Protocol):
 
     DEVICE: ClassVar[bool]
 
-    def rest(self) -> None:
-        """A new step begins."""
+    def rest(self) -> bool:
+        """A new step begins. Whether there was more to read for the last one than could be."""
         ...
 
     def propose(self, sequence: Sequence, count: int) -> Proposal | None:

@@ -125,3 +125,11 @@ def test_every_way_is_measured_for_all_rows(speculating):
     assert costs.ways == [WIDE, MODEL]
     assert all(costs.ratio(way, rows) > 0 for way in (FOLLOWED, WIDE, MODEL) for rows in (1, 2, 4))
     assert all(seconds > 0 for seconds in costs.table().values()) and {PLAIN, ALONE} <= {way for way, _ in costs.table()}
+
+
+def test_numbers_of_rows_that_one_program_runs():
+    costs = Costs()
+    for rows in (1, 2, 4, 6):
+        costs.set(PLAIN, rows, 1.0)
+    assert [costs.span(rows, 1) for rows in (1, 3, 4, 5)] == [(1, 1), (3, 4), (3, 4), (5, 6)]
+    assert costs.span(3, 2) == (5, 8)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxinfer.engine.pace import APART, FADING, FIRST, OLD, PATIENT, RETURNS, WIDE, Pace
+from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, RETURNS, WIDE, Pace
+from jaxinfer.engine.resting import LONGEST, SHORTEST
 
 
 def test_drafts_seem_to_pay_until_they_were_asked_for_in_vain_a_few_times():
@@ -38,3 +39,22 @@ def test_excursions_fade():
         assert pace.wide != WIDE
         pace.plain(steady=True)
     assert (pace.wide, pace.returns) == (WIDE, RETURNS)
+
+
+def test_rests_get_longer_until_drafts_gain():
+    pace, lengths = Pace(), []
+    for _ in range(5):
+        pace.vain = CURIOUS
+        assert not pace.curious
+        pace.rested(10, missed=True)
+        assert pace.curious and pace.missed
+        lengths.append(pace.rest)
+    assert lengths == [64, 128, LONGEST, LONGEST, LONGEST]
+    pace.gained()
+    assert pace.rest == SHORTEST
+
+
+def test_nobody_is_put_off_for_ever():
+    pace = Pace()
+    assert [pace.puts_off(behind=True, may=True) for _ in range(PUT_OFF + 1)] == [True] * PUT_OFF + [False]
+    assert not pace.puts_off(behind=True, may=False) and not pace.puts_off(behind=False, may=True) and pace.put_off == 0

@@ -3,22 +3,34 @@
 import pytest
 
 from jaxinfer.batch import Batch, Row
-from jaxinfer.engine.resting import Rest
+from jaxinfer.engine.resting import Rest, Span
 from jaxinfer.request import Request
 
 ROW = (Row(Request("0", (1,)), 0, 0, (1,), (1,), samples=True),)
-PLAIN, PROMPTS = Batch(ROW, ()), Batch(ROW, ROW)
+PLAIN, PROMPTS, ONE = Batch(ROW * 2, ()), Batch(ROW, ROW), Batch(ROW, ())
+ROWS = Span(2, 3)
 
 
-def test_so_many_steps_whatever_they_do():
-    rest = Rest(1, 3)
+def test_so_many_steps_prompts_or_not():
+    rest = Rest(4, ROWS, 3)
     assert [rest.takes(batch) for batch in (PROMPTS, PLAIN, PLAIN, PLAIN)] == [True, True, True, False]
-    assert rest.due and (rest.launched, rest.plain, rest.over) == (3, 2, False)
+    assert rest.due and (rest.launched, rest.plain, rest.over, rest.behind) == (3, 2, False, False)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_other_numbers_of_rows_end_it(rows):
+    """What does not pay for some may for others."""
+    rest = Rest(4, ROWS, 3)
+    assert rest.takes(PROMPTS) and rest.behind and not rest.takes(Batch(ROW * rows, ())) and not rest.due
 
 
 @pytest.mark.parametrize(("more", "ends"), [((PLAIN, PROMPTS), [True, False]), ((PLAIN, PLAIN, PLAIN, PROMPTS), [True, True, True, False])])
-def test_one_that_ends_late_ends_with_prompts(more, ends):
+def test_one_that_a_draft_model_sits_out_ends_with_prompts(more, ends):
     """Or after twice as many steps."""
-    rest = Rest(1, 3, late=True)
+    rest = Rest(4, ROWS, 3, prompts_after=3)
     assert all(rest.takes(batch) for batch in (PROMPTS, PLAIN, PLAIN)) and not rest.due
     assert [rest.takes(batch) for batch in more] == ends and rest.due == (len(more) > 2)
+
+
+def test_one_behind_a_rest_without_prompts_ends_with_the_first():
+    assert not Rest(4, ROWS, 3, prompts_after=0).takes(PROMPTS)

@@ -32,7 +32,7 @@ def arranged(speculating):
     usual, proposers = speculating.scheduler, speculating.speculator.proposers
 
     def arrange(*names, limits=usual.limits, pages=usual.pools[0].size):
-        speculating.scheduler = scheduler(limits, pages)
+        speculating.scheduler, speculating._rest = scheduler(limits, pages), None
         speculating.speculator.proposers = [proposer for proposer in proposers if type(proposer).__name__ in names] or proposers
         speculating.metrics.drafts = speculating.metrics.draft_tokens = speculating.metrics.accepted_tokens = 0
         speculating.metrics.accepted_at.clear()
@@ -408,6 +408,48 @@ def test_drafts_launched_behind_a_step_that_says_nothing_are_charged_what_they_u
     rows = (drafted("0", (DRAFTED,) * 3),)
     made.observe(Seen(Batch(rows, ()), Bucket(0, 0, 1, 4), 1.1, 1))
     assert made.allowance.balance(1) == pytest.approx(before + 1 - ratio, abs=0.02) and made.costs.ratio(Way(4, hidden=True), 1) == ratio
+
+
+def test_where_nothing_overlaps_an_engine_rests_as_well():
+    """No step ever waits for one with drafts there."""
+    made, batch = resting()
+    made.asking.charge(1, -10.0)
+    made.allowance.charge(1, -20.0)
+    made.rest, taken, drafted_steps = None, 0, 0
+    for _ in range(400):
+        if made.rest is not None and made.rest.takes(batch):
+            taken += 1
+            continue
+        drafts = made.propose(candidates()) if made.asks(1) else {}
+        if made.rest is None or not made.rest.takes(batch):
+            made.sees(batch)
+            observed(made, *next(iter(drafts.values()), ()), steady=True)
+            drafted_steps += bool(drafts)
+    assert taken > 150 and drafted_steps
+
+
+def test_somebody_is_asked_again_where_no_rest_can_begin():
+    made = speculator(Fixed((7, 8, 9)), wide=9.0)
+    pace = made._paces[1]
+    pace.drafting, pace.vain, pace.looks = False, 10, 0
+    pace.apart = 0
+    made.asking.charge(1, -3.0)
+    assert made.asks(1) and made.rest is None  # what the last drafts cost is not settled yet
+    pace.apart = APART
+    assert not made.asks(1) and made.rest is not None
+
+
+def test_reading_on_is_not_in_vain():
+    made = speculator(Fixed((7, 8, 9)), wide=9.0)
+    made.allowance.charge(1, START)
+    made.proposers[0].rest = lambda: True
+    for _ in range(10):
+        made.propose(candidates())
+    assert made._paces[1].curious
+    made.proposers[0].rest = lambda: False
+    for _ in range(10):
+        made.propose(candidates())
+    assert not made._paces[1].curious
 
 
 def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():
