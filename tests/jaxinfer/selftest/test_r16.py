@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxinfer.__main__ import main
 from jaxinfer.config import ConfigError
 from jaxinfer.selftest import r16
 
@@ -12,6 +13,12 @@ def test_it_holds(tested):
     verdict = r16.check(tested, 2, 0, prompts=5)
     assert verdict.passed, verdict.counts
     assert verdict.counts["ill"] == 8 and verdict.counts["sequences"] > 0
+
+
+@pytest.mark.ci
+def test_it_holds_where_inputs_are_rounded_to_int8():
+    """A bad number must not be rounded to a good one."""
+    assert main(["selftest", "R16", "--rounds", "1", "--quantize", "w8a8"]) == 0
 
 
 def test_pages_that_are_not_wiped_are_seen(tested, monkeypatch):
