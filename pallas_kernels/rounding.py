@@ -20,5 +20,6 @@ def round_tokens(x: Float[Array, "tokens in"]) -> Tokens:
     and what is not finite leaves a scale that is not."""
     wide = x.astype(jnp.float32)
     top = jnp.max(jnp.abs(wide), axis=1, keepdims=True)
-    scales = jnp.where(top == 0, 1, jnp.maximum(top / LIMIT, jnp.finfo(jnp.float32).tiny))  # NaN is not 0
+    visible = jnp.sum(wide * 0, axis=1, keepdims=True)  # NaN where a number is not finite: the largest on a CPU may leave it out
+    scales = jnp.where(top == 0, 1, jnp.maximum(top / LIMIT, jnp.finfo(jnp.float32).tiny)) + visible
     return Tokens(jnp.clip(jnp.rint(wide / scales), -LIMIT, LIMIT).astype(jnp.int8), scales)
