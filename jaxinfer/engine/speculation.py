@@ -162,8 +162,7 @@ class Speculator:
 
     def enter(self, batch: Batch) -> None:
         """Sequences enter with a step, of a rest or not."""
-        if batch.admissions:
-            self._about.begin(batch)
+        self._about.begin(batch)
 
     def wake(self) -> None:
         """End a rest: its steps are taken in, all at once."""

@@ -5,7 +5,6 @@ scales the sums, gates them or adds them to the residual stream and norms that, 
 nothing else, and everything is read and written once. XLA (seen with jax 0.11.2) makes two to four passes of it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from pallas_kernels import dispatch, hopper
+from pallas_kernels.hopper_token import SHIFT, THREADS, strided, together
 from pallas_kernels.rounding import LIMIT
 from pallas_kernels.token_chain.reference import Form, Weight, gated
 
-THREADS = 128
 WIDEST = 16384  # numbers of a token that fit the registers
 PIECES = (2048, 1024)  # numbers that are brought in at a time
-SHIFT = 1.5 * 2.0**23  # added to a small number it leaves that, rounded, in the lowest bits
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -50,7 +48,7 @@ class Row(NamedTuple):
     @property
     def layout(self) -> Any:
         """Of a piece in registers."""
-        return plgpu.Layout.WG_STRIDED((self.piece,), vec_size=math.gcd(self.piece // THREADS, 8))
+        return strided(self.piece)
 
     @property
     def pieces(self) -> list[int]:
@@ -93,7 +91,7 @@ def run(
     sizes: Sizes,
 ) -> tuple[Array, Array]:
     """A chain of some tokens; see api.token_chain."""
-    value: Array | Sums = x
+    value: Any = x
     total, before = held, False
     for (values, scales, smooth), norm, form in zip(weights, norms, forms, strict=True):
         width = values.shape[1]
@@ -107,10 +105,8 @@ def run(
     return _scaled(value, x.dtype, gate=before), total
 
 
-def _scaled(value: Array | Sums, dtype: Any, *, gate: bool) -> Float[Array, "tokens out"]:
+def _scaled(value: Sums, dtype: Any, *, gate: bool) -> Float[Array, "tokens out"]:
     """What the last matmul gives; whoever uses it computes it, not a pass of its own."""
-    if not isinstance(value, Sums):
-        return value
     sums = lax.optimization_barrier(value.sums)  # else XLA converts them in a kernel of its own, between the matmul and who uses them
     found = (sums.astype(jnp.float32) * value.tokens[:, :1] * value.channels[None]).astype(dtype)
     return gated(found) if gate else found
@@ -183,17 +179,17 @@ def _from_sums(row: Row, token: Any, sums: Any, tokens: Any, channels: Any) -> C
 
 def _normed(row: Row, token: Any, numbers: Callable[[int], Any], held: Any, weight: Any, total: Any) -> list[Any]:
     """Add pieces to the residual stream and norm them."""
-    sums, squares = [], jnp.float32(0)
+    sums = []
     for begin in row.pieces:
         place = pl.ds(begin, row.piece)
         found = hopper.load(held.at[token, place], row.layout) + numbers(begin)
         total[token, place] = found
-        wide = found.astype(jnp.float32)
-        squares += jnp.sum(wide * wide)
         sums.append(found)
+    wide = [found.astype(jnp.float32) for found in sums]
+    squares = together(jnp.add, jnp.sum, [values * values for values in wide])
     factor, normed = lax.rsqrt(squares * (1.0 / row.width) + row.epsilon), []
-    for begin, found in zip(row.pieces, sums, strict=True):
-        weights, scaled = hopper.load(weight.at[pl.ds(begin, row.piece)], row.layout), found.astype(jnp.float32) * factor
+    for begin, values in zip(row.pieces, wide, strict=True):
+        weights, scaled = hopper.load(weight.at[pl.ds(begin, row.piece)], row.layout), values * factor
         if row.offset:
             normed.append((scaled * (weights.astype(jnp.float32) + row.offset)).astype(row.dtype))
         else:
@@ -203,12 +199,10 @@ def _normed(row: Row, token: Any, numbers: Callable[[int], Any], held: Any, weig
 
 def _round(row: Row, token: Any, pieces: list[Any], values: Any, scales: Any) -> None:
     """Pieces to int8, as `rounding.round_tokens` does it, but for ties: they are multiplied by the scale's reciprocal."""
-    top = pieces[0]
-    for piece in pieces:
-        top = jnp.maximum(top, jnp.maximum(piece, -piece))
-    largest = jnp.max(top.astype(jnp.float32))
+    wide = [piece.astype(jnp.float32) for piece in pieces]
+    largest = together(jnp.maximum, jnp.max, [jnp.abs(values) for values in wide])
     scale = jnp.where(largest == 0, 1.0, jnp.maximum(largest / LIMIT, TINY))  # NaN is not 0
-    for begin, piece in zip(row.pieces, pieces, strict=True):
-        shifted = piece.astype(jnp.float32) * (1.0 / scale) + SHIFT
+    for begin, numbers in zip(row.pieces, wide, strict=True):
+        shifted = numbers * (1.0 / scale) + SHIFT
         values[token, pl.ds(begin, row.piece)] = lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
-    scales[token] = plgpu.layout_cast(jnp.full((THREADS,), scale), plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1))
+    scales[token] = plgpu.layout_cast(jnp.full((THREADS,), scale), strided(THREADS))
