@@ -4,7 +4,7 @@ Stories and chats go on for `--tokens`, whatever the model says: in narrow numbe
 early leaves steps with fewer rows, which cost as much. Other answers end where the model ends them, or after `--tokens`. Copying is asked
 for within what the embedded model has learnt, a list of nine words, so that what is measured is copying: once where the text stands in the
 question alone ("copying"), once where the same has been asked for and answered before ("again"), as when a text is edited or an answer made
-anew. At least `LEAST` prompts run, one after another if few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many
+anew. At least `LEAST` prompts run, a few in each turn if few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many
 of its lines as are needed, from the first).
 
 A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
@@ -52,7 +52,7 @@ ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
 KINDS = ("story", "chat", "copying", "again")
 ENDLESS = ("story", "chat")
 CONTROL = "control"
-LEAST = 4  # prompts of a turn: a run of one at a time takes about as long as of 64, and there is time for many turns
+LEAST = 4  # different prompts: of each number at once there are turns of about the same length, as short as they can be
 MOST_LOSS = 0.03
 LONGEST = 512  # tokens of a sequence, unless --max-model-len says so
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Sara", "Sam")
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             engine.speculator.always = args.always
         for kind, batch in product(kinds, batches):
             remark(f"{kind}, {batch} at once")
-            most = max(batch, LEAST)
+            most = batch * math.ceil(LEAST / batch)
             texts = prompts(kind, most, opened[0].tokenizer) if lines is None else own(lines, opened[0], most, args.tokens)
             for row in measure(named, Load(texts, batch, args.tokens, kind in ENDLESS), args.repeat, args.seconds):
                 equal = equal and (row["equal"] or row["dtype"] != "float32")
@@ -126,12 +126,17 @@ def _configs(args: argparse.Namespace, ways: Sequence[str], most: int) -> list[E
 
 
 class Load(NamedTuple):
-    """Prompts, how many of them run at once, and the most tokens of an answer; endless: it has exactly so many."""
+    """Prompts, how many of them run at once, as one part of all, and the most tokens of an answer; endless: it has exactly so many."""
 
     texts: Sequence[Sequence[int]]
     batch: int
     tokens: int
     endless: bool = False
+
+    @property
+    def parts(self) -> tuple[Load, ...]:
+        """One for each time that so many run."""
+        return tuple(self._replace(texts=self.texts[at : at + self.batch]) for at in range(0, len(self.texts), self.batch))
 
     def requests(self) -> list[Request]:
         """Greedy ones. Each call has a salt of its own: only these share cached beginnings."""
@@ -152,27 +157,32 @@ class Made(NamedTuple):
 
 
 def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0) -> list[dict[str, Any]]:
-    """One row for each engine and one for the control; the first engine is the one without drafts. The first turn warms up and fills the
-    history of drafts. There are at least `repeat` more, and as many as begin before so many seconds have passed."""
+    """One row for each engine and one for the control; the first engine is the one without drafts. A turn runs one part of the load, the
+    next another. The first turn of each warms up and fills the history of drafts. There are at least `repeat` more, and as many as begin
+    before so many seconds have passed."""
     base, *ways = named
     engines_of, end = {**named, CONTROL: named[base]}, time.perf_counter() + seconds
-    runs = {name: Runs(_counts(engine)) for name, engine in engines_of.items()}
+    runs, parts = {name: Runs(_counts(engine)) for name, engine in engines_of.items()}, load.parts
+    told: dict[int, Made] = {}  # by the engine without drafts, last, of each part
 
-    def run_one(name: str) -> None:
+    def run_one(name: str, part: int) -> None:
         begun = time.perf_counter()
-        made = answers(engines_of[name], load)
+        made = answers(engines_of[name], parts[part])
         runs[name].add(made, time.perf_counter() - begun)
-        runs[name].equal &= made.tokens == runs[base].last.tokens
+        told.update({part: made} if name == base else {})
+        runs[name].equal &= made.tokens == told[part].tokens
 
-    run_one(base)
+    warm = len(parts)
+    for part in range(warm):
+        run_one(base, part)
     for turn in count():
-        if turn > repeat and time.perf_counter() >= end:
+        if turn >= warm + repeat and time.perf_counter() >= end:
             break
         for name in (*ways, CONTROL, *reversed(ways), base):
-            run_one(name)
-    ends = runs[base].paces[1:]
-    paces = {name: _means(zip(runs[name].paces[2::2], runs[name].paces[3::2], strict=True)) for name in ways}
-    paces |= {base: _means(pairwise(ends)), CONTROL: runs[CONTROL].paces[1:]}
+            run_one(name, turn % warm)
+    pairs = {name: (runs[name].paces[2 * warm :: 2], runs[name].paces[2 * warm + 1 :: 2]) for name in ways}
+    paces = {name: _means(zip(*pair, strict=True)) for name, pair in pairs.items()}
+    paces |= {base: _means(pairwise(runs[base].paces[2 * warm - 1 :])), CONTROL: runs[CONTROL].paces[warm:]}
     rows = []
     for name, engine in engines_of.items():
         ratio = turns.compare(paces[base], paces[name])

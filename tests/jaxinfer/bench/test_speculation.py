@@ -14,7 +14,7 @@ LOAD = speculation.Load([(1, 2, 3)], 1, 8)
 
 
 def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
-    load = speculation.Load([(1, 2, 3), (5, 6, 5, 6, 5), (7, 8, 9)], 2, 12)
+    load = speculation.Load([(1, 2, 3), (5, 6, 5, 6, 5), (7, 8, 9), (4, 4, 4)], 2, 12)
     rows = speculation.measure({"off": plain, "auto": speculating}, load, 2)
     off, auto, control = rows
     assert [row["way"] for row in rows] == ["off", "auto", "control"]
@@ -62,6 +62,13 @@ def test_no_engine_runs_right_after_itself_and_turns_share_their_ends(clocked):
     named = {name: clocked(name, lambda number: 1.0) for name in ("off", "lookup", "draft")}
     speculation.measure(named, LOAD, 2)
     assert named["off"].ran == ["off", *3 * ["lookup", "draft", "off", "draft", "lookup", "off"]]
+
+
+def test_each_turn_runs_one_part_of_the_load(clocked, monkeypatch):
+    named, inner, parts = {name: clocked(name, lambda number: 1.0) for name in ("off", "way")}, speculation.answers, []
+    monkeypatch.setattr(speculation, "answers", lambda engine, load: (parts.append(load.texts[0][0]), inner(engine, load))[1])
+    rows = speculation.measure(named, speculation.Load([(number,) for number in range(4)], 2, 8), 2)
+    assert parts == [0, 2, *4 * [0], *4 * [2], *4 * [0], *4 * [2]] and [len(row["turns"]) for row in rows] == [2, 2, 2]
 
 
 def test_a_machine_that_gets_slower_favours_none(clocked):
