@@ -122,6 +122,12 @@ class Costs:
             ratios.append(min(seconds / self.seconds(size), HELD_UP * self._measured(way, size)))
             self._typical[way, size] = fmean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
 
+    def rested(self, size: int, seconds: float) -> None:
+        """Note what plain steps of a size took where no drafts were near: no others count beside them."""
+        self._latest[PLAIN, size] = self._steps
+        self._plains[size] = deque([seconds] * PLAINS, maxlen=PLAINS)
+        self._usual[size] = seconds
+
     def table(self) -> dict[tuple[Way, int], float]:
         """What each program took at the start, in seconds."""
         return dict(self._start)

@@ -21,12 +21,12 @@ PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allow
 
 @dataclass
 class Pace:
-    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
-    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each, few where
-    drafts gain. age: steps with drafts since plain ones were last made to see what these cost; looks: how many of those are still to come;
-    until: the age at which they are due. out: the draft model was left out of the last plain step; missed: no prompts came that it could
-    have seen when the last rest ended. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones
-    that waited for one; these fade."""
+    """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last
+    rest; put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each, few
+    where drafts gain. age: steps with drafts since plain ones were last made to see what these cost; looks: how many of those are still
+    to come; until: the age at which they are due. out: the draft model was left out of the last plain step; missed: no prompts came
+    that it could have seen when the last rest ended; told: that one showed what plain steps take. apart: plain steps since the last one
+    with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
@@ -37,6 +37,7 @@ class Pace:
     until: int = FIRST
     out: bool = False
     missed: bool = False
+    told: bool = False
     apart: int = APART
     wide: float = WIDE
     returns: float = RETURNS
@@ -82,10 +83,10 @@ class Pace:
         if steady:
             self.age, self.looks = 0, max(0, self.looks - 1)
 
-    def rested(self, steps: int, *, missed: bool = False) -> None:
-        """So many without were made, where nothing was due. missed: the draft model saw no prompts behind them."""
+    def rested(self, steps: int, *, missed: bool = False, told: bool = False) -> None:
+        """So many without were made, where nothing was due. missed: the draft model saw no prompts behind them; told: they were timed."""
         self._away(steps)
-        self.missed = missed
+        self.missed, self.told = missed, told
         self.age = self.vain = 0
         self.rest = min(2 * self.rest, LONGEST)
 

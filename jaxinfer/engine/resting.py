@@ -1,18 +1,22 @@
 """Steps at which nobody looks, where drafts do not pay. Plain Python.
 
 In steps of a millisecond nothing is in the processor's cache any more, and whatever is done once takes long: so for a while an engine does
-nothing for drafts at all, and the longer they have not paid, the longer (`pace.py`). What it looks at then is one object. This file does
-not know when to rest.
+nothing for drafts at all, and the longer they have not paid, the longer (`pace.py`). What it looks at then is one object. Every few steps
+that one looks at the clock: what plain steps take far from drafts and prompts is seen nowhere else, as those close behind take longer. This
+file does not know when to rest.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxinfer.batch import Batch
 
-SHORTEST, LONGEST = 32, 256  # steps
+SHORTEST, LONGEST = 32, 512  # steps
+TIMED = 8  # steps between two looks at the clock
 LATE = 2  # times as many for one that waits for prompts
 
 
@@ -28,7 +32,8 @@ class Rest:
     """So many steps of so many rows, one behind another, with prompts between them or not. size: see `Speculator`. prompts_after: it ends
     with the first prompts that come behind so many steps, for a draft model has to see a sequence from its beginning, or after `LATE` times
     as many as it has; None: there is no draft model. launched: so far; plain: of these, those without prompts. behind: whether the last one
-    had some. over: what ends now is to be told as usual."""
+    had some. over: what ends now is to be told as usual. seconds: what a plain step took lately, `TIMED` or more behind prompts and the
+    rest's beginning (0: not known); alike: steps without prompts since these; mark: when the latest look was."""
 
     size: int
     rows: Span
@@ -38,6 +43,10 @@ class Rest:
     plain: int = 0
     behind: bool = False
     over: bool = False
+    clock: Callable[[], float] = time.perf_counter
+    seconds: float = 0.0
+    alike: int = 0
+    mark: float = 0.0
 
     @property
     def due(self) -> bool:
@@ -56,4 +65,9 @@ class Rest:
         self.launched += 1
         self.plain += not prompts
         self.behind = prompts
+        self.alike = 0 if prompts else self.alike + 1
+        if self.alike and self.alike % TIMED == 0:
+            mark, self.mark = self.mark, self.clock()
+            if self.alike > TIMED:
+                self.seconds = (self.mark - mark) / TIMED
         return True

@@ -19,20 +19,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxinfer.batch import DRAFTED, Batch, Row
+from jaxinfer.batch import Batch, Row
 from jaxinfer.config import SpeculationConfig
 from jaxinfer.engine.allowance import Allowance
 from jaxinfer.engine.costs import ALONE, FOLLOWED, HELD_UP, PLAIN, Costs, Seen, Way
-from jaxinfer.engine.history import History, enough, worth
+from jaxinfer.engine.guesses import Candidate, Guess, Plan
+from jaxinfer.engine.history import History, enough
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.pace import APART, PUT_OFF, Pace
 from jaxinfer.engine.proposers.draft import DraftProposer
 from jaxinfer.engine.proposers.eagle import EagleProposer
 from jaxinfer.engine.proposers.lookup import LookupProposer
-from jaxinfer.engine.proposers.proposal import Proposal, Proposer, checked
+from jaxinfer.engine.proposers.proposal import Proposer, checked
 from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.sequence import Key
-from jaxinfer.engine.sequence import Sequence as Running
 from jaxinfer.engine.thoughts import Sequences, Thought, common
 from jaxinfer.step.keys import ProgramConfig
 
@@ -43,45 +43,8 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
-AFTER = 2  # plain steps behind one with drafts are charged to it: what it leaves behind can make them slower
-
-
-class Candidate(NamedTuple):
-    """A sequence that decodes in the next step. hidden: whether drafts may be such that the host does not know them."""
-
-    sequence: Running
-    hidden: bool = True
-
-
-class Guess(NamedTuple):
-    """A proposal and the chance that each of its drafts stands. likely: that the text goes on such that it can be used at all."""
-
-    proposal: Proposal
-    chance: float
-    likely: float = 1.0
-
-    def worth(self, count: int) -> float:
-        """Tokens that its first `count` drafts are likely to give."""
-        return self.likely * worth(self.chance, min(count, len(self.proposal.tokens)))
-
-    @property
-    def hidden(self) -> bool:
-        """Whether the host does not know its drafts."""
-        return self.proposal.tokens[0] == DRAFTED
-
-
-class Plan(NamedTuple):
-    """A step with drafts: how it is run, for whom, how many tokens a row is likely to get, and what it costs in plain steps."""
-
-    way: Way
-    guesses: Mapping[Key, Guess]
-    tokens: float
-    cost: float
-
-    @property
-    def promise(self) -> float:
-        """Tokens per second, those of a plain step being 1."""
-        return self.tokens / self.cost
+ASKED = 8.0  # plain steps that asking is charged at most: what takes longer is something else that had the processor
+AFTER = 3  # plain steps behind one with drafts are charged to it: on a GPU nothing lies where it lay, and they are launched anew
 
 
 class Bounds(NamedTuple):
@@ -142,7 +105,7 @@ class Speculator:
         found = self.always or (wanted and not entering and known)
         if not found and not put_off and known and self._may_rest(pace):
             span, after = self.costs.span(size, self.bounds.replicas), pace.prompts_after if self._follows else None
-            self.rest = Rest(size, span, pace.rest, after)
+            self.rest = Rest(size, span, pace.rest, after, clock=self.clock)
         return found
 
     @property
@@ -171,7 +134,9 @@ class Speculator:
             return
         rest.over, self._prompts = True, rest.behind
         self._about.lose()
-        self._paces[rest.size].rested(rest.plain, missed=rest.due)
+        if rest.seconds:
+            self.costs.rested(rest.size, rest.seconds)
+        self._paces[rest.size].rested(rest.plain, missed=rest.due, told=rest.seconds > 0)
         self.allowance.earn(rest.size, rest.plain)
         self.asking.earn(rest.size, rest.plain)
 
@@ -238,7 +203,8 @@ class Speculator:
         self._since = _Since(waited=max(0, since.waited - step.steady), blind=self.unseen and since.wanted and unknown)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
-            (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
+            account, most = (self.allowance, HELD_UP) if pace.drafting else (self.asking, ASKED)
+            account.charge(size, min(asked, most))
         if not step.seconds:
             return
         if step.batch.prefills:
@@ -281,16 +247,22 @@ class Speculator:
         pace.plain(steady=step.steady)
         steady = step.steady and pace.apart > AFTER and not since.wanted
         if step.alike and (waited or steady):
-            self.costs.take(way, size, took)
-            if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
-                self.asking.charge(size, -gain)  # it is spent on asking for more
-                pace.gained()
+            self._compare(way, size, took)
         if waited or pace.apart <= AFTER:
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
         self.allowance.earn(size)
         self.asking.earn(size)
+
+    def _compare(self, way: Way, size: int, seconds: float) -> None:
+        """Note what a plain step took, unless rests tell that; settle with drafts that lie far enough back."""
+        pace = self._paces[size]
+        if pace.drafting or not pace.told or way != PLAIN:
+            self.costs.take(way, size, seconds)
+        if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
+            self.asking.charge(size, -gain)  # it is spent on asking for more
+            pace.gained()
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
         """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""

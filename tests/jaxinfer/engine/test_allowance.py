@@ -300,7 +300,7 @@ def test_what_was_not_seen_at_the_start_and_what_takes_long_now_and_then_is_char
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
 def test_where_drafts_begin_to_pay_they_are_made_again(times, unseen):
     world, rates = Overlapping(8, 0.05, *times, found=0.8, unseen=unseen, asked=0.005, follows=1.15), []
-    for part in range(12):
+    for part in range(16):
         world.stands = 0.05 if part < 5 else 0.9
         for request in world.requests:  # others come
             world.made.forget(request.key)

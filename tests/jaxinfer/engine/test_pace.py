@@ -46,10 +46,10 @@ def test_rests_get_longer_until_drafts_gain():
     for _ in range(5):
         pace.vain = CURIOUS
         assert not pace.curious
-        pace.rested(10, missed=True)
-        assert pace.curious and pace.missed
+        pace.rested(10, missed=True, told=True)
+        assert pace.curious and pace.missed and pace.told
         lengths.append(pace.rest)
-    assert lengths == [64, 128, LONGEST, LONGEST, LONGEST]
+    assert lengths == [64, 128, 256, LONGEST, LONGEST]
     pace.gained()
     assert pace.rest == SHORTEST
 

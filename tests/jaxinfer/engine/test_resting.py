@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.batch import Batch, Row
-from jaxinfer.engine.resting import Rest, Span
+from jaxinfer.engine.resting import TIMED, Rest, Span
 from jaxinfer.request import Request
 
 ROW = (Row(Request("0", (1,)), 0, 0, (1,), (1,), samples=True),)
@@ -15,6 +15,19 @@ def test_so_many_steps_prompts_or_not():
     rest = Rest(4, ROWS, 3)
     assert [rest.takes(batch) for batch in (PROMPTS, PLAIN, PLAIN, PLAIN)] == [True, True, True, False]
     assert rest.due and (rest.launched, rest.plain, rest.over, rest.behind) == (3, 2, False, False)
+
+
+def test_it_tells_what_plain_steps_take_behind_neither_its_beginning_nor_prompts():
+    """Steps of a second each, the first ones and those close behind prompts longer."""
+    now, told = [0.0], []
+    rest = Rest(4, ROWS, 99, clock=lambda: now[0])
+    for number in range(1, 40):
+        prompts = number == 19
+        slow = number <= TIMED or 19 <= number <= 19 + TIMED
+        now[0] += 5.0 if slow else 1.0
+        assert rest.takes(PROMPTS if prompts else PLAIN)
+        told.append(rest.seconds)
+    assert told[: 2 * TIMED - 1] == [0.0] * (2 * TIMED - 1) and set(told[2 * TIMED - 1 :]) == {1.0}
 
 
 @pytest.mark.parametrize("rows", [1, 4])
