@@ -10,10 +10,12 @@ of its lines as are needed, from the first).
 A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
 whether all tokens are those of the engine without drafts (`equal`; in narrow numbers a near tie may fall differently).
 
-In every turn the engine without drafts runs at both ends, which neighbours share, and in the middle; between, each way runs once on the way
-there and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after itself. `speedup` is
-the ratio of the time per token at the ends, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of
-that (`turns.py`). The row "control" compares the run in the middle with the ends: what it says is noise.
+There are two engines without drafts, made first and last: two that are alike need not be equally fast, by where their memory happens to
+lie. In every turn one runs at both ends, which neighbours share, and the other in the middle; between, each way runs once on the way there
+and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after itself. `speedup` is the
+ratio of the two engines' time per token, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of that
+(`turns.py`). The row "control" compares the one in the middle with the one at the ends: what it says is noise, and how far two engines
+that are alike differ.
 `costs_little` answers whether drafts cost at most 3 % (`MOST_LOSS`), whatever the batch: "shown" if the whole interval lies at 0.97 or
 above, "broken" if all of it lies below, else "not shown", as after fewer than 8 turns. `--seconds` gives each kind and batch so long, its
 warm-up included, for as many turns as that makes. The whole sweep, 9 minutes of measuring:
@@ -92,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     kinds = args.kind or KINDS if lines is None else ("data",)
     equal = True
     with engines.opened(_configs(args, ways, max(batches))) as opened, Report("speculation", args) as report:
-        named: dict[str, Any] = dict(zip(("off", *ways), opened, strict=True))
-        for engine in opened[1:]:
+        named: dict[str, Any] = dict(zip(("off", *ways, CONTROL), opened, strict=True))
+        for engine in opened[1:-1]:
             engine.speculator.always = args.always
         for kind, batch in product(kinds, batches):
             remark(f"{kind}, {batch} at once")
@@ -117,11 +119,11 @@ def _lines(args: argparse.Namespace) -> Lines | None:
 
 
 def _configs(args: argparse.Namespace, ways: Sequence[str], most: int) -> list[EngineConfig]:
-    """An engine without drafts and one for each way; they share the device, so each has room for what is measured."""
+    """An engine for each way between two without drafts; they share the device, so each has room for what is measured."""
     values: dict[str, Any] = {"max_sequences": most, "max_model_len": LONGEST, **vars(args)}
     values = {"kv_tokens": most * values["max_model_len"], **values}
     small = {"draft_model": values.pop("draft_model", None)}
-    settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways)]
+    settings = [{**values, "speculate": way, **(small if way in ("draft", "eagle", "auto") else {})} for way in ("off", *ways, "off")]
     return [from_arguments(EngineConfig, each) for each in settings]
 
 
@@ -157,17 +159,17 @@ class Made(NamedTuple):
 
 
 def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0) -> list[dict[str, Any]]:
-    """One row for each engine and one for the control; the first engine is the one without drafts. A turn runs one part of the load, the
-    next another. The first turn of each warms up and fills the history of drafts. There are at least `repeat` more, and as many as begin
-    before so many seconds have passed."""
-    base, *ways = named
-    engines_of, end = {**named, CONTROL: named[base]}, time.perf_counter() + seconds
-    runs, parts = {name: Runs(_counts(engine)) for name, engine in engines_of.items()}, load.parts
-    told: dict[int, Made] = {}  # by the engine without drafts, last, of each part
+    """One row for each engine; the first and the last, the control, are those without drafts. A turn runs one part of the load, the next
+    another. The first turn of each warms up and fills the history of drafts. There are at least `repeat` more, and as many as begin before
+    so many seconds have passed."""
+    base, *ways, control = named
+    end, parts = time.perf_counter() + seconds, load.parts
+    runs = {name: Runs(_counts(engine)) for name, engine in named.items()}
+    told: dict[int, Made] = {}  # by the first engine, last, of each part
 
     def run_one(name: str, part: int) -> None:
         begun = time.perf_counter()
-        made = answers(engines_of[name], parts[part])
+        made = answers(named[name], parts[part])
         runs[name].add(made, time.perf_counter() - begun)
         told.update({part: made} if name == base else {})
         runs[name].equal &= made.tokens == told[part].tokens
@@ -178,14 +180,15 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
     for turn in count():
         if turn >= warm + repeat and time.perf_counter() >= end:
             break
-        for name in (*ways, CONTROL, *reversed(ways), base):
+        for name in (*ways, control, *reversed(ways), base):
             run_one(name, turn % warm)
     pairs = {name: (runs[name].paces[2 * warm :: 2], runs[name].paces[2 * warm + 1 :: 2]) for name in ways}
     paces = {name: _means(zip(*pair, strict=True)) for name, pair in pairs.items()}
-    paces |= {base: _means(pairwise(runs[base].paces[2 * warm - 1 :])), CONTROL: runs[CONTROL].paces[warm:]}
+    ends, paces[control] = _means(pairwise(runs[base].paces[2 * warm - 1 :])), runs[control].paces[warm:]
+    paces[base] = _means(zip(ends, paces[control], strict=True))
     rows = []
-    for name, engine in engines_of.items():
-        ratio = turns.compare(paces[base], paces[name])
+    for name, engine in named.items():
+        ratio = turns.compare(ends if name == control else paces[base], paces[name])
         rows.append({
             "way": name, **engines.about(engine), "tokens_per_second": len(paces[name]) / sum(paces[name]), "speedup": ratio.value,
             "interval": ratio.interval and tuple(round(bound, 4) for bound in ratio.interval),

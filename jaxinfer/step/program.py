@@ -64,8 +64,10 @@ class Program:
         self._runs: dict[Any, Callable[..., Any]] = {}
         self._alone: dict[Bucket, Callable[..., Any]] = {}
         self._sizes: dict[Any, ProgramSize] = {}
-        self._leaves: tuple[Array, ...] = ()
-        self._kv: tuple[Any, ...] = ()
+        self._all_leaves: tuple[Array, ...] = ()
+        self._bare: tuple[Array, ...] = ()  # without those of a draft model; cut off once, not in every step
+        self._pool: tuple[Any, ...] = ()
+        self._draft_pool: tuple[Any, ...] = ()
         self._computed: dict[Bucket, Computed] = {}
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
@@ -103,7 +105,7 @@ class Program:
     @property
     def leaves(self) -> tuple[Array, ...]:
         """The weights, in the graph's order; empty before `load`."""
-        return self._leaves[: len(self.config.graph.arrays)]
+        return self._bare
 
     @property
     def beside(self) -> Beside:
@@ -156,6 +158,25 @@ class Program:
             size = (config.pool.replicas * bucket.decode_rows, bucket.decode_tokens - 1)
             self._no_drafts[bucket] = jax.device_put(np.zeros(size, np.int32), self._by_replica)
 
+    @property
+    def _leaves(self) -> tuple[Array, ...]:
+        """All weights, those of a draft model behind the others."""
+        return self._all_leaves
+
+    @_leaves.setter
+    def _leaves(self, leaves: tuple[Array, ...]) -> None:
+        self._all_leaves, self._bare = leaves, leaves[: len(self.config.graph.arrays)]
+
+    @property
+    def _kv(self) -> tuple[Any, ...]:
+        """The pools of all layers, those of a draft model behind the others."""
+        return self._pool + self._draft_pool
+
+    @_kv.setter
+    def _kv(self, pools: tuple[Any, ...]) -> None:
+        layers = len(self.config.graph.config.attention_shapes)
+        self._pool, self._draft_pool = pools[:layers], pools[layers:]
+
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""
         words = slot_state.pack_admission(admission, draws, self.config.max_tokens)
@@ -166,9 +187,7 @@ class Program:
         sampler. alone: a step without drafts leaves the draft model out, if there is one."""
         bucket, buffer = packed.shapes.bucket, self._send(packed.buffer, self._by_replica)
         if alone and self.config.draft is not None:
-            layers = len(self.config.graph.config.attention_shapes)
-            kv, computed = self._alone[bucket](self.leaves, self._kv[:layers], self._slots, buffer, *self._place(bucket))
-            self._kv = kv + self._kv[layers:]
+            self._pool, computed = self._alone[bucket](self._bare, self._pool, self._slots, buffer, *self._place(bucket))
             return self._keep(bucket, computed)
         extra = (self._no_drafts[bucket],) if bucket in self._no_drafts else ()
         if drafting is not None:
@@ -187,11 +206,10 @@ class Program:
         return computed
 
     def _propose(self, bucket: Bucket, buffer: Array, demand: Demand) -> Array:
-        config, layers = self.config, len(self.config.graph.config.attention_shapes)
+        config = self.config
         leaves = self._leaves if config.draft is not None and config.draft.tapped else self._leaves[len(config.graph.arrays) :]
         program = self._runs[ProposeKey(bucket, demand is Demand.GREEDY)]
-        own, drafts = program(leaves, self._kv[layers:], self._slots, buffer)
-        self._kv = self._kv[:layers] + own
+        self._draft_pool, drafts = program(leaves, self._draft_pool, self._slots, buffer)
         return drafts
 
     def sample(self, computed: Computed, demand: Demand = Demand.FULL, mask: UInt32[np.ndarray, "rows words"] | None = None) -> Sampled:

@@ -13,9 +13,11 @@ from tests.fakes import byte_tokenizer
 LOAD = speculation.Load([(1, 2, 3)], 1, 8)
 
 
-def test_rows_compare_with_the_engine_without_drafts(plain, speculating):
+def test_rows_compare_with_the_engine_without_drafts(plain, speculating, monkeypatch):
+    monkeypatch.setattr(speculating.speculator, "always", True)
+    speculating._rest = None
     load = speculation.Load([(1, 2, 3), (5, 6, 5, 6, 5), (7, 8, 9), (4, 4, 4)], 2, 12)
-    rows = speculation.measure({"off": plain, "auto": speculating}, load, 2)
+    rows = speculation.measure({"off": plain, "auto": speculating, "control": plain}, load, 2)
     off, auto, control = rows
     assert [row["way"] for row in rows] == ["off", "auto", "control"]
     assert off["speedup"] == 1.0 and off["interval"] == (1.0, 1.0) and off["turns"] == [1.0, 1.0]
@@ -59,13 +61,13 @@ def clocked(monkeypatch):
 
 
 def test_no_engine_runs_right_after_itself_and_turns_share_their_ends(clocked):
-    named = {name: clocked(name, lambda number: 1.0) for name in ("off", "lookup", "draft")}
+    named = {name: clocked(name, lambda number: 1.0) for name in ("off", "lookup", "draft", "control")}
     speculation.measure(named, LOAD, 2)
-    assert named["off"].ran == ["off", *3 * ["lookup", "draft", "off", "draft", "lookup", "off"]]
+    assert named["off"].ran == ["off", *3 * ["lookup", "draft", "control", "draft", "lookup", "off"]]
 
 
 def test_each_turn_runs_one_part_of_the_load(clocked, monkeypatch):
-    named, inner, parts = {name: clocked(name, lambda number: 1.0) for name in ("off", "way")}, speculation.answers, []
+    named, inner, parts = {name: clocked(name, lambda number: 1.0) for name in ("off", "way", "control")}, speculation.answers, []
     monkeypatch.setattr(speculation, "answers", lambda engine, load: (parts.append(load.texts[0][0]), inner(engine, load))[1])
     rows = speculation.measure(named, speculation.Load([(number,) for number in range(4)], 2, 8), 2)
     assert parts == [0, 2, *4 * [0], *4 * [2], *4 * [0], *4 * [2]] and [len(row["turns"]) for row in rows] == [2, 2, 2]
@@ -73,28 +75,31 @@ def test_each_turn_runs_one_part_of_the_load(clocked, monkeypatch):
 
 def test_a_machine_that_gets_slower_favours_none(clocked):
     off, way = (clocked(name, lambda number: 10.0 + number) for name in ("off", "way"))
-    _, found, control = speculation.measure({"off": off, "way": way}, LOAD, 8)
+    _, found, control = speculation.measure({"off": off, "way": way, "control": off}, LOAD, 8)
     assert found["speedup"] == pytest.approx(1) and found["turns"] == [1.0] * 8 and found["costs_little"] == "shown"
     assert control["speedup"] == pytest.approx(1) and control["turns"] == [1.0] * 8
 
 
-@pytest.mark.parametrize(("slow", "ratio"), [(0, 1.5), (2, 2 / 3)])  # every other end, or the middle of every other turn
-def test_the_control_says_how_far_the_engine_without_drafts_is_from_itself(clocked, slow, ratio):
-    off, way = clocked("off", lambda number: 2.0 if number % 8 == slow else 1.0), clocked("way", lambda number: 1.0)
-    _, found, control = speculation.measure({"off": off, "way": way}, LOAD, 16)
-    assert control["speedup"] == pytest.approx(ratio) and found["speedup"] == pytest.approx(1.5 if slow == 0 else 1.0)
-    assert control["costs_little"] == ("broken" if slow else "shown")
+@pytest.mark.parametrize(("one", "other"), [(1.0, 1.5), (1.5, 1.0)])
+def test_two_engines_without_drafts_need_not_be_equally_fast(clocked, one, other):
+    """A way is held beside both, the control beside the first alone."""
+    named = {name: clocked(name, lambda number, time=time: time) for name, time in (("off", one), ("way", 1.25), ("control", other))}
+    base, found, control = speculation.measure(named, LOAD, 16)
+    assert base["speedup"] == found["speedup"] == pytest.approx(1) and control["speedup"] == pytest.approx(one / other)
+    assert base["tokens_per_second"] == pytest.approx(4 / 1.25) and control["costs_little"] == ("broken" if other > one else "shown")
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(1.0, "shown"), (1.03, "shown"), (1.04, "broken")])
 def test_drafts_may_cost_three_percent(clocked, seconds, verdict):
-    rows = speculation.measure({"off": clocked("off", lambda number: 1.0), "way": clocked("way", lambda number: seconds)}, LOAD, 8)
+    times = {"off": 1.0, "way": seconds, "control": 1.0}
+    named = {name: clocked(name, lambda number, time=time: time) for name, time in times.items()}
+    rows = speculation.measure(named, LOAD, 8)
     assert [row["costs_little"] for row in rows] == ["shown", verdict, "shown"]
 
 
 def test_longer_answers_may_take_longer(clocked):
     off, way = clocked("off", lambda number: 1.0), clocked("way", lambda number: 1.25, tokens=(1, 2, 3, 4, 5))
-    base, found, control = speculation.measure({"off": off, "way": way}, LOAD, 1)
+    base, found, control = speculation.measure({"off": off, "way": way, "control": off}, LOAD, 1)
     assert found["speedup"] == 1.0 and found["tokens"] == 5 and found["interval"] is None
     assert base["equal"] and control["equal"] and not found["equal"]
 
@@ -108,14 +113,14 @@ def test_tokens_that_differed_once_are_not_equal(clocked, monkeypatch):
         return speculation.Made({"only": (9, 9, 9, 9)}, 4) if len(engine.ran) == 6 else made  # in the second of four turns
 
     monkeypatch.setattr(speculation, "answers", answers)
-    rows = speculation.measure({"off": off, "way": way}, LOAD, 3)
+    rows = speculation.measure({"off": off, "way": way, "control": off}, LOAD, 3)
     assert [row["equal"] for row in rows] == [True, False, True]
 
 
 def test_turns_go_on_until_the_time_is_over(clocked):
-    off, way = (clocked(name, lambda number: 1.0) for name in ("off", "way"))
-    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 30.0)[1]["turns"]) == 7  # and one that warms up, of 4 seconds each
-    assert len(speculation.measure({"off": off, "way": way}, LOAD, 2, 1.0)[1]["turns"]) == 2
+    named = {name: clocked(name, lambda number: 1.0) for name in ("off", "way", "control")}
+    assert len(speculation.measure(named, LOAD, 2, 30.0)[1]["turns"]) == 7  # and one that warms up, of 4 seconds each
+    assert len(speculation.measure(named, LOAD, 2, 1.0)[1]["turns"]) == 2
 
 
 def test_seconds_that_mean_nothing_are_refused():
