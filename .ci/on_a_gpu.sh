@@ -49,7 +49,7 @@ for stage in "$@"; do
     throughput) run throughput 300 $python -m jaxinfer bench throughput --shape llama-3.1-8b --workload batch-512 --page-size 64 --json ;;
     drafts)
       for rows in ${ROWS:-1 8 16 64 256}; do  # apart: engines for many sequences have many programs, which take minutes to compile
-        case $rows in 1) seconds=330 ;; 256) seconds=180 ;; *) seconds=85 ;; esac  # for intervals of 1 to 2 %, as hosts were
+        case $rows in 1) seconds=150 ;; 256) seconds=150 ;; *) seconds=130 ;; esac  # for intervals of 1 to 2 %, as hosts were
         run "drafts-$rows" 590 $python -m jaxinfer bench speculation --kind story --batch "$rows" --way lookup,draft --max-step-tokens 256 \
           --repeat 8 --seconds "$seconds" --json --out "$out/speculation-$rows.jsonl"
       done
