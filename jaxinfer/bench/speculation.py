@@ -4,18 +4,18 @@ Stories and chats go on for `--tokens`, whatever the model says: in narrow numbe
 early leaves steps with fewer rows, which cost as much. Other answers end where the model ends them, or after `--tokens`. Copying is asked
 for within what the embedded model has learnt, a list of nine words, so that what is measured is copying: once where the text stands in the
 question alone ("copying"), once where the same has been asked for and answered before ("again"), as when a text is edited or an answer made
-anew. At least `LEAST` prompts run, a few in each turn if few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many
+anew. At least `LEAST` prompts run in a turn, in parts if few run at once. `--data FILE.jsonl` takes the user's own prompts instead (as many
 of its lines as are needed, from the first).
 
 A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
 whether all tokens are those of the engine without drafts (`equal`; in narrow numbers a near tie may fall differently).
 
 There are two engines without drafts, made first and last: two that are alike need not be equally fast, by where their memory happens to
-lie. In every turn one runs at both ends, which neighbours share, and the other in the middle; between, each way runs once on the way there
-and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after itself. `speedup` is the
-ratio of the two engines' time per token, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of that
-(`turns.py`). The row "control" compares the one in the middle with the one at the ends: what it says is noise, and how far two engines
-that are alike differ.
+lie. Of each part of the prompts one of them runs at both ends, which neighbours share, and the other in the middle; between, each way runs
+once on the way there and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after
+itself. `speedup` is the ratio of the two engines' time per token, their mean, to that of a way's two runs, over all turns; `interval` is
+the 90 % interval of that (`turns.py`). The row "control" compares the one in the middle with the one at the ends: what it says is noise,
+and how far two engines that are alike differ.
 `costs_little` answers whether drafts cost at most 3 % (`MOST_LOSS`), whatever the batch: "shown" if the whole interval lies at 0.97 or
 above, "broken" if all of it lies below, else "not shown", as after fewer than 8 turns. `--seconds` gives each kind and batch so long, its
 warm-up included, for as many turns as that makes. The whole sweep, 9 minutes of measuring:
@@ -33,7 +33,7 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise, product
 from pathlib import Path
@@ -54,7 +54,7 @@ ALL_WAYS = ("lookup", "draft", "eagle", "auto")  # "eagle" needs a head
 KINDS = ("story", "chat", "copying", "again")
 ENDLESS = ("story", "chat")
 CONTROL = "control"
-LEAST = 4  # different prompts: of each number at once there are turns of about the same length, as short as they can be
+LEAST = 4  # prompts of a turn
 MOST_LOSS = 0.03
 LONGEST = 512  # tokens of a sequence, unless --max-model-len says so
 NAMES = ("Lily", "Tom", "Mia", "Ben", "Anna", "Max", "Sara", "Sam")
@@ -159,9 +159,9 @@ class Made(NamedTuple):
 
 
 def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0) -> list[dict[str, Any]]:
-    """One row for each engine; the first and the last, the control, are those without drafts. A turn runs one part of the load, the next
-    another. The first turn of each warms up and fills the history of drafts. There are at least `repeat` more, and as many as begin before
-    so many seconds have passed."""
+    """One row for each engine; the first and the last, the control, are those without drafts. A turn runs all parts of the load, one after
+    another, each by all engines. The first one warms up and fills the history of drafts. There are at least `repeat` more, and as many as
+    begin before so many seconds have passed."""
     base, *ways, control = named
     end, parts = time.perf_counter() + seconds, load.parts
     runs = {name: Runs(_counts(engine)) for name, engine in named.items()}
@@ -174,18 +174,18 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
         told.update({part: made} if name == base else {})
         runs[name].equal &= made.tokens == told[part].tokens
 
-    warm = len(parts)
-    for part in range(warm):
+    size = len(parts)
+    for part in range(size):
         run_one(base, part)
     for turn in count():
-        if turn >= warm + repeat and time.perf_counter() >= end:
+        if turn > repeat and time.perf_counter() >= end:
             break
-        for name in (*ways, control, *reversed(ways), base):
-            run_one(name, turn % warm)
-    pairs = {name: (runs[name].paces[2 * warm :: 2], runs[name].paces[2 * warm + 1 :: 2]) for name in ways}
-    paces = {name: _means(zip(*pair, strict=True)) for name, pair in pairs.items()}
-    ends, paces[control] = _means(pairwise(runs[base].paces[2 * warm - 1 :])), runs[control].paces[warm:]
-    paces[base] = _means(zip(ends, paces[control], strict=True))
+        for part, name in product(range(size), (*ways, control, *reversed(ways), base)):
+            run_one(name, part)
+    paces = {name: _means(runs[name].paces[2 * size :], 2 * size) for name in ways}
+    shared = runs[base].paces[2 * size - 1 :]  # from the end of the first turn on; of each turn the ends count once for each part
+    ends, paces[control] = _means([(one + other) / 2 for one, other in pairwise(shared)], size), _means(runs[control].paces[size:], size)
+    paces[base] = [(one + other) / 2 for one, other in zip(ends, paces[control], strict=True)]
     rows = []
     for name, engine in named.items():
         ratio = turns.compare(ends if name == control else paces[base], paces[name])
@@ -198,8 +198,9 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
     return rows
 
 
-def _means(pairs: Iterable[tuple[float, float]]) -> list[float]:
-    return [(one + other) / 2 for one, other in pairs]
+def _means(values: Sequence[float], count: int) -> list[float]:
+    """Of so many that follow one another."""
+    return [sum(values[at : at + count]) / count for at in range(0, len(values), count)]
 
 
 @dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-SHARE = 0.002
+SHARE = 0.003
 START = 2.0
 GAINED = 6.0
 MOST = 16.0  # what is saved up for a dear trial

@@ -45,6 +45,7 @@ class Pace:
     def asked(self, *, believed: bool) -> None:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain = 0 if believed else self.vain + 1
+        self.told &= not believed  # from here on plain steps between those with drafts tell more
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
 
     def reading(self) -> None:

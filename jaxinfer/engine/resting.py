@@ -9,14 +9,18 @@ file does not know when to rest.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from jaxinfer.batch import Batch
 
 SHORTEST, LONGEST = 32, 512  # steps
 TIMED = 8  # steps between two looks at the clock
+LOOKS, ENOUGH = 5, 3  # such stretches that are remembered, the latest; so many tell what a step takes
+STALE = 64  # steps after which they do not
 LATE = 2  # times as many for one that waits for prompts
 
 
@@ -29,11 +33,12 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Rest:
-    """So many steps of so many rows, one behind another, with prompts between them or not. size: see `Speculator`. prompts_after: it ends
-    with the first prompts that come behind so many steps, for a draft model has to see a sequence from its beginning, or after `LATE` times
-    as many as it has; None: there is no draft model. launched: so far; plain: of these, those without prompts. behind: whether the last one
-    had some. over: what ends now is to be told as usual. seconds: what a plain step took lately, `TIMED` or more behind prompts and the
-    rest's beginning (0: not known); alike: steps without prompts since these; mark: when the latest look was."""
+    """So many steps of so many rows, one behind another, with prompts between them or not. size: see `Speculator`. prompts_after: it
+    ends with the first prompts that come behind so many steps, for a draft model has to see a sequence from its beginning, or after
+    `LATE` times as many as it has; None: there is no draft model. launched: so far; plain: of these, those without prompts. behind:
+    whether the last one had some. over: what ends now is to be told as usual. alike: steps since the last one with prompts or with a
+    sequence that enters, before which nothing may have run; mark: when the latest look at the clock was; looks: what a step took
+    between two, and at which step."""
 
     size: int
     rows: Span
@@ -44,14 +49,21 @@ class Rest:
     behind: bool = False
     over: bool = False
     clock: Callable[[], float] = time.perf_counter
-    seconds: float = 0.0
     alike: int = 0
     mark: float = 0.0
+    looks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOOKS))
 
     @property
     def due(self) -> bool:
         """Whether it ends now, whatever comes."""
         return self.launched >= self.steps * (1 if self.prompts_after is None else LATE)
+
+    @property
+    def seconds(self) -> float:
+        """What a plain step took lately, `TIMED` or more behind prompts and the rest's beginning; 0 if that is not known. The middle of
+        several stretches, since one of them may have been held up."""
+        fresh = [seconds for seconds, step in self.looks if self.launched - step <= STALE]
+        return median(fresh) if len(fresh) >= ENOUGH else 0.0
 
     def takes(self, batch: Batch) -> bool:
         """Whether a step that is launched is one of them; it is counted."""
@@ -65,9 +77,9 @@ class Rest:
         self.launched += 1
         self.plain += not prompts
         self.behind = prompts
-        self.alike = 0 if prompts else self.alike + 1
+        self.alike = 0 if prompts or batch.admissions else self.alike + 1
         if self.alike and self.alike % TIMED == 0:
             mark, self.mark = self.mark, self.clock()
             if self.alike > TIMED:
-                self.seconds = (self.mark - mark) / TIMED
+                self.looks.append(((self.mark - mark) / TIMED, self.launched))
         return True

@@ -44,7 +44,7 @@ MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
 ASKED = 8.0  # plain steps that asking is charged at most: what takes longer is something else that had the processor
-AFTER = 3  # plain steps behind one with drafts are charged to it: on a GPU nothing lies where it lay, and they are launched anew
+AFTER = 3  # plain steps behind one with drafts are no comparison: on a GPU nothing lies where it lay, and they are launched anew
 
 
 class Bounds(NamedTuple):
@@ -216,7 +216,7 @@ class Speculator:
 
     def _wide(self, step: Seen, size: int, since: _Since) -> None:
         """Take in a step with drafts."""
-        took = step.seconds - since.seconds + since.owed
+        took = max(0.0, step.seconds - since.seconds + since.owed)
         if since.blind:
             took = max(took, self.costs.ratio(step.way, size) * self.costs.seconds(size))
         else:
@@ -246,19 +246,19 @@ class Speculator:
             self._since.owed, took = took - usual, usual
         pace.plain(steady=step.steady)
         steady = step.steady and pace.apart > AFTER and not since.wanted
-        if step.alike and (waited or steady):
-            self._compare(way, size, took)
-        if waited or pace.apart <= AFTER:
+        if waited or pace.apart <= AGAIN:  # all until a rest may begin: they are slower for the drafts before
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
+        if step.alike and (waited or steady):
+            self._compare(way, size, took)
         self.allowance.earn(size)
         self.asking.earn(size)
 
     def _compare(self, way: Way, size: int, seconds: float) -> None:
-        """Note what a plain step took, unless rests tell that; settle with drafts that lie far enough back."""
+        """Note what a plain step took, unless drafts do not pay and the last rest told that; settle with drafts that lie far back."""
         pace = self._paces[size]
-        if pace.drafting or not pace.told or way != PLAIN:
+        if pace.drafting or not pace.told or way != PLAIN or not self.costs.known(size):
             self.costs.take(way, size, seconds)
         if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
             self.asking.charge(size, -gain)  # it is spent on asking for more

@@ -72,6 +72,7 @@ class Program:
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
         self._no_drafts: dict[Bucket, Array] = {}
+        self._layers = len(config.graph.config.attention_shapes)
         mesh = config.placement.mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._by_replica = NamedSharding(mesh, PartitionSpec("data"))
@@ -174,8 +175,7 @@ class Program:
 
     @_kv.setter
     def _kv(self, pools: tuple[Any, ...]) -> None:
-        layers = len(self.config.graph.config.attention_shapes)
-        self._pool, self._draft_pool = pools[:layers], pools[layers:]
+        self._pool, self._draft_pool = pools[: self._layers], pools[self._layers :]
 
     def admit(self, admission: Admission, draws: Draws) -> None:
         """Write a sequence's settings into its slot."""

@@ -66,11 +66,25 @@ def test_no_engine_runs_right_after_itself_and_turns_share_their_ends(clocked):
     assert named["off"].ran == ["off", *3 * ["lookup", "draft", "control", "draft", "lookup", "off"]]
 
 
-def test_each_turn_runs_one_part_of_the_load(clocked, monkeypatch):
+def test_each_turn_runs_one_part_of_the_load_after_another(clocked, monkeypatch):
     named, inner, parts = {name: clocked(name, lambda number: 1.0) for name in ("off", "way", "control")}, speculation.answers, []
     monkeypatch.setattr(speculation, "answers", lambda engine, load: (parts.append(load.texts[0][0]), inner(engine, load))[1])
     rows = speculation.measure(named, speculation.Load([(number,) for number in range(4)], 2, 8), 2)
-    assert parts == [0, 2, *4 * [0], *4 * [2], *4 * [0], *4 * [2]] and [len(row["turns"]) for row in rows] == [2, 2, 2]
+    assert parts == [0, 2, *3 * [*4 * [0], *4 * [2]]] and [len(row["turns"]) for row in rows] == [2, 2, 2]
+
+
+def test_parts_that_take_longer_than_others_favour_nobody(clocked, monkeypatch):
+    """Each counts as often on both sides of a turn."""
+    now, named = [0.0], {name: clocked(name, lambda number: 0.0) for name in ("off", "way", "control")}
+
+    def answers(engine, load):
+        now[0] += {0: 1.0, 2: 5.0, 4: 2.0}[load.texts[0][0]]
+        return speculation.Made({"only": (1, 2)}, 2)
+
+    monkeypatch.setattr(speculation, "answers", answers)
+    monkeypatch.setattr(speculation.time, "perf_counter", lambda: now[0])
+    rows = speculation.measure(named, speculation.Load([(number,) for number in range(6)], 2, 8), 3)
+    assert all(row["turns"] == [1.0] * 3 and row["interval"] == (1.0, 1.0) for row in rows)
 
 
 def test_a_machine_that_gets_slower_favours_none(clocked):

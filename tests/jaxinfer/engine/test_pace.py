@@ -48,8 +48,12 @@ def test_rests_get_longer_until_drafts_gain():
         assert not pace.curious
         pace.rested(10, missed=True, told=True)
         assert pace.curious and pace.missed and pace.told
+        pace.asked(believed=False)
+        assert pace.told
         lengths.append(pace.rest)
     assert lengths == [64, 128, 256, LONGEST, LONGEST]
+    pace.asked(believed=True)
+    assert not pace.told  # plain steps between those with drafts tell more
     pace.gained()
     assert pace.rest == SHORTEST
 

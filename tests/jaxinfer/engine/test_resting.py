@@ -2,8 +2,8 @@
 
 import pytest
 
-from jaxinfer.batch import Batch, Row
-from jaxinfer.engine.resting import TIMED, Rest, Span
+from jaxinfer.batch import Admission, Batch, Row
+from jaxinfer.engine.resting import ENOUGH, STALE, TIMED, Rest, Span
 from jaxinfer.request import Request
 
 ROW = (Row(Request("0", (1,)), 0, 0, (1,), (1,), samples=True),)
@@ -17,17 +17,37 @@ def test_so_many_steps_prompts_or_not():
     assert rest.due and (rest.launched, rest.plain, rest.over, rest.behind) == (3, 2, False, False)
 
 
-def test_it_tells_what_plain_steps_take_behind_neither_its_beginning_nor_prompts():
-    """Steps of a second each, the first ones and those close behind prompts longer."""
-    now, told = [0.0], []
-    rest = Rest(4, ROWS, 99, clock=lambda: now[0])
-    for number in range(1, 40):
-        prompts = number == 19
-        slow = number <= TIMED or 19 <= number <= 19 + TIMED
-        now[0] += 5.0 if slow else 1.0
-        assert rest.takes(PROMPTS if prompts else PLAIN)
+ENTERS = Batch(ROW * 2, (), (Admission(ROW[0].request, 0),))
+
+
+@pytest.mark.parametrize("other", [PROMPTS, ENTERS])
+def test_it_tells_what_plain_steps_take_behind_neither_its_beginning_nor_prompts(other):
+    """Steps of a second each, the first ones and those close behind prompts longer, and before a sequence enters any time may pass."""
+    now, told, at = [0.0], [], (ENOUGH + 1) * TIMED
+    rest = Rest(4, ROWS, 999, clock=lambda: now[0])
+    for number in range(1, 3 * at):
+        now[0] += 100.0 if number == at + 3 else 5.0 if number <= TIMED or 0 < number - at - 3 <= TIMED else 1.0
+        assert rest.takes(other if number == at + 3 else PLAIN)
         told.append(rest.seconds)
-    assert told[: 2 * TIMED - 1] == [0.0] * (2 * TIMED - 1) and set(told[2 * TIMED - 1 :]) == {1.0}
+    assert told[: at - 1] == [0.0] * (at - 1) and set(told[at - 1 :]) == {1.0}
+
+
+def test_a_step_that_was_held_up_tells_nothing():
+    now, rest = [0.0], Rest(4, ROWS, 999)
+    rest.clock = lambda: now[0]
+    for number in range(6 * TIMED):
+        now[0] += 1000.0 if number == 6 * TIMED - 1 else 1.0
+        assert rest.takes(PLAIN)
+    assert rest.seconds == 1.0 and max(rest.looks)[0] > 100
+
+
+def test_what_was_seen_long_ago_tells_nothing():
+    now, rest = [0.0], Rest(4, ROWS, 999)
+    rest.clock = lambda: now[0]
+    for number in range(5 * TIMED + STALE + 20):
+        now[0] += 1.0
+        assert rest.takes(PROMPTS if number > 5 * TIMED and number % TIMED == 0 else PLAIN)
+    assert rest.seconds == 0.0 and rest.looks
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -590,7 +590,7 @@ def test_rests_tell_what_drafts_are_compared_with():
     for _ in range(30):
         observed(made, seconds=9.0)
     assert made.costs.seconds(1) == 9.0
-    made.rest = Rest(1, Span(1, 1), 3 * TIMED, clock=lambda: now[0])
+    made.rest = Rest(1, Span(1, 1), 5 * TIMED, clock=lambda: now[0])
     while not made.rest.due:
         now[0] += 5.0
         assert made.rest.takes(Batch((drafted("0", ()),), ()))
