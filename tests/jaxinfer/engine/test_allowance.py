@@ -148,14 +148,14 @@ ROWS = [1, 32, *(pytest.param(rows, marks=pytest.mark.ci) for rows in (6, 256))]
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("stands", "wide"), [(0.8, 1.2), (0.8, 2.0), ("copying", 1.1)])
 def test_where_drafts_pay_they_are_made(rows, stands, wide):
-    warm, steps = (40, 160) if rows < 64 else (12, 16)
+    warm, steps = (40, 160) if rows < 64 else (24, 32)
     shares = []
     for seed in range(3 if rows == 1 else 1):  # one sequence in a noisy world may have bad luck
         always, world = World(rows, stands, wide, seed=seed), World(rows, stands, wide, seed=seed)
         always.made.always = True
         world.rate(warm)
         shares.append(world.rate(steps) / always.rate(steps))
-    assert median(shares) > (0.9 if rows < 256 else 0.8)  # of few steps, three show what plain ones cost
+    assert median(shares) > (0.9 if rows < 256 else 0.85)  # of few steps, five show what plain ones cost
 
 
 @pytest.mark.parametrize("rows", ROWS)
