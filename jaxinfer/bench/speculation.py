@@ -33,7 +33,7 @@ import random
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise, product
 from pathlib import Path
@@ -182,11 +182,10 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
             break
         for part, name in product(range(size), (*ways, control, *reversed(ways), base)):
             run_one(name, part)
-    paces = {name: _means(runs[name].paces[2 * size :], 2 * size) for name in ways}
+    paces, rows = {name: _means(runs[name].paces[2 * size :], 2 * size) for name in ways}, []
     shared = runs[base].paces[2 * size - 1 :]  # from the end of the first turn on; of each turn the ends count once for each part
-    ends, paces[control] = _means([(one + other) / 2 for one, other in pairwise(shared)], size), _means(runs[control].paces[size:], size)
-    paces[base] = [(one + other) / 2 for one, other in zip(ends, paces[control], strict=True)]
-    rows = []
+    ends, paces[control] = _means(_between(pairwise(shared)), size), _means(runs[control].paces[size:], size)
+    paces[base] = _between(zip(ends, paces[control], strict=True))
     for name, engine in named.items():
         ratio = turns.compare(ends if name == control else paces[base], paces[name])
         rows.append({
@@ -196,6 +195,11 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
             "turns": [round(each, 3) for each in ratio.turns],
         })  # fmt: skip
     return rows
+
+
+def _between(pairs: Iterable[tuple[float, float]]) -> list[float]:
+    """The middle of each."""
+    return [(one + other) / 2 for one, other in pairs]
 
 
 def _means(values: Sequence[float], count: int) -> list[float]:
