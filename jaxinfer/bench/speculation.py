@@ -171,7 +171,8 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
         begun = time.perf_counter()
         made = answers(named[name], parts[part])
         runs[name].add(made, time.perf_counter() - begun)
-        told.update({part: made} if name == base else {})
+        if name == base:
+            told[part] = made
         runs[name].equal &= made.tokens == told[part].tokens
 
     size = len(parts)

@@ -1,9 +1,9 @@
 """What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
 
 Steps are compared with the plain ones of the same size that were looked at last, or that a rest timed: whatever else the machine does makes
-both slower. Means
-count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more than `HELD_UP` of its
-kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know what drafts are worth.
+both slower. Means count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more
+than `HELD_UP` of its kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know what
+drafts are worth.
 """
 
 from __future__ import annotations

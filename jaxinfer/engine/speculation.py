@@ -43,7 +43,6 @@ SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
-ASKED = 8.0  # plain steps that asking is charged at most: what takes longer is something else that had the processor
 AFTER = 3  # plain steps behind one with drafts are no comparison: on a GPU nothing lies where it lay, and they are launched anew
 
 
@@ -203,8 +202,7 @@ class Speculator:
         self._since = _Since(waited=max(0, since.waited - step.steady), blind=self.unseen and since.wanted and unknown)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
-            account, most = (self.allowance, HELD_UP) if pace.drafting else (self.asking, ASKED)
-            account.charge(size, min(asked, most))
+            (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
         if not step.seconds:
             return
         if step.batch.prefills:

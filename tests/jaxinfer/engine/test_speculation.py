@@ -16,7 +16,7 @@ from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.resting import LONGEST, SHORTEST, TIMED, Rest, Span
 from jaxinfer.engine.scheduler import Limits
-from jaxinfer.engine.speculation import AGAIN, ASKED, ASKING, SAVED, Bounds, Candidate, Speculator
+from jaxinfer.engine.speculation import AGAIN, ASKING, SAVED, Bounds, Candidate, Speculator
 from jaxinfer.engine.thoughts import UNSEEN
 from jaxinfer.request import Request, joined
 from jaxinfer.step.buckets import Bucket
@@ -569,19 +569,6 @@ def test_a_question_that_was_held_up_is_not_charged_for_ever():
     made.propose(candidates())
     observed(made, seconds=101.0)
     assert made.allowance.balance(1) == pytest.approx(START - 2.5, abs=0.1) and made.costs.seconds(1) == 1.0
-
-
-def test_where_drafts_do_not_pay_a_long_question_is_charged_more():
-    """As of many long texts; the account of drafts is not."""
-    made, now = speculator(Fixed((7, 8, 9)), wide=9.0), [0.0]
-    made.clock = lambda: now[0]
-    made._paces[1].drafting = False
-    made.proposers[0].rest = lambda: now.__setitem__(0, now[0] + 100.0)
-    made.propose(candidates())
-    before = made.allowance.balance(1), made.asking.balance(1)
-    observed(made, seconds=101.0)
-    assert made.allowance.balance(1) == pytest.approx(before[0], abs=0.01)
-    assert made.asking.balance(1) == pytest.approx(before[1] - ASKED, abs=0.01)
 
 
 def test_rests_tell_what_drafts_are_compared_with():
