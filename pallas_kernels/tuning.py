@@ -132,10 +132,10 @@ def measure(case: Any, implementation: str, chosen: Sizes) -> float:
     return timed.typical * 1e6
 
 
-def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> list[Row]:
-    """The fastest candidate for each key that the cases have and the implementation takes; cases of one key are measured together."""
+def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = measure) -> Iterator[Row]:
+    """The fastest candidate for each key that the cases have and the implementation takes, as soon as it is known; cases of one key are
+    measured together."""
     target, module = dispatch.target(), _module(op, implementation)
-    rows = []
     for key, same in by_key(cases):
         refused = dispatch.refusal(op, implementation, target, key)
         if refused is not None:
@@ -146,8 +146,7 @@ def tune(op: str, implementation: str, cases: Sequence[Any], measure: Measure = 
             timed.append((sum(measure(case, implementation, candidate) for case in same), candidate))
             _say(f"{op} {key} {candidate}: {timed[-1][0]:.1f} us")
         microseconds, best = min(timed, key=lambda pair: pair[0])
-        rows.append(Row(op, implementation, key, best, target.device, jax.__version__, today(), round(microseconds, 1)))
-    return rows
+        yield Row(op, implementation, key, best, target.device, jax.__version__, today(), round(microseconds, 1))
 
 
 def by_key(cases: Sequence[Any]) -> list[tuple[Key, list[Any]]]:
@@ -185,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not hasattr(_module(options.op, implementation), "candidates"):
         parser.error(f"the {implementation!r} implementation of {options.op} has no block sizes to tune")
     out = options.out or table_file(user_folder(), target.device, options.op)
-    write(out, tune(options.op, implementation, cases))
+    for row in tune(options.op, implementation, cases):
+        write(out, [row])  # what is measured is kept, whatever comes
     _say(f"wrote {out}")
 
 

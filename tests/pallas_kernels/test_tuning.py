@@ -130,6 +130,17 @@ def test_the_command_writes_a_table(own_folder, monkeypatch, capsys):
     assert str(file) in capsys.readouterr().out
 
 
+def test_what_was_measured_is_kept_when_the_rest_fails(own_folder, monkeypatch):
+    def tune(op, implementation, cases):
+        yield ROW
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        tuning.main(["--op", "flash_attention", "--case", "demo_1k", "--out", str(own_folder / "rows.json")])
+    assert tuning.read(own_folder / "rows.json") == (ROW,)
+
+
 def test_the_command_models_chips_that_are_not_there(own_folder, monkeypatch, capsys):
     made = [dataclasses.replace(ROW, device=device, source=tuning.MODELLED, compiler="libtpu 0") for device in ("TPU v5", "TPU7x")]
     monkeypatch.setattr(modelling, "rows", lambda op, cases, chips: iter(made) if [chip.name for chip in chips] == ["v5p", "7x"] else None)

@@ -56,6 +56,7 @@ def clocked(monkeypatch):
         return speculation.Made({"only": engine.tokens}, len(engine.tokens))
 
     monkeypatch.setattr(speculation, "answers", answers)
+    monkeypatch.setattr(speculation, "warm", lambda engine, load: None)
     monkeypatch.setattr(speculation.time, "perf_counter", lambda: now[0])
     return lambda name, seconds, **made: Clocked(name, ran, seconds, **made)
 
@@ -71,6 +72,28 @@ def test_each_turn_runs_one_part_of_the_load_after_another(clocked, monkeypatch)
     monkeypatch.setattr(speculation, "answers", lambda engine, load: (parts.append(load.texts[0][0]), inner(engine, load))[1])
     rows = speculation.measure(named, speculation.Load([(number,) for number in range(4)], 2, 8), 2)
     assert parts == [0, 2, *3 * [*4 * [0], *4 * [2]]] and [len(row["turns"]) for row in rows] == [2, 2, 2]
+
+
+def test_what_an_engine_takes_to_get_going_does_not_count(clocked, monkeypatch):
+    """A few tokens of each request run right before each run, by the same engine."""
+    now, ran, last = [0.0], [], [""]
+    named = {name: clocked(name, lambda number: 0.0) for name in ("off", "way", "control")}
+
+    def answers(engine, load):
+        now[0] += 1.0 if engine.name == last[0] else 9.0
+        last[0] = engine.name
+        ran.append((engine.name, load.tokens))
+        return speculation.Made({"only": (1, 2)}, 2)
+
+    monkeypatch.undo()
+    monkeypatch.setattr(speculation, "answers", answers)
+    monkeypatch.setattr(speculation.time, "perf_counter", lambda: now[0])
+    rows = speculation.measure(named, speculation.Load([(1,)], 1, 96), 3)
+    assert [row["tokens_per_second"] for row in rows] == [2.0] * 3
+    assert ran[::2] == [(name, speculation.WARMING) for name, _ in ran[1::2]] and {tokens for _, tokens in ran[1::2]} == {96}
+    ran.clear()
+    speculation.measure(named, speculation.Load([(1,)], 1, 2), 1)
+    assert {tokens for _, tokens in ran} == {2}
 
 
 def test_parts_that_take_longer_than_others_favour_nobody(clocked, monkeypatch):
