@@ -97,6 +97,7 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
+        pace.drafting &= self.allowance.believes(size)  # asking alone may have cost too much, as long as there is always more to read
         may = (pace.curious or not self._may_rest(pace)) and self.asking.affords(size, 0.0)
         put_off = pace.puts_off(behind=self._prompts, may=may)
         wanted = not pace.looks and (pace.drafting or (may and not put_off))

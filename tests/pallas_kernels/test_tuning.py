@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from pallas_kernels import dispatch, modelling, tuning
-from pallas_kernels.quantized_matmul.cases import Case
+from pallas_kernels import dispatch, modelling, timing, tuning
+from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.quantized_matmul.cases import TUNING, Case
 
 KEY = {"kv_heads": 2, "heads": 6, "head_dim": 64, "dtype": "float32"}
 ROW = tuning.Row("flash_attention", "xla", KEY, {"queries": 8, "keys": 16}, "Some Chip 9", "0.0", "2026-01-01", 12.5)
@@ -165,6 +168,28 @@ def test_the_command_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tuning.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_sizes_reach_the_ops_when_the_module_runs_as_a_command(own_folder, monkeypatch):
+    """Then there are two copies of it, of which ops know one."""
+    wanted = xla.candidates("cpu", TUNING[0].tuning_key())
+    met = []
+
+    def measure(case, run, make, settings):
+        jax.eval_shape(run, make(0))
+        return SimpleNamespace(typical=1e-6)
+
+    def meet(op, implementation, target, key, real=tuning.sizes):
+        met.append(real(op, implementation, target, key))
+        return met[-1]
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(tuning, "sizes", meet)
+    words = ["--op", "quantized_matmul", "--implementation", "xla", "--case", "demo_one", "--out", str(own_folder / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["tuning", *words])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"):
+        runpy.run_module("pallas_kernels.tuning", run_name="__main__")
+    assert len(wanted) > 1 and met == wanted
 
 
 def test_the_module_runs_as_a_command():

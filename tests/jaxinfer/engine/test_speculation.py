@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import reduce
+from itertools import count
 
 import pytest
 
@@ -450,6 +451,20 @@ def test_reading_on_is_not_in_vain():
     for _ in range(10):
         made.propose(candidates())
     assert not made._paces[1].curious
+
+
+def test_who_has_always_more_to_read_is_asked_as_the_allowance_permits():
+    """However sure of drafts an engine is at first: reading alone has never brought any."""
+    made, ticks, asked = speculator(Fixed(())), count(), 0
+    made.clock = lambda: 0.5 * next(ticks)  # so long is asked, beside steps of 1
+    made.proposers[0].rest = lambda: True
+    for _ in range(1000):
+        if made.asks(1):
+            asked += 1
+            assert made.propose(candidates()) == {}
+        made.rest = None
+        observed(made, seconds=1.0 + made._since.seconds)
+    assert 8 < asked < (START - LEAST + 1000 * (SHARE + ASKING)) / 0.5 + 3
 
 
 def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():
