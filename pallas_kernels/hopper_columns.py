@@ -6,7 +6,6 @@ go through shared memory, since the right side of a product must lie there. Know
 Source: FlashAttention-2 (arXiv 2307.08691).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -70,21 +69,16 @@ def products(keys: Any, queries: Any, spilled: Any = None) -> Any:
 
     spilled: memory for keys in registers that the interpreter needs.
     """
-
-    def run(accumulator: Any) -> Any:
-        multiply(accumulator, keys, queries, spilled)
-        return accumulator[...]
-
-    return pl.run_scoped(run, ACC((keys.shape[0], queries.shape[0]), jnp.float32))
-
-
-def multiply(accumulator: Any, keys: Any, queries: Any, spilled: Any = None) -> None:
-    """Start the same on an accumulator."""
     if spilled is not None:
         spilled[...] = keys
         plgpu.commit_smem()
         keys = spilled
-    plgpu.wgmma(accumulator, keys, queries.transpose((1, 0)))
+
+    def multiply(accumulator: Any) -> Any:
+        plgpu.wgmma(accumulator, keys, queries.transpose((1, 0)))
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, ACC((keys.shape[0], queries.shape[0]), jnp.float32))
 
 
 def spread(columns: Any, shape: tuple[int, ...]) -> Any:
@@ -105,31 +99,22 @@ def weights(state: State, scores: Any, factor: float, room: Room) -> tuple[Any, 
 
 def weigh(state: State, share: Any, decay: Any, values: Any, room: Room) -> State:
     """A block's values [keys, head_dim], in shared memory, times share [keys, queries] are added to what was weighted, which decays."""
-    return weigh_ahead(state, share, decay, values, room)[0]
-
-
-def weigh_ahead(
-    state: State, share: Any, decay: Any, values: Any, room: Room, ahead: Callable[[Any], None] | None = None
-) -> tuple[State, Any]:
-    """As `weigh`, and the next products [keys, queries], which `ahead` starts on an accumulator while the values are weighted."""
     room.weights.transpose((1, 0))[...] = plgpu.layout_cast(share.astype(values.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
     plgpu.commit_smem()
-    parts = [part * spread(decay, part.shape) for part in state.weighted]
-    begun = [*parts, *([] if ahead is None else [plgpu.layout_cast(jnp.full(share.shape, 0, jnp.float32), WHOLE)])]
+    parts = zip(state.weighted, features(values.shape[1]), strict=True)
+    return state._replace(weighted=tuple(_add(part * spread(decay, part.shape), values.at[:, own], room) for part, own in parts))
 
-    def run(*accumulators: Any) -> list[Any]:
-        for accumulator, own in zip(accumulators, features(values.shape[1]), strict=False):
-            plgpu.wgmma(accumulator, values.at[:, own].transpose((1, 0)), room.weights.transpose((1, 0)))
-        if ahead is not None:
-            ahead(accumulators[-1])
-        return [accumulator[...] for accumulator in accumulators] if hopper.interpreting() else []
 
-    if hopper.interpreting():  # it has no accumulators that begin with something
-        made = pl.run_scoped(run, *(ACC(one.shape, jnp.float32) for one in begun))
-        found = [one + more for one, more in zip(begun, made, strict=True)]
-    else:
-        found = pl.run_state(lambda refs: run(*refs) and None)(tuple(map(ACC.init, begun)))
-    return state._replace(weighted=tuple(found[: len(parts)])), None if ahead is None else found[-1]
+def _add(weighted: Any, values: Any, room: Room) -> Any:
+    """weighted [features, queries] + values [keys, features], transposed, times the room's weights."""
+
+    def multiply(accumulator: Any) -> Any:
+        plgpu.wgmma(accumulator, values.transpose((1, 0)), room.weights.transpose((1, 0)))
+        return accumulator[...] if hopper.interpreting() else None
+
+    if hopper.interpreting():
+        return weighted + pl.run_scoped(multiply, ACC(weighted.shape, jnp.float32))
+    return pl.run_state(multiply)(ACC.init(weighted))
 
 
 def mean(state: State, total: Any, out: Any) -> None:

@@ -97,7 +97,8 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        pace.drafting &= self.allowance.believes(size)  # asking alone may have cost too much, as long as there is always more to read
+        if not self.allowance.believes(size):
+            pace.doubt()
         may = (pace.curious or not self._may_rest(pace)) and self.asking.affords(size, 0.0)
         put_off = pace.puts_off(behind=self._prompts, may=may)
         wanted = not pace.looks and (pace.drafting or (may and not put_off))
@@ -144,6 +145,8 @@ class Speculator:
         """The drafts of the next step by sequence; {} where it is better to have none."""
         rows, begun = len(candidates), self.clock()
         size = self._size(rows)
+        if not (self.always or self.costs.known(size)):  # some have ended since it was decided to ask
+            return {}
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         if any([proposer.rest() for proposer in self.proposers]):
             self._paces[size].reading()
@@ -307,8 +310,6 @@ class Speculator:
         plans = [plan for way in self.costs.ways if (plan := self._planned(way, found, size, rows)) is not None]
         if self.always:
             return max(plans, key=lambda plan: plan.tokens, default=None)
-        if not self.costs.known(size):
-            return None
         best, pace = max(plans, key=lambda plan: plan.promise, default=None), self._paces[size]
         believed = best is not None and best.promise > MARGIN and self.allowance.believes(size)
         pace.asked(believed=believed)

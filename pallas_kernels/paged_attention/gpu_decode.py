@@ -41,13 +41,6 @@ class Decoded(NamedTuple):
     merged: Float[Array, "rows_heads lines head_dim"] | None = None
 
 
-class Block(NamedTuple):
-    """A block's keys times the queries [keys, queries], scaled, and the scales of its values (None without codes)."""
-
-    products: Any
-    scales: Any = None
-
-
 def decode(  # noqa: PLR0913
     q: Float[Array, "kv_heads lines head_dim"],
     kv: Array,
@@ -233,24 +226,18 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, stream: Any, item: Item, 
     room = scratch.room.of(stream)
     plgpu.barrier_wait(scratch.q_full.at[stream])
 
-    def read(number: Any) -> Block:
-        block = _scaled(feed, number, hopper_columns.products(*_operands(feed, number, q)))
+    def absorb(number: Any, state: State, *, last: bool) -> State:
+        products, scales = _multiply(feed, number, q)
         feed.keys_used(number)
-        return block
-
-    def absorb(number: Any, begun: tuple[Any, ...], *, last: bool) -> tuple[Any, ...]:
-        state, *ahead = begun
-        block = ahead[0] if plan.ahead else read(number)
         if last:
             plgpu.barrier_arrive(scratch.q_free.at[stream])
-        state, after = _weigh(feed, item, number, block, state, room, q if plan.ahead and not last else None)
+        state = _weigh(feed, item, number, products, scales, state, room)
         if not last:
             feed.values_used(number)
-        return (state,) if after is None else (state, after)
+        return state
 
-    state = hopper_columns.start(q.shape[1], KEYS, plan.padded)
-    begun = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), (state, read(0)) if plan.ahead else (state,))
-    (state,) = absorb(item.blocks - 1, begun, last=True)
+    state = lax.fori_loop(0, item.blocks - 1, partial(absorb, last=False), hopper_columns.start(q.shape[1], KEYS, plan.padded))
+    state = absorb(item.blocks - 1, state, last=True)
     out = feed.values(item.blocks - 1).at[pl.ds(0, plan.padded)]  # the last values have been used: the output leaves from their memory
     total = hopper_columns.total(state, room)
     sums[...] = state.top + jnp.log2(total)
@@ -294,44 +281,30 @@ def _clear_empty(plan: Plan, refs: Refs, number: Any, of: int) -> None:
     lax.fori_loop(0, lax.div(rows - number + (of - 1), jnp.int32(of)), clear, None)
 
 
-def _operands(feed: Feed, number: Any, q: Any) -> tuple[Any, Any, Any]:
-    """A block's keys as they meet the queries, these, and what the interpreter needs."""
-    keys, tiles = feed.keys(number), feed.scratch.tiles
+def _multiply(feed: Feed, number: Any, q: Any) -> tuple[Any, Any]:
+    """A block's keys times the queries [keys, queries], and the scales of its values (None without codes)."""
+    keys = feed.keys(number)
     if feed.plan.codes is None:
-        return keys, q, None
-    return hopper_codes.operand(keys, q.dtype), q, None if tiles.keys is None else tiles.keys.at[feed.stream]
-
-
-def _scaled(feed: Feed, number: Any, products: Any) -> Block:
-    """A block's products with the scales of its keys, if it has some."""
-    if feed.plan.codes is None:
-        return Block(products)
+        return hopper_columns.products(keys, q), None
     of_keys, of_values = feed.scales(number)
-    return Block(products * hopper.spread(of_keys, products.shape), of_values)
+    spilled = None if feed.scratch.tiles.keys is None else feed.scratch.tiles.keys.at[feed.stream]
+    products = hopper_columns.products(hopper_codes.operand(keys, q.dtype), q, spilled)
+    return products * hopper.spread(of_keys, products.shape), of_values
 
 
-def _weigh(feed: Feed, item: Item, number: Any, block: Block, state: State, room: Room, q: Any) -> tuple[State, Block | None]:
-    """A block's products enter the softmax, and its values what is weighted; q: meanwhile the next block's keys meet the queries."""
+def _weigh(feed: Feed, item: Item, number: Any, products: Any, scales: Any, state: State, room: Room) -> State:
+    """A block's products enter the softmax, and its values what is weighted."""
     plan, first, values = feed.plan, (item.first + number) * KEYS, feed.values(number)
     floor = None if plan.spec.window is None else item.sees - plan.spec.window
-    scores, factor = hopper.shape_scores(block.products, plan.spec)
+    scores, factor = hopper.shape_scores(products, plan.spec)
     seen = _seen(plan, item, first, floor)
     share, decay, state = hopper_columns.weights(state, jnp.where(seen, scores, -jnp.inf), factor, room)
     feed.wait_for_values(number)
-    if block.scales is not None:  # those of no row may be NaN
-        share = jnp.where(seen, share * hopper.spread(block.scales, share.shape), jnp.zeros_like(share))
+    if scales is not None:  # those of no row may be NaN
+        share = jnp.where(seen, share * hopper.spread(scales, share.shape), jnp.zeros_like(share))
     if plan.codes != jnp.int8:  # 0 times an integer is 0
         hopper.clear(values, first, floor, item.stop)
-    if q is None:
-        return hopper_columns.weigh(state, share, decay, values, room), None
-
-    def ahead(sums: Any) -> None:
-        hopper_columns.multiply(sums, *_operands(feed, number + 1, q))
-
-    state, products = hopper_columns.weigh_ahead(state, share, decay, values, room, ahead)
-    after = _scaled(feed, number + 1, products)
-    feed.keys_used(number + 1)
-    return state, after
+    return hopper_columns.weigh(state, share, decay, values, room)
 
 
 def _seen(plan: Plan, item: Item, first: Any, floor: Any) -> Any:

@@ -14,7 +14,6 @@ from pallas_kernels.hopper_columns import Room
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 KEYS = 64  # of a block
-MOST_AHEAD = 32  # lines
 TILES = 2  # blocks whose values are there as numbers
 ALIGNMENT = 1024  # bytes at whose multiples an array in shared memory may begin
 ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of an item; stop, sees: keys of the row's last, first token
@@ -49,12 +48,6 @@ class Plan(NamedTuple):
         if self.codes is None:
             return (208, 40) if self.streams == 2 else (232, 40)
         return (160, 96)
-
-    @property
-    def ahead(self) -> bool:
-        """Whether the next block's keys meet the queries while a block's values are weighted: codes take longer to become numbers than to
-        arrive, plain blocks would come free later; and only with few lines are there registers for it."""
-        return self.codes is not None and self.padded <= MOST_AHEAD
 
     @property
     def together(self) -> bool:

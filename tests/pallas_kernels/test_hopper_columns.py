@@ -1,9 +1,6 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -14,10 +11,8 @@ from pallas_kernels.hopper_columns import Room
 BLOCKS, KEYS, QUERIES, DIM = 3, 64, 8, 64
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_attention_of_a_few_queries(interpreted, ahead):
-    """Blocks of keys enter one after the other, each when it is needed or while the one before is weighted; a few keys of the last are not
-    seen."""
+def test_attention_of_a_few_queries(interpreted):
+    """Blocks of keys enter one after the other; a few keys of the last are not seen."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((QUERIES, DIM), *[(BLOCKS * KEYS, DIM)] * 2))
     seen = BLOCKS * KEYS - 5
@@ -28,36 +23,16 @@ def test_attention_of_a_few_queries(interpreted, ahead):
         plgpu.copy_gmem_to_smem(q, own, barrier)
         plgpu.barrier_wait(barrier)
 
-        def fetch(source, number, into):
-            plgpu.copy_gmem_to_smem(source.at[pl.ds(number * KEYS, KEYS)], into, barrier)
-            plgpu.barrier_wait(barrier)
-
-        def multiply(number, scores):
-            fetch(k, number, keys)
-            hopper_columns.multiply(scores, keys, own)
-
-        def enter(number, state, scores):
-            fetch(v, number, values)
-            known = hopper.index((KEYS, QUERIES), 0, number * KEYS) < seen
-            return hopper_columns.weights(state, jnp.where(known, scores, -jnp.inf), 0.3, room)
-
         def absorb(number, state):
-            fetch(k, number, keys)
-            share, decay, state = enter(number, state, hopper_columns.products(keys, own))
+            for source, into in ((k, keys), (v, values)):
+                plgpu.copy_gmem_to_smem(source.at[pl.ds(number * KEYS, KEYS)], into, barrier)
+                plgpu.barrier_wait(barrier)
+            scores = hopper_columns.products(keys, own)
+            known = hopper.index((KEYS, QUERIES), 0, number * KEYS) < seen
+            share, decay, state = hopper_columns.weights(state, jnp.where(known, scores, -jnp.inf), 0.3, room)
             return hopper_columns.weigh(state, share, decay, values, room)
 
-        def absorb_ahead(number, begun):
-            share, decay, state = enter(number, *begun)
-            return hopper_columns.weigh_ahead(state, share, decay, values, room, partial(multiply, number + 1))
-
-        state = hopper_columns.start(DIM, KEYS, QUERIES)
-        if ahead:
-            fetch(k, 0, keys)
-            begun = lax.fori_loop(0, BLOCKS - 1, absorb_ahead, (state, hopper_columns.products(keys, own)))
-            share, decay, state = enter(BLOCKS - 1, *begun)
-            state = hopper_columns.weigh(state, share, decay, values, room)
-        else:
-            state = lax.fori_loop(0, BLOCKS, absorb, state)
+        state = lax.fori_loop(0, BLOCKS, absorb, hopper_columns.start(DIM, KEYS, QUERIES))
         hopper_columns.mean(state, hopper_columns.total(state, room), own)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(own, out)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, RETURNS, WIDE, Pace
+from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, WIDE, Pace
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
 
@@ -15,6 +15,22 @@ def test_drafts_seem_to_pay_until_they_were_asked_for_in_vain_a_few_times():
     assert not pace.drafting
     pace.asked(believed=True)
     assert pace.drafting and pace.vain == 0
+
+
+def test_who_reads_on_and_on_is_doubted():
+    pace = Pace()
+    for _ in range(READING):
+        pace.doubt()
+        assert pace.drafting
+        pace.asked(believed=False)
+        pace.reading()
+    pace.asked(believed=True)  # then it begins anew
+    pace.doubt()
+    assert pace.drafting
+    for _ in range(READING):
+        pace.reading()
+    pace.doubt()
+    assert not pace.drafting
 
 
 def test_steady_plain_steps_are_looks_and_a_long_time_without_drafts_begins_anew():

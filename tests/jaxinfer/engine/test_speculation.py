@@ -12,7 +12,7 @@ from jaxinfer.engine import speculation
 from jaxinfer.engine.allowance import LEAST, SHARE, START
 from jaxinfer.engine.costs import ALONE, FOLLOWED, KNOWN, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
-from jaxinfer.engine.pace import APART, FIRST, PATIENT
+from jaxinfer.engine.pace import APART, FIRST, PATIENT, READING
 from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.resting import LONGEST, SHORTEST, TIMED, Rest, Span
@@ -465,6 +465,19 @@ def test_who_has_always_more_to_read_is_asked_as_the_allowance_permits():
         made.rest = None
         observed(made, seconds=1.0 + made._since.seconds)
     assert 8 < asked < (START - LEAST + 1000 * (SHARE + ASKING)) / 0.5 + 3
+
+
+def test_a_long_text_is_read_whatever_that_takes():
+    made, ticks = speculator(Fixed(())), count()
+    made.clock = lambda: 1.5 * next(ticks)
+    made.proposers[0].rest = lambda: True
+    for _ in range(READING):
+        assert made.asks(1)
+        made.propose(candidates())
+        observed(made, seconds=1.0 + made._since.seconds)
+    assert made._paces[1].drafting and not made.allowance.believes(1)
+    made.asks(1)
+    assert not made._paces[1].drafting
 
 
 def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():

@@ -25,12 +25,6 @@ def test_one_copy_brings_keys_and_values_where_they_lie_together():
     assert [plan(page).together for page in (32, 64, 128)] == [False, True, False]
 
 
-def test_keys_of_codes_meet_few_queries_ahead():
-    """Plain keys would come free later, and many lines leave no registers."""
-    codes = plan(64, codes="int8")
-    assert [each.ahead for each in (plan(64), codes, codes._replace(padded=32), codes._replace(padded=40))] == [False, True, True, False]
-
-
 def test_heads_are_tiles_of_kv_heads():
     assert plan(64, tokens=4, tiles=2).heads == 6
 
