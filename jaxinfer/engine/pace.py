@@ -54,9 +54,9 @@ class Pace:
         """Proposers were asked that have more to read first: that was not in vain."""
         self.vain, self.reads = 0, self.reads + 1
 
-    def doubt(self) -> None:
-        """Drafts have cost more than they may: who has read on and on is no longer believed in."""
-        self.drafting &= self.reads < READING
+    def consider(self, *, believes: bool) -> None:
+        """Somebody may be asked. Where the account does not believe in drafts, who has read on and on is no longer believed in."""
+        self.drafting &= believes or self.reads < READING
 
     @property
     def prompts_after(self) -> int:

@@ -97,8 +97,7 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        if not self.allowance.believes(size):
-            pace.doubt()
+        pace.consider(believes=self.allowance.believes(size))
         may = (pace.curious or not self._may_rest(pace)) and self.asking.affords(size, 0.0)
         put_off = pace.puts_off(behind=self._prompts, may=may)
         wanted = not pace.looks and (pace.drafting or (may and not put_off))
