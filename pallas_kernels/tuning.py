@@ -9,7 +9,7 @@ measured row always wins. Rows stand in `tuned/<device>/<op>.json` of this packa
 
 The first runs every candidate of the implementation over the op's tuning cases and writes the fastest ones; the second needs libtpu and no
 TPU. Knows no op by name: an implementation offers `heuristic(platform, key)` and `candidates(platform, key)`, the op's cases.py offers
-`TUNING`, a tuple of cases.
+`TUNING`, a tuple of cases, and maybe `BENCH`, more of them, which are tuned if they are named.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tuning", description="Measure block sizes on this machine's device.")
     parser.add_argument("--op", required=True, choices=dispatch.ops())
     parser.add_argument("--implementation", default="auto", help="default: what 'auto' picks here")
-    parser.add_argument("--case", action="append", help="only the named tuning case (may be repeated)")
+    parser.add_argument("--case", action="append", help="only the named case, of those to tune or of the benchmark's (may be repeated)")
     parser.add_argument("--for", dest="generations", type=_generations, help="model TPUs that are not there, of generations such as v5e,7x")
     parser.add_argument("--out", type=Path, help=f"file to write, with --for a folder; default: in {user_folder()}")
     options = parser.parse_args(arguments)
@@ -208,11 +208,12 @@ def _generations(text: str) -> list[generations.Generation]:
 
 
 def _named(op: str, names: Sequence[str] | None) -> list[Any]:
-    known = {case.name: case for case in _module(op, "cases").TUNING}
+    cases = _module(op, "cases")
+    known = {case.name: case for case in (*cases.TUNING, *getattr(cases, "BENCH", ()))}
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise ValueError(f"{op} has no tuning case {', '.join(unknown)}; there are {', '.join(known)}")
-    return [known[name] for name in names or known]
+    return [known[name] for name in names] if names else list(cases.TUNING)
 
 
 def _identity(row: Row) -> str:

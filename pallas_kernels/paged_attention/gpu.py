@@ -33,8 +33,9 @@ kv_layout = xla.kv_layout
 
 class Sizes(NamedTuple):
     """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once (per
-    stream). Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step that `gpu_write` takes.
-    decode_merges: 1: where there are counters, chunks are merged by who ends the last one of a row, and no kernel of its own."""
+    stream), streams of a block of threads. Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step
+    that `gpu_write` takes. decode_merges: 1: where there are counters, chunks are merged by who ends the last one of a row, and no kernel
+    of its own."""
 
     decode_longest: int
     decode_longest_many: int
@@ -43,6 +44,7 @@ class Sizes(NamedTuple):
     prefill_stages: int
     write_from: int = 1
     decode_merges: int = 1
+    decode_streams: int = 2
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
@@ -62,12 +64,15 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=0)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
+    three = base._replace(decode_streams=3, decode_stages=2)
+    grid += [three._replace(decode_longest_many=keys) for keys in (1024, 4096) if gpu_plan.streams_that_fit(3, head_dim) == 3]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
 
 def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
     """Whether the kernels' shared memory is there; codes: for a quantised pool."""
-    decode = gpu_plan.shared_bytes(head_dim, sizes.decode_stages, codes=codes)
+    streams = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim)
+    decode = gpu_plan.shared_bytes(streams, head_dim, sizes.decode_stages, codes=codes)
     prefill = hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages, codes=codes)
     return max(decode, prefill) <= hopper.SHARED_BYTES
 
@@ -179,7 +184,8 @@ def _decode(
     (kv_heads, _, head_dim), rows, kv = placed.q.shape, metadata.decode_rows, placed.kv
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_plan.KEYS)
     stops, stop = packing.keys_seen(positions, metadata)
-    streams, heads, capacity = gpu_plan.streams(head_dim), kv_heads * row.tiles, pages.width * pages.page_size
+    streams = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim, row.padded)
+    heads, capacity = kv_heads * row.tiles, pages.width * pages.page_size
     wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
     items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=row.tokens)
@@ -189,7 +195,7 @@ def _decode(
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
         padded=row.padded,
-        stages=gpu_plan.stages_that_fit(sizes.decode_stages, head_dim, row.padded, codes=codes is not None),
+        stages=gpu_plan.stages_that_fit(sizes.decode_stages, streams, head_dim, row.padded, codes=codes is not None),
         streams=streams,
         blocks=hopper.cores(),
         group=row.group,

@@ -84,6 +84,15 @@ def test_close_to_xla_where_a_kernel_writes(interpreted, case):
     close(case, range(2), BY_KERNEL)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, *longer(["int8"])])
+def test_three_streams_say_what_two_say(interpreted, kv_dtype):
+    """Bit for bit, where rows are cut alike."""
+    case = Case("x", decode_rows=4, page_size=64, pages_per_row=4, kv_heads=2, group=4, dtype="bfloat16", kv_dtype=kv_dtype)
+    inputs = case.make(2, "gpu")
+    two, three = (run_of(case, SMALL._replace(decode_streams=streams))(inputs).out for streams in (2, 3))
+    assert np.asarray(two).any() and np.array_equal(two, three)
+
+
 def without(inputs, rows):
     """The same step in which other rows are empty and their pages are garbage."""
     metadata = inputs["metadata"]
