@@ -39,7 +39,8 @@ def settings_of(args: argparse.Namespace, longest: int) -> dict[str, Any]:
 
 @contextmanager
 def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
-    """An engine for each config, shut down at the end. As in a server, Python's collector passes over what is there when they are ready.
+    """An engine for each config, shut down at the end. What they have in common is compiled once. As in a server, Python's collector passes
+    over what is there when they are ready.
 
     Raises:
         ConfigError: several engines from one bundle, which would all have its settings.
@@ -48,11 +49,12 @@ def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
         raise ConfigError("--bundle brings its own settings, so engines with others cannot be measured beside; leave it out")
     from jaxinfer import devices
     from jaxinfer.engine.engine import Engine
+    from jaxinfer.step import executable
 
     devices.prepare(max(config.execution.mesh.size for config in configs))
     with ExitStack() as stack:
         engines = []
-        with StageBar() as bar:
+        with StageBar() as bar, executable.copying():
             for config in configs:
                 engines.append(Engine(config, progress=bar))
                 stack.callback(engines[-1].shutdown)

@@ -9,7 +9,10 @@ checks are jax's own. Nothing is pickled. The only file that knows how jax keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -107,6 +110,50 @@ class Compiler:
             return lowered.compile(options)
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"XLA refuses {options}: {str(error)[:1000]}") from None
+
+
+@dataclass(frozen=True)
+class Copier(Compiler):
+    """As `Compiler`, but of a program that is like one compiled before there is a copy. known: calls by key, and what came of them."""
+
+    known: dict[Any, list[tuple[Call, Made]]] = field(default_factory=dict)
+
+    def begin(self, key: Any, call: Call) -> Callable[[], Made]:
+        """Trace what is new; the returned function compiles it, or copies what is known."""
+        for other, made in self.known.get(key, ()):
+            if other == call and call.arguments:
+                return partial(_copied, made, call)
+        compiled = super().begin(key, call)
+
+        def kept() -> Made:
+            made = compiled()
+            self.known.setdefault(key, []).append((call, made))
+            return made
+
+        return kept
+
+
+def _copied(made: Made, call: Call) -> Made:
+    mesh = jax.tree.leaves(call.arguments)[0].sharding.mesh
+    return made._replace(run=twin(made.run, call, mesh))
+
+
+_usual: ContextVar[Source | None] = ContextVar("jaxinfer_usual_source", default=None)
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Inside, several engines compile what they have in common once, each with a copy of its own: most of the time goes into tracing."""
+    token = _usual.set(Copier())
+    try:
+        yield
+    finally:
+        _usual.reset(token)
+
+
+def usual() -> Source:
+    """Where programs come from, unless somebody says."""
+    return _usual.get() or Compiler()
 
 
 class Dumped(NamedTuple):

@@ -27,7 +27,7 @@ from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.executable import Call, Compiler, InPlace, InTurns, Made, Source, twin
+from jaxinfer.step.executable import Call, Compiler, InPlace, InTurns, Made, Source, twin, usual
 from jaxinfer.step.forward import Computed, Demand, DraftRows, Forward, RowInputs, Sampler
 from jaxinfer.step.inputs import Packed, Shapes
 from jaxinfer.step.keys import ADMIT, COPY, POOL, WIPE, AloneKey, ProgramConfig, ProposeKey, SamplerKey, ScoreKey
@@ -58,7 +58,7 @@ class Program:
 
     def __init__(self, config: ProgramConfig, source: Source | None = None) -> None:
         self.config = config
-        self.source: Source = Compiler() if source is None else source
+        self.source = usual() if source is None else source
         self.compile_seconds: dict[str, float] = {}
         self._compiled: dict[Any, Any] = {}
         self._runs: dict[Any, Callable[..., Any]] = {}

@@ -9,8 +9,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.checkpoint import read
 from jaxinfer.config import ConfigError
+from jaxinfer.engine.engine import Engine
 from jaxinfer.models.layers import Placement
 from jaxinfer.planner import sizing
+from jaxinfer.request import Request, SamplingParams
 from jaxinfer.sharding import make_mesh
 from jaxinfer.step import executable
 from jaxinfer.step.executable import Call, Compiler, InTurns, dump, from_json, load, to_json
@@ -57,6 +59,53 @@ def test_a_loaded_program_is_the_compiled_one(small):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     with pytest.raises(TypeError, match="input pytree"):
         loaded(arrays(call)[0])
+
+
+def test_what_is_alike_is_compiled_once_and_copied(small, monkeypatch):
+    _, call = small
+    traced, lower = [], Call.lower
+    monkeypatch.setattr(Call, "lower", lambda self: (traced.append(self), lower(self))[1])
+    source = executable.Copier()
+    first, second = (source.begin("key", replace(call))() for _ in range(2))
+    assert len(traced) == 1 and second.run is not first.run and second.size == first.size
+    for one, other in zip(*(jax.tree.leaves(made.run(*arrays(call))) for made in (first, second)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    pools, state = call.arguments
+    wider = state | {"a": jax.ShapeDtypeStruct((5,), np.float32, sharding=state["a"].sharding)}
+    others = (replace(call, function=lambda pools, state: call.function(pools, state)), replace(call, donated=()))
+    for number, other in enumerate((*others, replace(call, arguments=(pools, wider)))):
+        source.begin("key", other)()
+        assert len(traced) == 2 + number
+    source.begin("another", call)()
+    assert len(traced) == 5
+
+
+def test_engines_that_are_alike_have_copies(folder):
+    config = settings(folder)
+    config = replace(config, cache=replace(config.cache, kv_tokens=256))
+    with executable.copying():
+        first, second = engines = [Engine(config) for _ in range(2)]
+    try:
+        known, keys = first.program.source.known, first.program.config.keys
+        assert second.program.source is first.program.source and second.program.config.keys == keys
+        assert sum(len(calls) == 1 for calls in map(known.get, keys)) > 0.7 * len(keys)  # but for those of the pool
+        for key in keys:
+            assert first.program.compiled(key) is not second.program.compiled(key)
+        request = Request("a", (5, 6, 7), SamplingParams(temperature=0, max_tokens=8))
+        answers = [generated(engine, request) for engine in (*engines, first)]
+        assert len(answers[0]) == 8 and answers[0] == answers[1] == answers[2]
+    finally:
+        for engine in engines:
+            engine.shutdown()
+    assert type(executable.usual()) is Compiler
+
+
+def generated(engine, request):
+    engine.add(request)
+    found = ()
+    while engine.has_work:
+        found += tuple(token for output in engine.step() for token in output.token_ids)
+    return found
 
 
 def test_programs_of_an_engine_on_a_mesh(meshed):
