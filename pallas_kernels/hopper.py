@@ -97,9 +97,8 @@ def kernel(
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *made: body(*refs, made), *scratch, collective_axes="wg")
 
-    entry.__name__ = "_".join(getattr(body, "__module__", __name__).split(".")[1:])  # what profiles call the kernel
     return plgpu.kernel(
-        entry,
+        named(entry, getattr(body, "__module__", __name__)),
         out_type=out_type,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
@@ -108,6 +107,16 @@ def kernel(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),
         interpret=interpretation(),
     )
+
+
+def named(body: Callable[..., None], module: str) -> Callable[..., None]:
+    """A kernel's body under the name that profiles call it by, that of the module which it is from."""
+
+    def entry(*refs: Any) -> None:
+        body(*refs)
+
+    entry.__name__ = "_".join(module.split(".")[1:])
+    return entry
 
 
 def registers_of(warpgroups: int) -> int:

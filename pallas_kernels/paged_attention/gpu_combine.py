@@ -85,7 +85,7 @@ def combine(
         merge_row(merge, Places(parts, sums, out), row, head, part, counts[row], None if without else sinks)
 
     return plgpu.kernel(
-        body,
+        hopper.named(body, __name__),
         out_type=merge.out(rows, parts.dtype),
         grid=(rows, kv_heads, merge.parts),
         grid_names=("row", "head", "part"),

@@ -102,8 +102,12 @@ def rotate_and_write(
     """See `gpu_write.rotate_and_write`; for heads that have `blocks`. A quantised pool gets codes and scales."""
     tokens, kv_heads, rows, head_dim = qkv.shape
     heads, pool = Heads(kv_heads, rows - 2, head_dim), jax.tree.map(jax.new_ref, kv)
+
+    def body(qkv: Any, waves: Any, slots: Any, lines: Any, *refs: Any) -> None:
+        _body(heads, _Refs(qkv, waves, slots, lines, [*refs[:-1]], refs[-1]))
+
     run = plgpu.kernel(
-        lambda qkv, waves, slots, lines, *refs: _body(heads, _Refs(qkv, waves, slots, lines, [*refs[:-1]], refs[-1])),
+        hopper.named(body, __name__),
         out_type=jax.ShapeDtypeStruct((kv_heads, room, head_dim), qkv.dtype),
         grid=(heads.blocks, tokens),
         grid_names=("block", "token"),

@@ -89,7 +89,7 @@ def _one_kernel(
     tokens, features = x.shape
     row = jax.ShapeDtypeStruct(x.shape, x.dtype)
     run = plgpu.kernel(
-        partial(_body, plgpu.Layout.WG_STRIDED((features,), vec_size=sizes.vector), epsilon, offset),
+        hopper.named(partial(_body, plgpu.Layout.WG_STRIDED((features,), vec_size=sizes.vector), epsilon, offset), __name__),
         out_type=(row,) if added is None else (row, row),
         grid=(tokens,),
         grid_names=("token",),

@@ -130,7 +130,7 @@ def _rounded(
         given += [held, norm]
         out.append(jax.ShapeDtypeStruct(held.shape, held.dtype))
     run = plgpu.kernel(
-        partial(_body, row),
+        hopper.named(partial(_body, row), __name__),
         out_type=tuple(out),
         grid=(tokens,),
         grid_names=("token",),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +92,11 @@ def test_warpgroups_ask_for_no_more_registers_than_there_are(registers, good):
         return
     with pytest.raises(ValueError, match="6 warpgroups ask for 512 registers a thread in all, and begin with 480"):
         made()
+
+
+def test_kernels_are_called_by_their_modules():
+    """By profiles, whatever their bodies are."""
+    seen = []
+    body = hopper.named(partial(seen.append), "pallas_kernels.residual_norm.gpu")
+    body("ref")
+    assert body.__name__ == "residual_norm_gpu" and seen == ["ref"]
