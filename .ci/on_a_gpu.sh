@@ -31,7 +31,7 @@ for stage in "$@"; do
         run "tune-$op" 240 $python -m pallas_kernels.tuning --op $op --implementation gpu --out "$out/tuned-$op.json"
       done
       for dtype in "" _int8 _float8_e4m3fn; do  # long rows, by themselves: a key does not say how many there are, or how long
-        run "tune-long$dtype" 120 $python -m pallas_kernels.tuning --op paged_attention --implementation gpu --case "decode_64x4096$dtype" \
+        run "tune-long$dtype" 240 $python -m pallas_kernels.tuning --op paged_attention --implementation gpu --case "decode_64x4096$dtype" \
           --out "$out/tuned-long$dtype.json"
       done
       ;;

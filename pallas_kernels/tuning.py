@@ -181,12 +181,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cases = _named(options.op, options.case)
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
+    usual = _module(options.op, "cases").TUNING
+    if options.out is None and any(case not in usual for case in cases):
+        parser.error("rows of the benchmark's cases would stand for all steps of their keys: name a file for them with --out")
     if not hasattr(_module(options.op, implementation), "candidates"):
         parser.error(f"the {implementation!r} implementation of {options.op} has no block sizes to tune")
     out = options.out or table_file(user_folder(), target.device, options.op)
     for row in tune(options.op, implementation, cases):
         write(out, [row])  # what is measured is kept, whatever comes
-    _say(f"wrote {out}")
+        _say(f"wrote a row of {out}")
 
 
 def _model(options: argparse.Namespace, cases: Sequence[Any]) -> None:

@@ -54,7 +54,7 @@ def opened(configs: Sequence[EngineConfig]) -> Iterator[list[Any]]:
     devices.prepare(max(config.execution.mesh.size for config in configs))
     with ExitStack() as stack:
         engines = []
-        with StageBar() as bar, executable.copying():
+        with StageBar() as bar, executable.sharing():
             for config in configs:
                 engines.append(Engine(config, progress=bar))
                 stack.callback(engines[-1].shutdown)

@@ -166,14 +166,15 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
     begin before so many seconds have passed."""
     base, *ways, control = named
     end, parts = time.perf_counter() + seconds, load.parts
-    runs = {name: Runs(_counts(engine)) for name, engine in named.items()}
+    runs = {name: Runs() for name in named}
     told: dict[int, Made] = {}  # by the first engine, last, of each part
 
     def run_one(name: str, part: int) -> None:
         warm(named[name], parts[part])
-        begun = time.perf_counter()
+        before, begun = _counts(named[name]), time.perf_counter()
         made = answers(named[name], parts[part])
-        runs[name].add(made, time.perf_counter() - begun)
+        seconds = time.perf_counter() - begun
+        runs[name].add(made, seconds, (now - then for now, then in zip(_counts(named[name]), before, strict=True)))
         if name == base:
             told[part] = made
         runs[name].equal &= made.tokens == told[part].tokens
@@ -195,7 +196,7 @@ def measure(named: dict[str, Any], load: Load, repeat: int, seconds: float = 0.0
         rows.append({
             "way": name, **engines.about(engine), "tokens_per_second": len(paces[name]) / sum(paces[name]), "speedup": ratio.value,
             "interval": ratio.interval and tuple(round(bound, 4) for bound in ratio.interval),
-            "costs_little": ratio.at_least(1 - MOST_LOSS), **runs[name].about(_counts(engine)),
+            "costs_little": ratio.at_least(1 - MOST_LOSS), **runs[name].about(),
             "turns": [round(each, 3) for each in ratio.turns],
         })  # fmt: skip
     return rows
@@ -215,27 +216,28 @@ def _means(values: Sequence[float], count: int) -> list[float]:
 class Runs:
     """All runs of an engine at its place in the turns, from the one that warms up on.
 
-    before: the engine's counts then. paces: seconds per token of each; near ties that fall differently make answers differ in length.
-    tokens, steps: of all. equal: whether all tokens were those of the engine without drafts.
+    paces: seconds per token of each; near ties that fall differently make answers differ in length. tokens, steps, counts (rows that had
+    drafts, drafts, those that stood): of all. equal: whether all tokens were those of the engine without drafts.
     """
 
-    before: tuple[int, int, int]
     paces: list[float] = field(default_factory=list)
     last: Made = Made({}, 0)
     tokens: int = 0
     steps: int = 0
+    counts: tuple[int, ...] = (0, 0, 0)
     equal: bool = True
 
-    def add(self, made: Made, seconds: float) -> None:
+    def add(self, made: Made, seconds: float, counts: Iterable[int]) -> None:
         """Take one in."""
         self.last = made
+        self.counts = tuple(map(sum, zip(self.counts, counts, strict=True)))
         self.paces.append(seconds / made.total)
         self.tokens += made.total
         self.steps += made.steps
 
-    def about(self, counts: tuple[int, int, int]) -> dict[str, Any]:
+    def about(self) -> dict[str, Any]:
         """How drafts fared in all of them, how many tokens were made in the last, and whether they are the right ones."""
-        rowed, proposed, accepted = (now - then for now, then in zip(counts, self.before, strict=True))
+        rowed, proposed, accepted = self.counts
         return {
             "drafts": proposed, "acceptance": accepted / max(1, proposed), "drafted_rows": rowed, "tokens": self.last.total,
             "tokens_per_step": self.tokens / self.steps, "equal": self.equal,

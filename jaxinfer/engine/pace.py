@@ -17,17 +17,18 @@ OLD = 128  # plain steps after which what is known of excursions no longer count
 CURIOUS = 2  # asked in vain so often since the last rest, they are left alone until the next
 PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
-READING = 16  # asked so often who has more to read, likewise if the account is used up: 8,192 tokens of one text, less of each of many
+READING = 32  # asked so often who has more to read, before drafts are believed in again, likewise: 16,384 tokens
 
 
 @dataclass
 class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
-    reads: how often in a row it led to reading on alone; put_off: how often in a row nobody was asked who could have been. rest: steps of
-    the next one, twice as many after each, few where drafts gain. age: steps with drafts since plain ones were last made to see what these
-    cost; looks: how many of those are still to come; until: the age at which they are due. out: the draft model was left out of the last
-    plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one showed what plain steps take.
-    apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+    reads: how often it led to reading on since drafts were last believed in; put_off: how often in a row nobody was asked who could have
+    been. rest: steps of the next one, twice as many after each, few where drafts gain. age: steps with drafts since plain ones were last
+    made to see what these cost; looks: how many of those are still to come; until: the age at which they are due. out: the draft model was
+    left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one showed what
+    plain steps take. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for
+    one; these fade."""
 
     drafting: bool = True
     vain: int = 0
@@ -51,12 +52,9 @@ class Pace:
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
 
     def reading(self) -> None:
-        """Proposers were asked that have more to read first: that was not in vain."""
+        """Proposers were asked that have more to read first: that was not in vain, but does not go on for ever."""
         self.vain, self.reads = 0, self.reads + 1
-
-    def consider(self, *, believes: bool) -> None:
-        """Somebody may be asked. Where the account does not believe in drafts, who has read on and on is no longer believed in."""
-        self.drafting &= believes or self.reads < READING
+        self.drafting &= self.reads < READING
 
     @property
     def prompts_after(self) -> int:

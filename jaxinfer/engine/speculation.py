@@ -56,12 +56,13 @@ class Bounds(NamedTuple):
 
 @dataclass
 class _Since:
-    """Since the last step ended. seconds: that asking took. wanted: drafts were thought worth making; what launching them took meanwhile,
-    or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. blind: nobody knows how many
-    are. waited: drafts were wanted that a step had to be awaited for, and no plain step has been launched since that had to wait:
-    how many may end that had not."""
+    """Since the last step ended. seconds: that asking took. reading: there is more to read. wanted: drafts were thought worth making; what
+    launching them took meanwhile, or waiting for them, is theirs. owed: seconds of the last step that are due to this one for that. blind:
+    nobody knows how many are. waited: drafts were wanted that a step had to be awaited for, and no plain step has been launched since that
+    had to wait: how many may end that had not."""
 
     seconds: float = 0.0
+    reading: bool = False
     wanted: bool = False
     owed: float = 0.0
     blind: bool = False
@@ -97,7 +98,6 @@ class Speculator:
         self.wake()
         size = self._size(rows)
         pace, known = self._paces[size], self.costs.known(size)
-        pace.consider(believes=self.allowance.believes(size))
         may = (pace.curious or not self._may_rest(pace)) and self.asking.affords(size, 0.0)
         put_off = pace.puts_off(behind=self._prompts, may=may)
         wanted = not pace.looks and (pace.drafting or (may and not put_off))
@@ -148,6 +148,7 @@ class Speculator:
             return {}
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         if any([proposer.rest() for proposer in self.proposers]):
+            self._since.reading = True
             self._paces[size].reading()
         self._since.seconds += self.clock() - begun
         if plan is None:
@@ -205,7 +206,8 @@ class Speculator:
         self._since = _Since(waited=max(0, since.waited - step.steady), blind=self.unseen and since.wanted and unknown)
         if since.seconds:
             asked = since.seconds / self.costs.seconds(size)
-            (self.allowance if pace.drafting else self.asking).charge(size, min(asked, HELD_UP))
+            account = self.allowance if pace.drafting and not since.reading else self.asking  # reading does not hold up what it is for
+            account.charge(size, min(asked, HELD_UP))
         if not step.seconds:
             return
         if step.batch.prefills:

@@ -113,16 +113,16 @@ class Compiler:
 
 
 @dataclass(frozen=True)
-class Copier(Compiler):
-    """As `Compiler`, but of a program that is like one compiled before there is a copy. known: calls by key, and what came of them."""
+class Sharing(Compiler):
+    """As `Compiler`, but a program that is like one compiled before is that one. known: calls by key, and what came of them."""
 
     known: dict[Any, list[tuple[Call, Made]]] = field(default_factory=dict)
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
-        """Trace what is new; the returned function compiles it, or copies what is known."""
+        """Trace what is new; the returned function compiles it, or says what is known."""
         for other, made in self.known.get(key, ()):
-            if other == call and call.arguments:
-                return partial(_copied, made, call)
+            if other == call:
+                return partial(Made, *made)
         compiled = super().begin(key, call)
 
         def kept() -> Made:
@@ -133,18 +133,14 @@ class Copier(Compiler):
         return kept
 
 
-def _copied(made: Made, call: Call) -> Made:
-    mesh = jax.tree.leaves(call.arguments)[0].sharding.mesh
-    return made._replace(run=twin(made.run, call, mesh))
-
-
 _usual: ContextVar[Source | None] = ContextVar("jaxinfer_usual_source", default=None)
 
 
 @contextmanager
-def copying() -> Iterator[None]:
-    """Inside, several engines compile what they have in common once, each with a copy of its own: most of the time goes into tracing."""
-    token = _usual.set(Copier())
+def sharing() -> Iterator[None]:
+    """Inside, several engines compile what they have in common once. They may not be at work at the same time: on a GPU a program's
+    launches are kept with it."""
+    token = _usual.set(Sharing())
     try:
         yield
     finally:

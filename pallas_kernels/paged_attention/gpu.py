@@ -64,15 +64,18 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=0)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
-    three = base._replace(decode_streams=3, decode_stages=2)
-    grid += [three._replace(decode_longest_many=keys) for keys in (1024, 4096) if gpu_plan.streams_that_fit(3, head_dim) == 3]
+    lines = -(-int(key.get("heads", 1)) // int(key.get("kv_heads", 1)) // 8) * 8
+    if gpu_plan.streams_that_fit(3, head_dim, lines) == 3:
+        grid += [base._replace(decode_streams=3, decode_longest_many=keys) for keys in (1024, 4096)]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
 
 
 def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
     """Whether the kernels' shared memory is there; codes: for a quantised pool."""
-    streams = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim)
-    decode = gpu_plan.shared_bytes(streams, head_dim, sizes.decode_stages, codes=codes)
+    streams, stages = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim), sizes.decode_stages
+    if streams == 3:  # tiles of more lines have two, and all of the blocks
+        stages = gpu_plan.stages_that_fit(stages, streams, head_dim, 8, codes=codes)
+    decode = gpu_plan.shared_bytes(streams, head_dim, stages, codes=codes)
     prefill = hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages, codes=codes)
     return max(decode, prefill) <= hopper.SHARED_BYTES
 

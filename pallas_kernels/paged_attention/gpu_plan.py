@@ -48,7 +48,7 @@ class Plan(NamedTuple):
         """Of a thread of a stream's consumer and of its producer."""
         if self.codes is None:
             return {1: (232, 40), 2: (208, 40), 3: (120, 40)}[self.streams]
-        return {2: (160, 96), 3: (96, 64)}[self.streams]
+        return (96, 64) if self.streams == 3 else (160, 96)
 
     @property
     def together(self) -> bool:

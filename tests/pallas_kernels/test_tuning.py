@@ -133,12 +133,16 @@ def test_the_command_writes_a_table(own_folder, monkeypatch, capsys):
     assert str(file) in capsys.readouterr().out
 
 
-def test_a_case_of_the_benchmark_can_be_tuned_by_its_name(own_folder, monkeypatch):
+def test_a_case_of_the_benchmark_can_be_tuned_by_its_name(own_folder, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(tuning, "tune", lambda op, implementation, cases: asked.append([case.name for case in cases]) or [])
     monkeypatch.setattr(dispatch, "choose", lambda op, implementation, target: "gpu")
-    for case in ([], ["--case", "decode_64x4096_int8"]):
-        tuning.main(["--op", "paged_attention", *case])
+    long = ["--case", "decode_64x4096_int8"]
+    for words in ([], [*long, "--out", str(own_folder / "long.json")]):
+        tuning.main(["--op", "paged_attention", *words])
+    with pytest.raises(SystemExit):  # it would go where all steps of that key look
+        tuning.main(["--op", "paged_attention", *long])
+    assert "name a file for them with --out" in capsys.readouterr().err
     assert asked[0][0] == "demo_decode" and "decode_64x4096_int8" not in asked[0] and asked[1] == ["decode_64x4096_int8"]
 
 

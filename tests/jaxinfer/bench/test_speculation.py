@@ -81,15 +81,19 @@ def test_what_an_engine_takes_to_get_going_does_not_count(clocked, monkeypatch):
 
     def answers(engine, load):
         now[0] += 1.0 if engine.name == last[0] else 9.0
-        last[0] = engine.name
+        last[0], warming = engine.name, load.tokens == speculation.WARMING
+        engine.metrics.drafts += 100 if warming else 1
         ran.append((engine.name, load.tokens))
         return speculation.Made({"only": (1, 2)}, 2)
 
     monkeypatch.undo()
     monkeypatch.setattr(speculation, "answers", answers)
     monkeypatch.setattr(speculation.time, "perf_counter", lambda: now[0])
+    for engine in named.values():
+        engine.metrics = SimpleNamespace(drafts=0, draft_tokens=0, accepted_tokens=0)
     rows = speculation.measure(named, speculation.Load([(1,)], 1, 96), 3)
     assert [row["tokens_per_second"] for row in rows] == [2.0] * 3
+    assert [row["drafted_rows"] for row in rows] == [5, 8, 4]  # of so many runs that count
     assert ran[::2] == [(name, speculation.WARMING) for name, _ in ran[1::2]] and {tokens for _, tokens in ran[1::2]} == {96}
     ran.clear()
     speculation.measure(named, speculation.Load([(1,)], 1, 2), 1)

@@ -19,19 +19,15 @@ def test_drafts_seem_to_pay_until_they_were_asked_for_in_vain_a_few_times():
 
 def test_who_reads_on_and_on_is_doubted():
     pace = Pace()
-    for _ in range(READING):
-        pace.consider(believes=False)
-        assert pace.drafting
+    for _ in range(READING - 1):
         pace.asked(believed=False)
         pace.reading()
+        assert pace.drafting
     pace.asked(believed=True)  # then it begins anew
-    pace.consider(believes=False)
-    assert pace.drafting
-    for _ in range(READING):
+    for _ in range(READING - 1):
         pace.reading()
-    pace.consider(believes=True)
     assert pace.drafting
-    pace.consider(believes=False)
+    pace.reading()
     assert not pace.drafting
 
 

@@ -458,26 +458,37 @@ def test_who_has_always_more_to_read_is_asked_as_the_allowance_permits():
     made, ticks, asked = speculator(Fixed(())), count(), 0
     made.clock = lambda: 0.5 * next(ticks)  # so long is asked, beside steps of 1
     made.proposers[0].rest = lambda: True
-    for _ in range(1000):
+    for _ in range(2000):
         if made.asks(1):
             asked += 1
             assert made.propose(candidates()) == {}
         made.rest = None
         observed(made, seconds=1.0 + made._since.seconds)
-    assert 8 < asked < (START - LEAST + 1000 * (SHARE + ASKING)) / 0.5 + 3
+    assert asked == READING and not made._paces[1].drafting
+    assert made.asking.balance(1) == pytest.approx(2000 * ASKING - READING * 0.5)
 
 
-def test_a_long_text_is_read_whatever_that_takes():
-    made, ticks = speculator(Fixed(())), count()
+def test_reading_a_long_text_does_not_hold_up_its_drafts():
+    made, ticks = speculator(Fixed((7, 8, 9))), count()
     made.clock = lambda: 1.5 * next(ticks)
-    made.proposers[0].rest = lambda: True
-    for _ in range(READING):
-        assert made.asks(1)
-        made.propose(candidates())
+    made.allowance.charge(1, START - LEAST - 0.5)  # little more may be lost
+    made.proposers[0].rest, silent = lambda: True, made.proposers[0].propose
+    made.proposers[0].propose = lambda sequence, drafts: None
+    for _ in range(READING - 1):
+        assert made.asks(1) and not made.propose(candidates())
         observed(made, seconds=1.0 + made._since.seconds)
-    assert made._paces[1].drafting and not made.allowance.believes(1)
-    made.asks(1)
-    assert not made._paces[1].drafting
+    made.proposers[0].rest, made.proposers[0].propose = lambda: False, silent
+    assert made.asks(1) and made.propose(candidates())
+
+
+def test_nobody_is_asked_about_a_number_of_rows_of_which_nothing_is_known():
+    """Some may have ended since it was decided to ask."""
+    made, told = speculator(Fixed((7, 8, 9))), []
+    made.proposers[0].propose = lambda sequence, drafts: told.append(sequence)
+    made.costs.known = lambda size: size != 1
+    assert made.propose(candidates()) == {} and not told and not made._since.seconds
+    made.costs.known = lambda size: True
+    assert made.propose(candidates()) == {} and told
 
 
 def test_nobody_rests_while_a_draft_model_keeps_up_from_what_was_saved():

@@ -61,15 +61,13 @@ def test_a_loaded_program_is_the_compiled_one(small):
         loaded(arrays(call)[0])
 
 
-def test_what_is_alike_is_compiled_once_and_copied(small, monkeypatch):
+def test_what_is_alike_is_compiled_once(small, monkeypatch):
     _, call = small
     traced, lower = [], Call.lower
     monkeypatch.setattr(Call, "lower", lambda self: (traced.append(self), lower(self))[1])
-    source = executable.Copier()
+    source = executable.Sharing()
     first, second = (source.begin("key", replace(call))() for _ in range(2))
-    assert len(traced) == 1 and second.run is not first.run and second.size == first.size
-    for one, other in zip(*(jax.tree.leaves(made.run(*arrays(call))) for made in (first, second)), strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    assert len(traced) == 1 and second == first
     pools, state = call.arguments
     wider = state | {"a": jax.ShapeDtypeStruct((5,), np.float32, sharding=state["a"].sharding)}
     others = (replace(call, function=lambda pools, state: call.function(pools, state)), replace(call, donated=()))
@@ -80,17 +78,16 @@ def test_what_is_alike_is_compiled_once_and_copied(small, monkeypatch):
     assert len(traced) == 5
 
 
-def test_engines_that_are_alike_have_copies(folder):
+def test_engines_that_are_alike_share_programs(folder):
     config = settings(folder)
     config = replace(config, cache=replace(config.cache, kv_tokens=256))
-    with executable.copying():
+    with executable.sharing():
         first, second = engines = [Engine(config) for _ in range(2)]
     try:
         known, keys = first.program.source.known, first.program.config.keys
         assert second.program.source is first.program.source and second.program.config.keys == keys
-        assert sum(len(calls) == 1 for calls in map(known.get, keys)) > 0.7 * len(keys)  # but for those of the pool
-        for key in keys:
-            assert first.program.compiled(key) is not second.program.compiled(key)
+        shared = [key for key in keys if first.program.compiled(key) is second.program.compiled(key)]
+        assert len(shared) > 0.7 * len(keys) and all(len(known[key]) == 1 for key in shared)  # but for those of the pool
         request = Request("a", (5, 6, 7), SamplingParams(temperature=0, max_tokens=8))
         answers = [generated(engine, request) for engine in (*engines, first)]
         assert len(answers[0]) == 8 and answers[0] == answers[1] == answers[2]

@@ -253,6 +253,18 @@ def test_candidates_fit():
     assert not gpu.fits(SMALL._replace(decode_stages=9), 128)
 
 
+def test_three_streams_are_worth_measuring_where_they_would_run():
+    """With as many blocks as usual for tiles that have two, and as many as fit where there are three."""
+    offered = []
+    for changes in ({}, {"kv_dtype": "int8"}, {"head_dim": 64}, {"head_dim": 256}, {"heads": 128}):
+        key = KEY | changes
+        found = [sizes for sizes in gpu.candidates("gpu", key) if sizes["decode_streams"] == 3]
+        assert all(sizes["decode_stages"] == gpu.heuristic("gpu", key)["decode_stages"] for sizes in found)
+        offered.append(len(found))
+    assert offered == [2, 2, 2, 0, 0]
+    assert gpu_plan.stages_that_fit(3, 3, 128, 8, codes=False) == 2 and gpu_plan.stages_that_fit(6, 3, 64, 8, codes=False) == 4
+
+
 def test_a_kernel_writes_from_one_token_on_where_heads_can_be_dealt_out():
     """An 8B model's 8 kv heads, or the one that a device of eight has; not one kv head of 64 features, which fills half a warpgroup."""
     shapes = [KEY, KEY | {"kv_heads": 1, "heads": 4}, KEY | {"kv_heads": 1, "heads": 8, "head_dim": 64}]

@@ -36,6 +36,6 @@ def test_heads_are_tiles_of_kv_heads():
 
 
 def test_registers_of_all_warpgroups_are_there():
-    several = (plan(64), plan(64, codes="int8"), plan(64)._replace(streams=1))
+    several = (plan(64), plan(64, codes="int8"), plan(64)._replace(streams=1), plan(64, codes="int8")._replace(streams=1))
     for found in (*several, *(each._replace(streams=3) for each in several[:2])):
         assert found.streams * sum(found.registers) <= 2 * found.streams * hopper.registers_of(2 * found.streams)
