@@ -10,13 +10,13 @@ of its lines as are needed, from the first).
 A row says how many tokens per second a batch gets, the share of drafts that stood (`acceptance`), tokens per sequence and step, and
 whether all tokens are those of the engine without drafts (`equal`; in narrow numbers a near tie may fall differently).
 
-There are two engines without drafts, made first and last: two that are alike need not be equally fast, by where their memory happens to
-lie. Of each part of the prompts one of them runs at both ends, which neighbours share, and the other in the middle; between, each way runs
-once on the way there and once on the way back. So a machine that gets slower or faster favours none, and no engine runs right after
-itself. Each run comes right behind a few tokens that do not count (`WARMING`): engines that take turns find nothing in the processor's
-cache, and on a GPU nothing where it lay, for which one that runs alone does not pay. `speedup` is the ratio of the two engines' time per
-token, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of that (`turns.py`). The row "control"
-compares the one in the middle with the one at the ends: what it says is noise, and how far two engines that are alike differ.
+There are two engines without drafts, made first and last: two that are alike need not be equally fast (on an H200 the first was up to 4 %
+faster, and why is not known). Of each part of the prompts one of them runs at both ends, which neighbours share, and the other in the
+middle; between, each way runs once on the way there and once on the way back. So a machine that gets slower or faster favours none, and no
+engine runs right after itself. Each run comes right behind a few tokens that do not count (`WARMING`): engines that take turns find nothing
+in the processor's cache, and on a GPU nothing where it lay, for which one that runs alone does not pay. `speedup` is the ratio of the two
+engines' time per token, their mean, to that of a way's two runs, over all turns; `interval` is the 90 % interval of that (`turns.py`). The
+row "control" compares the one in the middle with the one at the ends: what it says is noise, and how far two engines that are alike differ.
 `costs_little` answers whether drafts cost at most 3 % (`MOST_LOSS`), whatever the batch: "shown" if the whole interval lies at 0.97 or
 above, "broken" if all of it lies below, else "not shown", as after fewer than 8 turns. `--seconds` gives each kind and batch so long, its
 warm-up included, for as many turns as that makes. The whole sweep, 9 minutes of measuring:
