@@ -172,18 +172,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help=f"file to write, with --for a folder; default: in {user_folder()}")
     options = parser.parse_args(arguments)
     try:
+        cases = _named(options.op, options.case, options.out)
         if options.generations:
-            cases = _named(options.op, options.case)
             _model(options, cases)
             return
         target = dispatch.target()
         implementation = dispatch.choose(options.op, options.implementation, target)
-        cases = _named(options.op, options.case)
     except (ValueError, NotImplementedError) as error:
         parser.error(str(error))
-    usual = _module(options.op, "cases").TUNING
-    if options.out is None and any(case not in usual for case in cases):
-        parser.error("rows of the benchmark's cases would stand for all steps of their keys: name a file for them with --out")
     if not hasattr(_module(options.op, implementation), "candidates"):
         parser.error(f"the {implementation!r} implementation of {options.op} has no block sizes to tune")
     out = options.out or table_file(user_folder(), target.device, options.op)
@@ -210,13 +206,16 @@ def _generations(text: str) -> list[generations.Generation]:
     return [generations.BY_NAME[name] for name in names]
 
 
-def _named(op: str, names: Sequence[str] | None) -> list[Any]:
+def _named(op: str, names: Sequence[str] | None, out: Path | None) -> list[Any]:
     cases = _module(op, "cases")
     known = {case.name: case for case in (*cases.TUNING, *getattr(cases, "BENCH", ()))}
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise ValueError(f"{op} has no tuning case {', '.join(unknown)}; there are {', '.join(known)}")
-    return [known[name] for name in names] if names else list(cases.TUNING)
+    found = [known[name] for name in names] if names else list(cases.TUNING)
+    if out is None and any(case not in cases.TUNING for case in found):
+        raise ValueError("rows of the benchmark's cases would stand for all steps of their keys: say with --out where they are to go")
+    return found
 
 
 def _identity(row: Row) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -120,9 +119,9 @@ class Sharing(Compiler):
 
     def begin(self, key: Any, call: Call) -> Callable[[], Made]:
         """Trace what is new; the returned function compiles it, or says what is known."""
-        for other, made in self.known.get(key, ()):
-            if other == call:
-                return partial(Made, *made)
+        known = next((made for other, made in self.known.get(key, ()) if other == call), None)
+        if known is not None:
+            return lambda: known
         compiled = super().begin(key, call)
 
         def kept() -> Made:

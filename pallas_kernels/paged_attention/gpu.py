@@ -50,8 +50,8 @@ class Sizes(NamedTuple):
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
     head_dim, kv_heads = int(key["head_dim"]), int(key.get("kv_heads", 1))
-    stages, group = {64: 6, 96: 4}.get(head_dim, 3), int(key.get("heads", kv_heads)) // kv_heads
-    write_from = 1 if gpu_spread.Heads(kv_heads, group, head_dim).blocks else COPY_FROM
+    stages = {64: 6, 96: 4}.get(head_dim, 3)
+    write_from = 1 if gpu_spread.Heads(kv_heads, _group(key), head_dim).blocks else COPY_FROM
     return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2, write_from)._asdict()
 
 
@@ -64,10 +64,15 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=0)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
-    lines = -(-int(key.get("heads", 1)) // int(key.get("kv_heads", 1)) // 8) * 8
-    if gpu_plan.streams_that_fit(3, head_dim, lines) == 3:
+    if gpu_plan.streams_that_fit(3, head_dim, _group(key)) == 3:
         grid += [base._replace(decode_streams=3, decode_longest_many=keys) for keys in (1024, 4096)]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
+
+
+def _group(key: dispatch.Key) -> int:
+    """Query heads of a kv head: the lines of a tile of one token."""
+    kv_heads = int(key.get("kv_heads", 1))
+    return int(key.get("heads", kv_heads)) // kv_heads
 
 
 def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
@@ -82,7 +87,7 @@ def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `packing.tuning_key`); None when they can."""
-    page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
+    page_size, group = int(key.get("page_size", 64)), _group(key)
     reason = hopper.refusal(target, key)
     if reason is not None:
         return reason

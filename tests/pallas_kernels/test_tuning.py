@@ -140,9 +140,10 @@ def test_a_case_of_the_benchmark_can_be_tuned_by_its_name(own_folder, monkeypatc
     long = ["--case", "decode_64x4096_int8"]
     for words in ([], [*long, "--out", str(own_folder / "long.json")]):
         tuning.main(["--op", "paged_attention", *words])
-    with pytest.raises(SystemExit):  # it would go where all steps of that key look
-        tuning.main(["--op", "paged_attention", *long])
-    assert "name a file for them with --out" in capsys.readouterr().err
+    for words in ([], ["--for", "v5e"]):
+        with pytest.raises(SystemExit):  # they would go where all steps of that key look
+            tuning.main(["--op", "paged_attention", *long, *words])
+        assert "say with --out where they are to go" in capsys.readouterr().err
     assert asked[0][0] == "demo_decode" and "decode_64x4096_int8" not in asked[0] and asked[1] == ["decode_64x4096_int8"]
 
 

@@ -79,7 +79,7 @@ def test_what_is_alike_is_compiled_once(small, monkeypatch):
 
 
 def test_engines_that_are_alike_share_programs(folder):
-    config = settings(folder)
+    config = settings(folder, sequences=1)
     config = replace(config, cache=replace(config.cache, kv_tokens=256))
     with executable.sharing():
         first, second = engines = [Engine(config) for _ in range(2)]
