@@ -11,7 +11,6 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-START = 0.5  # the chance of a kind that was never tried
 WEIGHT = 4.0  # trials that a starting point counts for
 MEMORY = 0.97  # what each trial leaves of the weight of those before
 LEAST = 0.02  # a draft that stands more seldom is not worth its page
@@ -47,10 +46,10 @@ class History:
         self.kinds.setdefault(kind, Odds()).take(accepted, proposed)
         self.own.setdefault(key, {}).setdefault(kind, Odds()).take(accepted, proposed)
 
-    def chance(self, key: Hashable, kind: str) -> float:
-        """How likely a sequence's next draft of a kind stands: above 0 and below 1."""
+    def chance(self, key: Hashable, kind: str, start: float) -> float:
+        """How likely a sequence's next draft of a kind stands: above 0 and below 1. start: what is thought of a kind never tried."""
         of_all = self.kinds.get(kind)
-        start = START if of_all is None else of_all.chance(START)
+        start = start if of_all is None else of_all.chance(start)
         own = self.own.get(key)
         odds = None if own is None else own.get(kind)
         return start if odds is None else odds.chance(start)

@@ -300,7 +300,7 @@ class Speculator:
                 proposal = proposal._replace(tokens=checked(proposal.tokens, self.bounds.vocab))
             if proposal is None or not proposal.tokens:
                 continue
-            chance = self.history.chance(key, proposal.kind)
+            chance = self.history.chance(key, proposal.kind, proposer.HOPED)
             found.append(Guess(proposal, chance, chance if sequence.pending and not proposer.DEVICE else 1.0))
             if not proposer.DEVICE:
                 self._about.thoughts[key] = Thought(len(sequence.tokens), proposal)

@@ -13,6 +13,7 @@ class DraftProposer:
     """Always has an idea, never sees it."""
 
     DEVICE: ClassVar[bool] = True
+    HOPED: ClassVar[float] = 0.8  # only trials tell what it is worth, so a few are made: what is hoped for counts for four
 
     def rest(self) -> bool:
         """Nothing is read."""

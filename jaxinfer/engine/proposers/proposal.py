@@ -20,9 +20,11 @@ class Proposal(NamedTuple):
 
 @runtime_checkable
 class Proposer(Protocol):
-    """One way to draft. DEVICE: drafts are made on the device, where the host does not see them."""
+    """One way to draft. DEVICE: drafts are made on the device, where the host does not see them. HOPED: how likely a draft is thought to
+    stand before any was tried, above 0 and below 1."""
 
     DEVICE: ClassVar[bool]
+    HOPED: ClassVar[float]
 
     def rest(self) -> bool:
         """A new step begins. Whether there was more to read for the last one than could be."""

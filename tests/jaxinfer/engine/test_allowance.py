@@ -11,6 +11,8 @@ from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine.allowance import DEEPEST, GAINED, LEAST, MOST, SHARE, START, Allowance
 from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
+from jaxinfer.engine.proposers.draft import DraftProposer
+from jaxinfer.engine.proposers.lookup import LookupProposer
 from jaxinfer.engine.proposers.proposal import Proposal
 from jaxinfer.engine.speculation import Bounds, Candidate, Speculator
 from jaxinfer.request import Request
@@ -77,7 +79,7 @@ def came(draw, chance, drafts, tokens):
 class Anything:
     """A proposer that always has four drafts."""
 
-    DEVICE = False
+    DEVICE, HOPED = False, 0.5
 
     def propose(self, sequence, count):
         return Proposal((1,) * count, "some")
@@ -175,7 +177,8 @@ class Overlapping:
     def __init__(self, rows, stands, launch, commit, plain, wide, *, found=1.0, unseen=False, asked=0.0, follows=1.0, rough=(0.0, 0.0)):
         self.rough, self.behind, self.resting = rough, 2, None
         self.draw, self.rows, self.stands, self.found, self.unseen = random.Random(0), rows, stands, found, unseen
-        self.DEVICE, self.flights, self.now, self.free, self.committed, self.tokens = unseen, deque(), 0.0, 0.0, 0.0, 0
+        self.DEVICE, self.HOPED = unseen, (DraftProposer if unseen else LookupProposer).HOPED
+        self.flights, self.now, self.free, self.committed, self.tokens = deque(), 0.0, 0.0, 0.0, 0
         self.launch, self.commit, self.plain, self.wide, self.asked, self.follows = launch, commit, plain, wide, asked, follows
         self.available, costs = (*buckets(256, 32), *verifying(256, 4)), Costs()
         for bucket in self.available:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from jaxinfer.engine.history import START, History, Odds, enough, worth
+from jaxinfer.engine.history import History, Odds, enough, worth
+
+START = 0.5
 
 
 def test_trials_end_with_the_first_draft_that_does_not_stand():
@@ -26,16 +28,16 @@ def test_what_happened_lately_counts():
 
 def test_a_request_starts_from_its_kind_and_goes_its_own_way():
     history = History()
-    assert history.chance("a", "draft") == START
+    assert [history.chance("a", "draft", start) for start in (START, 0.8)] == [START, 0.8]
     for _ in range(50):
         history.take("a", "draft", 3, 3)
         history.take("b", "lookup", 0, 3)
-    assert history.chance("new", "draft") > 0.9 > 0.2 > history.chance("new", "lookup")
+    assert history.chance("new", "draft", START) > 0.9 > 0.2 > history.chance("new", "lookup", START)
     for _ in range(30):
         history.take("c", "draft", 0, 3)
-    assert history.chance("c", "draft") < history.chance("new", "draft") < history.chance("a", "draft")
+    assert history.chance("c", "draft", START) < history.chance("new", "draft", START) < history.chance("a", "draft", START)
     history.forget("a")
-    assert history.chance("a", "draft") == history.chance("new", "draft")
+    assert history.chance("a", "draft", START) == history.chance("new", "draft", START)
 
 
 def test_what_drafts_are_worth_and_how_many_are_enough():
