@@ -124,10 +124,10 @@ def _together(stream: Stream, placement: Placement) -> Stream | None:
 
 
 def _chained(x: Float[Array, "tokens in"], stream: Stream, rows: Sequence[Rows], implementation: str) -> Chained | None:
-    """Inputs as they are need counters, without which nothing keeps two such kernels of a program apart, and there is one for one token."""
+    """Inputs as they are need counters, without which nothing keeps two such kernels of a program apart."""
     weights, activations = [Weight(each.values, each.scales, each.smooth) for each in rows], rows[0].activations
     bare = all(weight.smooth is None for weight in weights)
-    ready = activations == "int8" or (bare and x.shape[0] == 1 and stream.counters is not None)
+    ready = activations == "int8" or (bare and stream.counters is not None)
     if any(each.activations != activations for each in rows) or not ready or not joins(x, weights, activations, implementation):
         return None
     norms = [None if link.norm is None else link.norm.weight.get_value() for link in stream.links]

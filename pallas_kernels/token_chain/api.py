@@ -1,6 +1,6 @@
 """Tokens through matmuls that follow one another, norms of the residual stream between them: signature, checks, choice.
 
-What a layer does behind its attention, and the first matmul of the next layer, is such a chain. Of one token, separate kernels each wait
+What a layer does behind its attention, and the first matmul of the next layer, is such a chain. Of few tokens, separate kernels each wait
 for the one before to end; in one kernel the next weight is on its way by then. Of many with int8 inputs, what is between two matmuls is
 read and written several times over as separate passes, and takes half as long as the matmuls do.
 """
@@ -16,6 +16,7 @@ from pallas_kernels.checks import describe, require, require_dtype, require_shap
 from pallas_kernels.token_chain.reference import Form, Weight
 
 OP = "token_chain"
+MOST = 16  # tokens that a kernel takes whose inputs are as they are
 FEW = 64  # tokens whose int8 matmuls wait for their weights: what is between them is little
 
 
@@ -41,7 +42,7 @@ def token_chain(
     goes on; then comes the matmul, y = (x * smooth) @ (values * scales).T (scales None: values of x's dtype, else int8); where the form is
     gated, silu of y's first half times its second half. Sums are float32, every result is rounded to x's dtype.
 
-    activations "float" takes one token. "int8" takes any number, and int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438):
+    activations "int8" takes int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438):
     each token's inputs of a matmul are rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339). A token's result depends
     on that token, the weights and the static shapes alone. counters: the program's, see `hopper_counters`; None: chains of this program
     must not run at the same time by themselves. Raises ValueError when shapes or dtypes do not fit.
@@ -55,7 +56,7 @@ def token_chain(
 def joins(x: Array, weights: Sequence[Weight], activations: str, implementation: str) -> bool:
     """Whether some kernel would know several of these links, so that they need not go one after another all the same."""
     target, known = dispatch.target(), key_of(x, weights, activations)
-    if activations == "int8" and x.shape[0] <= FEW:
+    if not (x.shape[0] > FEW if activations == "int8" else x.shape[0] <= MOST):
         return False
     if implementation == "auto":
         return target.platform == "gpu" and dispatch.choose(OP, implementation, target, known) == "gpu"
@@ -78,12 +79,10 @@ def check(
 ) -> None:
     """Refuse arguments that do not fit together (ValueError)."""
     require(activations in ("float", "int8"), OP, f"activations is {activations!r}", "it must be 'float' or 'int8'")
-    tokens, shape = ("tokens", "[tokens, in]") if activations == "int8" else ("1", "[1, in]: a chain of floats takes one token")
-    fits = x.ndim == 2 and (activations == "int8" or x.shape[0] == 1)
-    require(fits, OP, f"x is {describe(x)}", f"it must have shape {shape}")
+    require(x.ndim == 2, OP, f"x is {describe(x)}", "it must have shape [tokens, in]")
     require(jnp.issubdtype(x.dtype, jnp.floating), OP, f"x is {describe(x)}", "it must be of a floating dtype")
     fits = held.ndim == 2 and held.shape[0] == x.shape[0]
-    require(fits, OP, f"held is {describe(held)}", f"it must have shape [{tokens}, features], as many tokens as x has")
+    require(fits, OP, f"held is {describe(held)}", "it must have shape [tokens, features], as many tokens as x has")
     require_dtype(OP, "held", held, x.dtype, "that of x")
     counts, wanted = {len(weights), len(norms), len(forms)}, "one of each is wanted for a link"
     require(len(counts) == 1 and counts != {0}, OP, f"there are {sorted(counts)} weights, norms, forms", wanted)

@@ -1,5 +1,5 @@
-"""A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of int8 inputs with one between two matmuls (`gpu_rows`). Refusals,
-sizes."""
+"""A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of a few in another (`gpu_few`), of int8 inputs with one between two
+matmuls (`gpu_rows`). Refusals, sizes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import dispatch, hopper, hopper_counters, hopper_folds, hopper_links, hopper_mail, tuning
 from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
-from pallas_kernels.token_chain import gpu_rows, xla
+from pallas_kernels.token_chain import gpu_few, gpu_rows, xla
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form, Weight
 
@@ -23,6 +23,8 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return gpu_rows.refusal(key)
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
+    if int(key.get("tokens", 1)) > 1:
+        return gpu_few.refusal(key)
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
     if passed > hopper_mail.MOST:
         return f"its links pass {passed} numbers on, and there is room for {hopper_mail.MOST}"
@@ -54,6 +56,8 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     """Sizes worth measuring."""
     if key.get("activations", "float") == "int8":
         return [gpu_rows.Sizes(piece)._asdict() for piece in gpu_rows.PIECES]
+    if int(key.get("tokens", 1)) > 1:
+        return [gpu_few.Sizes(flying)._asdict() for flying in gpu_few.FLYING]
     fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
     return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
@@ -74,6 +78,9 @@ def token_chain(
         if x.shape[0] == 0:
             return xla.token_chain(x, held, weights, norms, forms=forms, activations=activations)
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
+    if x.shape[0] > 1:
+        matrices = [weight.values for weight in weights]
+        return gpu_few.run(x, held, matrices, norms, links_of(matrices, norms, forms), counters, gpu_few.Sizes(**found))
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some, some_norms, some_forms = zip(*links, strict=True)

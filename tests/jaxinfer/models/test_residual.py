@@ -155,7 +155,6 @@ def test_many_tokens_of_int8_go_through_what_knows_several_matmuls(kernels):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tokens": 2},
         {"counters": None},
         {"gate": gelu_tanh},
         {"down": projection((8,), (6,), bias=True)},

@@ -36,7 +36,7 @@ def test_key():
     assert api.key_of(GOOD["x"], [plain])["weight"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("tokens", "activations"), [(1, "float"), (api.FEW + 1, "int8")])
+@pytest.mark.parametrize(("tokens", "activations"), [(1, "float"), (api.MOST, "float"), (api.FEW + 1, "int8")])
 def test_joining_links_is_a_matter_of_what_is_chosen(monkeypatch, tokens, activations):
     given = jnp.ones((tokens, 4), B), GOOD["weights"], activations
     assert not any(api.joins(*given, implementation) for implementation in ("auto", "gpu", "xla", "reference"))  # here is a CPU
@@ -47,6 +47,7 @@ def test_joining_links_is_a_matter_of_what_is_chosen(monkeypatch, tokens, activa
     monkeypatch.setattr(dispatch, "refusal", lambda *given: None)
     assert api.joins(*given, "gpu") and not api.joins(*given, "xla")
     assert not api.joins(jnp.ones((api.FEW, 4), B), GOOD["weights"], "int8", "gpu")  # their matmuls wait for weights
+    assert not api.joins(jnp.ones((api.MOST + 1, 4), B), GOOD["weights"], "float", "gpu")
 
 
 def test_many_tokens_are_rounded_each_by_itself():
@@ -59,7 +60,8 @@ def test_many_tokens_are_rounded_each_by_itself():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": jnp.zeros((2, 4), B)}, r"x is bfloat16\[2, 4\]; it must have shape \[1, in\]: a chain of floats takes one token"),
+        ({"x": jnp.zeros((4,), B)}, r"x is bfloat16\[4\]; it must have shape \[tokens, in\]"),
+        ({"x": jnp.zeros((2, 4), B)}, r"held is .*\[tokens, features\], as many tokens as x has"),
         ({"activations": "bfloat16"}, "activations is 'bfloat16'; it must be 'float' or 'int8'"),
         ({"activations": "int8", "x": jnp.zeros((2, 4), B)}, r"held is .*\[tokens, features\], as many tokens as x has"),
         ({"activations": "int8", "weights": [Weight(FIRST.values), SECOND]}, r"weights\[0\] has no scales; weights that meet int8 inputs"),
@@ -69,7 +71,7 @@ def test_many_tokens_are_rounded_each_by_itself():
         ),
         ({"weights": [FIRST._replace(smooth=jnp.ones(4)), SECOND]}, r"weights\[0\] has a smooth; it makes inputs easier to round"),
         ({"x": jnp.zeros((1, 4), jnp.int8)}, "x is int8.*floating"),
-        ({"held": jnp.zeros((6,), B)}, r"held is bfloat16\[6\]; it must have shape \[1, features\]"),
+        ({"held": jnp.zeros((6,), B)}, r"held is bfloat16\[6\]; it must have shape \[tokens, features\]"),
         ({"held": jnp.zeros((1, 6))}, "held is float32.*it must be bfloat16"),
         ({"norms": [None]}, "one of each is wanted for a link"),
         ({"weights": [], "norms": [], "forms": ()}, "one of each is wanted for a link"),
