@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jaxinfer.batch import Batch, Row
+
+
+MANY = 128  # tokens of a step: with more, each costs on every chip; with fewer, accelerators wait for the weights
 
 
 @dataclass(frozen=True, order=True)
@@ -53,12 +57,14 @@ class Occupancy:
 
 
 def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
-    """Every shape to compile: decode steps in powers of two, and mixed steps with few or all decode rows."""
-    decodes = [Bucket(0, 0, rows) for rows in _powers(1, max_sequences, 2)]
+    """Every shape to compile: decode steps, and mixed steps without decode rows or with all; where many tokens are computed each costs, so
+    there are more sizes."""
+    half = [max_sequences // 2] if max_sequences >= 2 * MANY else []
+    decodes = [Bucket(0, 0, rows) for rows in _decode_rows(max_sequences)]
     mixed = [
         Bucket(tokens, prefill_rows(tokens, max_sequences), rows)
-        for tokens in _powers(32, max_prefill_tokens, 4)
-        for rows in dict.fromkeys((0, max_sequences))
+        for tokens in _prefill_tokens(max_prefill_tokens)
+        for rows in dict.fromkeys((0, *(half if tokens >= 4 * MANY else []), max_sequences))
     ]
     return tuple(sorted(decodes + mixed))
 
@@ -107,6 +113,18 @@ def occupancy(batch: Batch, replicas: int) -> Occupancy:
         return max(sums)
 
     return Occupancy(most(batch.prefills, "tokens"), most(batch.prefills, "rows"), most(batch.decodes, "rows"), batch.decode_tokens)
+
+
+def _decode_rows(last: int) -> list[int]:
+    """Powers of two, and of many rows what lies half way between."""
+    powers = _powers(1, last, 2)
+    between = [(low + high) // 2 for low, high in pairwise(powers) if low >= MANY and high >= low * 3 // 2]
+    return sorted({*powers, *between})
+
+
+def _prefill_tokens(last: int) -> list[int]:
+    """Powers of four times 32 as long as a step's time is that of reading the weights, then of two."""
+    return sorted({*_powers(32, min(MANY, last), 4), *(_powers(MANY, last, 2) if last > MANY else [])})
 
 
 def _powers(first: int, last: int, factor: int) -> list[int]:

@@ -57,7 +57,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     if key.get("activations", "float") == "int8":
         return [gpu_rows.Sizes(piece)._asdict() for piece in gpu_rows.PIECES]
     if int(key.get("tokens", 1)) > 1:
-        return [gpu_few.Sizes(flying)._asdict() for flying in gpu_few.FLYING]
+        return [gpu_few.Sizes(flying, inputs)._asdict() for flying in gpu_few.FLYING for inputs in gpu_few.INPUTS]
     fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
     return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
@@ -79,8 +79,8 @@ def token_chain(
             return xla.token_chain(x, held, weights, norms, forms=forms, activations=activations)
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
     if x.shape[0] > 1:
-        matrices = [weight.values for weight in weights]
-        return gpu_few.run(x, held, matrices, norms, links_of(matrices, norms, forms), counters, gpu_few.Sizes(**found))
+        links = links_of([weight.values for weight in weights], norms, forms)
+        return gpu_few.run(x, held, weights, norms, links, counters, gpu_few.Sizes(**found))
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some, some_norms, some_forms = zip(*links, strict=True)

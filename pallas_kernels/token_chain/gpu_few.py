@@ -6,6 +6,9 @@ all its tiles of a link at once, whole: so inputs are read once for them, and no
 the next links as well, since they depend on nothing. Another copies inputs, once all blocks have said that they have written theirs. What
 comes before a norm is multiplied by its weight where it is written; the root mean square is one factor for a token's results, worked out
 from squares that each tile leaves, summed in order. A token's result depends on that token, the weights and static shapes alone.
+
+int8 weights become bfloat16 in registers; the inputs that they meet change places instead of them (`hopper_codes.operand`), where they are
+written.
 """
 
 import math
@@ -19,29 +22,32 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import dispatch, hopper, hopper_counters
+from pallas_kernels import dispatch, hopper, hopper_codes, hopper_counters
 from pallas_kernels.hopper import ACC, TILE
+from pallas_kernels.hopper_codes import SPAN
 from pallas_kernels.hopper_folds import Link
 from pallas_kernels.hopper_token import THREADS, Fold, thread
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.token_chain.reference import Weight
 
-MOST, STEP = 16, 8  # tokens; they are filled up to a multiple
-BLOCK = 128  # inputs of a slot
-SLOT = TILE * BLOCK * 2  # bytes
+MOST, STEP, WARP = 16, 8, 32  # tokens; they are filled up to a multiple; threads of a warp
+SLOT, STEP_INPUTS = 16384, 128  # bytes of a slot of weights; inputs that are multiplied at a time
 PARTS = (1, 2, 4)
-INPUTS = 65536  # bytes of shared memory for inputs, and for the sums of a link's tiles in turn
-STAGES = 9  # slots of weights
-FLYING = (4, 6, 9, 3)  # of them on their way at most: see `hopper_folds.Sizes`
+INPUTS = (4096, 8192)  # bytes of shared memory for inputs of each token, and for the sums of a link's tiles in turn
+MOST_SUMS = 144  # of a thread
+FEWEST_STAGES = 4  # slots of weights
+FLYING = (4, 6)  # of them on their way at most: see `hopper_folds.Sizes`
 REGISTERS = [232, 40, 40]  # of a thread: of the consumer, of the producers of weights and of inputs
 FEWEST_WORKERS = 0.875  # of all multiprocessors
 
 
 class Sizes(NamedTuple):
-    """Slots of weights that are on their way at most."""
+    """Slots of weights that are on their way at most; bytes for inputs of each token, if sums have room in them."""
 
     flying: int = FLYING[0]
+    inputs: int = INPUTS[0]
 
 
 class Plan(NamedTuple):
@@ -52,8 +58,29 @@ class Plan(NamedTuple):
     workers: int
     tokens: int
     dtype: Any
-    flying: int = FLYING[0]
-    stages: int = STAGES
+    stored: Any
+    flying: int
+    inputs: int
+
+    @property
+    def block(self) -> int:
+        """Inputs of a slot."""
+        return block_of(self.stored)
+
+    @property
+    def room(self) -> int:
+        """Bytes for inputs, and for sums in turn."""
+        return max(self.inputs * self.tokens, *(4 * TILE * self.most(link) * self.columns(link) for link in range(len(self.links))))
+
+    @property
+    def stages(self) -> int:
+        """Slots of weights."""
+        return (hopper.SHARED_BYTES - 4096 - self.room) // SLOT
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread, at most."""
+        return max(self.most(link) * self.columns(link) * TILE // THREADS for link in range(len(self.links)))
 
     def tiles(self, number: int) -> int:
         """Tiles of a link's weight."""
@@ -69,7 +96,7 @@ class Plan(NamedTuple):
 
     def slots(self, number: int) -> int:
         """Blocks of a link's inputs that there is room for."""
-        return INPUTS // (self.columns(number) * BLOCK * 2)
+        return self.room // (self.columns(number) * self.block * 2)
 
     def before_norm(self, number: int) -> bool:
         """Whether the next link begins with a norm."""
@@ -82,6 +109,7 @@ class Scratch(NamedTuple):
     ring: Any
     inputs: dict[int, Any]
     sums: dict[tuple[int, int], Any]
+    spilled: Any
     partial: Any
     factors: Any
     told: Any
@@ -97,6 +125,7 @@ class Refs(NamedTuple):
     x: Any
     held: Any
     weights: tuple[Any, ...]
+    scales: tuple[Any, ...]
     norms: tuple[Any, ...]
     counters: Any
     out: Any
@@ -107,15 +136,16 @@ class Refs(NamedTuple):
 
 def refusal(key: dispatch.Key) -> str | None:
     """Why it cannot run for what is known of a key; None when it can."""
-    tokens, dtype = int(key["tokens"]), key.get("dtype")
+    tokens, dtype, stored = int(key["tokens"]), key.get("dtype"), key.get("weight")
     if not 1 < tokens <= MOST:
-        return f"its kernel takes up to {MOST} tokens, not {tokens}"
-    if dtype != "bfloat16" or key.get("weight") != dtype:
-        return f"its kernel of several tokens takes tokens and weights in bfloat16, not {dtype} and {key.get('weight')}"
-    for number in range(int(key.get("links", 0))):
-        link = Link(int(key[f"in{number}"]), int(key[f"out{number}"]), gated=True)
-        if not _folds(link, _padded(tokens)):
-            return f"its kernel of several tokens takes inputs and outputs in multiples of 128 and 64, not {link.inputs} and {link.outputs}"
+        return f"its kernels of floats take up to {MOST} tokens, not {tokens}"
+    if dtype != "bfloat16" or stored not in ("int8", dtype):
+        return f"its kernel of several tokens takes tokens in bfloat16 and weights that are all so, or all int8, not {dtype} and {stored}"
+    links = [Link(int(key[f"in{number}"]), int(key[f"out{number}"]), True, 1.0) for number in range(int(key.get("links", 0)))]
+    try:
+        plan_of(links, _padded(tokens), dtype, stored, Sizes())
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -123,61 +153,96 @@ def _padded(tokens: int) -> int:
     return tokens + -tokens % STEP
 
 
-def _folds(link: Link, tokens: int) -> list[Fold]:
+def block_of(stored: Any) -> int:
+    """Inputs of a slot."""
+    return SLOT // TILE // jnp.dtype(stored).itemsize
+
+
+def pieces(fold: Fold) -> int:
+    """Sums that a token has of a tile's squares: warps sum."""
+    return max(1, fold.rows // WARP)
+
+
+def _folds(link: Link, tokens: int, stored: Any) -> list[Fold]:
     """The ways to fold a weight."""
-    halves = 2 if link.gated else 1
-    fitting = [parts for parts in PARTS if link.inputs % (parts * BLOCK) == 0 and link.outputs % (TILE // parts) == 0]
-    return [Fold(link.inputs, parts, BLOCK) for parts in fitting if TILE // parts // halves * tokens % THREADS == 0]
+    halves, block = 2 if link.gated else 1, block_of(stored)
+    least = SPAN if jnp.dtype(stored) == jnp.int8 else 1
+    fitting = [parts for parts in PARTS if link.inputs % (parts * block) == 0 and link.outputs % (TILE // parts) == 0]
+    rows = {parts: TILE // parts // halves for parts in fitting}
+    return [Fold(link.inputs, parts, block) for parts in fitting if rows[parts] * tokens % THREADS == 0 and rows[parts] >= least]
 
 
-def plan_of(links: Sequence[Link], tokens: int, dtype: Any, sizes: Sizes) -> Plan:
-    """How weights are dealt out: so that the busiest workers have least to do, then in few parts, to few workers."""
-    ways = [_folds(link, tokens) for link in links]
+def plan_of(links: Sequence[Link], tokens: int, dtype: Any, stored: Any, sizes: Sizes) -> Plan:
+    """How weights are dealt out: so that the busiest workers have least to do, then in few parts, to few workers.
 
-    def dealt(workers: int) -> tuple[tuple[int, int], Plan]:
-        def busiest(link: Link, fold: Fold) -> int:
-            return -(-link.outputs // fold.rows // workers) * fold.rows
+    Raises:
+        ValueError: there is no way, or no room.
+    """
+    ways = [_folds(link, tokens, stored) for link in links]
+    if not all(ways):
+        link = links[ways.index([])]
+        wanted = f"inputs in multiples of {block_of(stored)} and outputs in multiples of 64, of some links of 32 or 16"
+        raise ValueError(f"its kernel of several tokens takes {wanted}, not {link.inputs} and {link.outputs}")
 
-        folds = [min(found, key=lambda fold: (busiest(link, fold), fold.parts)) for link, found in zip(links, ways, strict=True)]  # noqa: B023
-        costs = [link.inputs * busiest(link, fold) for link, fold in zip(links, folds, strict=True)]
-        return (sum(costs), workers), Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
+    def busiest(link: Link, fold: Fold, workers: int) -> int:
+        return -(-link.outputs // fold.rows // workers) * fold.rows
+
+    def dealt(workers: int) -> tuple[int, Plan]:
+        folds = [
+            min(found, key=lambda fold, link=link: (busiest(link, fold, workers), fold.parts)) for link, found in zip(links, ways, strict=True)
+        ]
+        cost = sum(link.inputs * busiest(link, fold, workers) for link, fold in zip(links, folds, strict=True))
+        return cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), jnp.dtype(stored), *sizes)
 
     cores = hopper.cores()
-    return min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[0])[1]
+    plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[0])[1]
+    if plan.sums > MOST_SUMS or plan.stages < FEWEST_STAGES:
+        raise ValueError(f"its kernel of several tokens has no room for {max(link.outputs for link in links)} outputs of {tokens} tokens")
+    return plan._replace(flying=min(plan.flying, plan.stages))
 
 
 def run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"],
-    weights: Sequence[Float[Array, "_ _"]],
+    weights: Sequence[Weight],
     norms: Sequence[Float[Array, "_"] | None],
     links: Sequence[Link],
     counters: Any,
     sizes: Sizes,
 ) -> tuple[Array, Array]:
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens = x.shape[0]
+    tokens, stored = x.shape[0], weights[0].values.dtype
     value, total = (jnp.pad(each, ((0, -tokens % STEP), (0, 0))) for each in (x, held))
+
+    def given(value: Array) -> Array:
+        return hopper_codes.permute(value) if stored == jnp.int8 else value
+
     if hopper.interpreting():
         for weight, norm, link in zip(weights, norms, links, strict=True):
-            if norm is not None:
+            if norm is not None and link.epsilon is not None:
                 total = total + value
                 value = rms_norm(total, norm, epsilon=link.epsilon, offset=link.offset)
-            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, sizes)
-            value, _ = _run(value, None, (weight,), (), None, plan=plan, interpreted=True)
+            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, stored, sizes)
+            value, _ = _run(given(value), None, (weight.values,), _flat([weight]), (), None, plan=plan, interpreted=True)
         return value[:tokens], total[:tokens]
-    plan = plan_of(links, value.shape[0], x.dtype, sizes)
+    plan = plan_of(links, value.shape[0], x.dtype, stored, sizes)
     found = tuple(norm for norm in norms if norm is not None)
-    shared = hopper_counters.made() if counters is None else counters
-    value, total = _run(value, total if found else None, tuple(weights), found, shared, plan=plan, interpreted=False)
+    shared, matrices = hopper_counters.made() if counters is None else counters, tuple(weight.values for weight in weights)
+    settings = {"plan": plan, "interpreted": False}
+    value, total = _run(given(value), total if found else None, matrices, _flat(weights), found, shared, **settings)
     return value[:tokens], held if total is None else total[:tokens]
+
+
+def _flat(weights: Sequence[Weight]) -> tuple[Float[Array, "out"], ...]:
+    return tuple(weight.scales.reshape(-1) for weight in weights if weight.scales is not None)
 
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
 def _run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"] | None,
-    weights: tuple[Float[Array, "_ _"], ...],
+    weights: tuple[Shaped[Array, "_ _"], ...],
+    scales: tuple[Float[Array, "_"], ...],
     norms: tuple[Float[Array, "_"], ...],
     counters: Any,
     *,
@@ -191,17 +256,17 @@ def _run(
         shaped((plan.tokens, plan.links[-1].results), plan.dtype),
         *([shaped(x.shape if held is None else held.shape, plan.dtype)] if normed else []),
         tuple(shaped((plan.tokens, link.results), plan.dtype) for link in plan.links[:-1]),
-        tuple(shaped((plan.tiles(number) * plan.tokens,), jnp.float32) for number in normed),
+        tuple(shaped((plan.tiles(number) * pieces(plan.folds[number]) * plan.tokens,), jnp.float32) for number in normed),
     )
-    given = (x, *([held] if normed else []), weights, norms, *([counters] if several else []))
+    given = (x, *([held] if normed else []), weights, scales, norms, *([counters] if several else []))
 
     def body(*refs: Any) -> None:
         left = iter(refs)
         x, held = next(left), next(left) if normed else None
-        weights, norms = next(left), next(left)
+        weights, scales, norms = next(left), next(left), next(left)
         shared, out, total = next(left) if several else None, next(left), next(left) if normed else None
         passed, squares = next(left), dict(zip(normed, next(left), strict=True))
-        _body(plan, Refs(x, held, weights, norms, shared, out, total, passed, squares), _named(plan, next(left)))
+        _body(plan, Refs(x, held, weights, scales, norms, shared, out, total, passed, squares), _named(plan, next(left)))
 
     kernel = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=REGISTERS)
     out, *total = kernel(*given)[: 2 if normed else 1]
@@ -216,13 +281,14 @@ def _shapes(plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
 
 def _scratch(plan: Plan) -> tuple[Any, ...]:
     columns, sums = _shapes(plan)
-    inputs = [hopper.swizzled((INPUTS // (each * BLOCK * 2), each, BLOCK), plan.dtype) for each in columns]
+    inputs = [hopper.swizzled((plan.room // (each * plan.block * 2), each, plan.block), plan.dtype) for each in columns]
     tiles = [plgpu.SMEM((count, each, TILE), jnp.float32) for count, each in sums]
     slots = max(map(plan.slots, range(len(plan.links))))
     copies = max(fold.parts * (2 if link.gated else 1) for link, fold in zip(plan.links, plan.folds, strict=True))
     return (
-        hopper.swizzled((plan.stages, TILE, BLOCK), plan.dtype),
+        hopper.swizzled((plan.stages, TILE, plan.block), plan.stored),
         plgpu.RefUnion(*inputs, *tiles),
+        *([hopper.swizzled((TILE, STEP_INPUTS), plan.dtype)] if _spills(plan) else []),
         plgpu.SMEM((THREADS,), jnp.float32),
         plgpu.SMEM((MOST,), jnp.float32),
         plgpu.SMEM((1,), jnp.int32),
@@ -236,9 +302,13 @@ def _scratch(plan: Plan) -> tuple[Any, ...]:
 def _named(plan: Plan, made: tuple[Any, ...]) -> Scratch:
     ring, both, *others = made
     columns, sums = _shapes(plan)
-    return Scratch(
-        ring, dict(zip(columns, both, strict=False)), dict(zip(sums, both[len(columns) :], strict=True)), *others
-    )
+    inputs, tiles = dict(zip(columns, both, strict=False)), dict(zip(sums, both[len(columns) :], strict=True))
+    return Scratch(ring, inputs, tiles, *([] if _spills(plan) else [None]), *others)
+
+
+def _spills(plan: Plan) -> bool:
+    """The interpreter multiplies from shared memory."""
+    return plan.stored == jnp.int8 and hopper.interpreting()
 
 
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
@@ -288,7 +358,7 @@ def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, m
     """Copy a block of each part of a tile; `begin` counts the blocks of the links before, `used` those of this one."""
     link, fold, weight = plan.links[number], plan.folds[number], refs.weights[number]
     tile = lax.axis_index("worker") + lax.rem(used, mine) * plan.workers
-    column, total = lax.div(used, mine) * BLOCK, begin + used
+    column, total = lax.div(used, mine) * plan.block, begin + used
     slot = lax.rem(total, jnp.int32(plan.stages))
     pl.when(total >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
     landed = scratch.full.at[lax.rem(total + plan.stages - plan.flying, jnp.int32(plan.stages))]
@@ -297,7 +367,7 @@ def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, m
     size = fold.rows // halves
     for part in range(fold.parts):
         for half in range(halves):
-            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, BLOCK)]
+            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, plan.block)]
             plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * fold.rows + half * size, size)], full)
     for _ in range(max(f.parts * (2 if li.gated else 1) for li, f in zip(plan.links, plan.folds, strict=True)) - fold.parts * halves):
         plgpu.barrier_arrive(full)  # in place of a copy
@@ -311,7 +381,7 @@ def _input(plan: Plan, refs: Refs, scratch: Scratch, number: int, used: Any) -> 
     pl.when(used >= slots)(lambda: plgpu.barrier_wait(scratch.used.at[slot]))
     target, there = scratch.inputs[plan.columns(number)].at[slot], scratch.there.at[slot]
     for part in range(fold.parts):
-        block = given.at[:, pl.ds(part * fold.part + used * BLOCK, BLOCK)]
+        block = given.at[:, pl.ds(part * fold.part + used * plan.block, plan.block)]
         plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * plan.tokens, plan.tokens)], there)
     for _ in range(max(each.parts for each in plan.folds) - fold.parts):
         plgpu.barrier_arrive(there)
@@ -329,9 +399,9 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
             for index, accumulator in enumerate(accumulators):
                 slot = lax.rem(begin + place * count + index, jnp.int32(plan.stages))
                 plgpu.barrier_wait(scratch.full.at[slot])
-                plgpu.wgmma(accumulator, scratch.ring.at[slot], scratch.inputs[columns].at[here].transpose((1, 0)))
-                plgpu.wgmma_wait(0)
+                _add(plan, scratch, accumulator, scratch.ring.at[slot], scratch.inputs[columns].at[here])
                 plgpu.barrier_arrive(scratch.free.at[slot])
+            plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(scratch.used.at[here])
 
         lax.fori_loop(0, fold.length, step, None)
@@ -344,13 +414,33 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
     plgpu.commit_smem()  # what was read there is written by copies next
 
 
+def _add(plan: Plan, scratch: Scratch, accumulator: Any, weight: Any, inputs: Any) -> None:
+    """Add the products of a slot; the weight is read no more."""
+    if plan.stored != jnp.int8:
+        plgpu.wgmma(accumulator, weight, inputs.transpose((1, 0)))
+        plgpu.wgmma_wait(0)
+        return
+    for begin in range(0, plan.block, STEP_INPUTS):
+        place = pl.ds(begin, STEP_INPUTS)
+        values, right = hopper_codes.operand(weight.at[:, place], plan.dtype), inputs.at[:, place].transpose((1, 0))
+        if scratch.spilled is not None:
+            scratch.spilled[...] = values
+            plgpu.commit_smem()
+            values = scratch.spilled
+        plgpu.wgmma(accumulator, values, right)
+        plgpu.wgmma_wait(0 if scratch.spilled is not None else 1)
+
+
 def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, sums: Any) -> None:
     """A tile's results: written, with its norm's weight if one comes next."""
     link, fold, tile = plan.links[number], plan.folds[number], lax.axis_index("worker") + index * plan.workers
-    halves = 2 if link.gated else 1
+    halves, moved = 2 if link.gated else 1, plan.stored == jnp.int8
     size = fold.rows // halves
     grid, rows = Grid(plan.tokens, size), pl.ds(tile * size, size)
     found = [met(fold, grid, sums, half * size) for half in range(halves)]
+    if refs.scales:
+        scales = [grid.load(refs.scales[number].at[pl.ds(half * link.results + tile * size, size)], (0, 1)) for half in range(halves)]
+        found = [part * scale.astype(jnp.float32) for part, scale in zip(found, scales, strict=True)]
     if link.normed:
         factors = grid.load(scratch.factors, (1, 0))
         found = [part * factors for part in found]
@@ -359,7 +449,7 @@ def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, su
         grid.store(refs.out.at[:, rows], value)
         return
     if not plan.before_norm(number):
-        grid.store(refs.passed[number].at[:, rows], value)
+        grid.store(refs.passed[number].at[:, rows], value, moved=moved)
         return
     first = not any(plan.before_norm(earlier) for earlier in range(number))
     stream = grid.load((refs.held if first else refs.total).at[:, rows]).astype(jnp.float32) + value.astype(jnp.float32)
@@ -367,8 +457,10 @@ def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, su
     grid.store(refs.total.at[:, rows], stream)
     wide, after = stream.astype(jnp.float32), plan.links[number + 1]
     norm = grid.load(refs.norms[sum(plan.before_norm(earlier) for earlier in range(number))].at[rows], (0, 1)).astype(jnp.float32)
-    grid.store(refs.passed[number].at[:, rows], (wide * (norm + after.offset if after.offset else norm)).astype(plan.dtype))
-    grid.store_sums(refs.squares[number].at[pl.ds(tile * plan.tokens, plan.tokens)], wide * wide)
+    scaled = wide * (norm + after.offset if after.offset else norm)
+    grid.store(refs.passed[number].at[:, rows], scaled.astype(plan.dtype), moved=moved)
+    sums = plan.tokens * pieces(fold)
+    grid.store_sums(refs.squares[number].at[pl.ds(tile * sums, sums)], wide * wide)
 
 
 def _swiglu(plan: Plan, gate: Any, up: Any) -> Any:
@@ -412,8 +504,8 @@ class Grid(NamedTuple):
             values = jnp.broadcast_to(values[: self.tokens, None] if strides[0] else values[None], (self.tokens, self.rows))
         return values.reshape(-1)
 
-    def store(self, ref: Any, values: Any) -> None:
-        """Write a reference [tokens, rows]."""
+    def store(self, ref: Any, values: Any, *, moved: bool = False) -> None:
+        """Write a reference [tokens, rows]. moved: in the order of `hopper_codes.permute`."""
         if hopper.interpreting():
             ref[...] = values.reshape(self.tokens, self.rows)
             return
@@ -421,30 +513,28 @@ class Grid(NamedTuple):
         def store(_: Any, ref: Any, values: Any) -> None:
             from jaxlib.mlir.dialects import llvm
 
-            for number, pointer in zip(numbers_of(values), self.pointers(ref, None), strict=True):
+            for number, pointer in zip(numbers_of(values), self.pointers(ref, None, moved=moved), strict=True):
                 llvm.store(number, pointer)
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.layout))(store)(ref, values)
 
     def store_sums(self, ref: Any, values: Any) -> None:
-        """Write each token's sum over its rows, float32 [tokens]; not in the interpreter."""
+        """Write each token's sum over its rows, over 32 at a time if there are more, float32 [tokens] behind one another; not in the
+        interpreter."""
 
         def store(_: Any, ref: Any, values: Any) -> None:
             from jax.experimental.mosaic.gpu import utils
             from jaxlib.mlir.dialects import arith, llvm
 
-            lanes, numbers = min(self.rows, 32), numbers_of(values)
-            if self.rows > 32:
-                raise NotImplementedError("rows of a token lie in one warp")
             word = thread().type
-            for place, number in enumerate(numbers):
-                shift = 1
-                while shift < lanes:
-                    number = arith.addf(number, utils.shfl_bfly(number, shift))
-                    shift *= 2
+            for place, number in enumerate(numbers_of(values)):
+                total = number
+                for shift in range(min(self.rows, WARP).bit_length() - 1):
+                    total = arith.addf(total, utils.shfl_bfly(total, 1 << shift))
                 token, row = self.place(place)
-                with utils.when(arith.cmpi(arith.CmpIPredicate.eq, row, utils.c(0, word))):
-                    llvm.store(number, utils.getelementptr(utils.memref_ptr(ref), [token], number.type))
+                at = arith.addi(arith.muli(arith.divui(row, utils.c(WARP, word)), utils.c(self.tokens, word)), token)
+                with utils.when(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(row, utils.c(WARP, word)), utils.c(0, word))):
+                    llvm.store(total, utils.getelementptr(utils.memref_ptr(ref), [at], total.type))
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.layout))(store)(ref, values)
 
@@ -456,7 +546,7 @@ class Grid(NamedTuple):
         at = arith.addi(thread(), utils.c(index * THREADS, thread().type))
         return arith.divui(at, utils.c(self.rows, at.type)), arith.remui(at, utils.c(self.rows, at.type))
 
-    def pointers(self, ref: Any, strides: tuple[int, int] | None) -> list[Any]:
+    def pointers(self, ref: Any, strides: tuple[int, int] | None, *, moved: bool = False) -> list[Any]:
         """Where a thread's numbers are."""
         from jax.experimental.mosaic.gpu import utils
         from jaxlib.mlir import ir
@@ -467,6 +557,7 @@ class Grid(NamedTuple):
         found = []
         for index in range(self.tokens * self.rows // THREADS):
             token, row = self.place(index)
+            row = _moved(row) if moved else row
             at = arith.addi(arith.muli(token, utils.c(steps[0], token.type)), arith.muli(row, utils.c(steps[1], row.type)))
             found.append(utils.getelementptr(utils.memref_ptr(ref), [at], kind.element_type))
         return found
@@ -480,6 +571,18 @@ class Grid(NamedTuple):
         registers = np.array([vectors.from_elements(ir.VectorType.get((1,), each.type), [each]) for each in numbers], dtype=object)
         layout = layouts.WGStridedFragLayout((self.tokens * self.rows,), 1)
         return layouts.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _moved(row: Any) -> Any:
+    """Where `hopper_codes.permute` puts a row's number: of 16, 4 lane + 2 tile + element goes to 8 tile + 2 lane + element."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith
+
+    def c(value: int) -> Any:
+        return utils.c(value, row.type)
+
+    tile, lane = arith.shli(arith.andi(row, c(2)), c(2)), arith.andi(arith.shrui(row, c(1)), c(6))
+    return arith.ori(arith.ori(arith.andi(row, c(-15)), tile), lane)
 
 
 def numbers_of(values: Any) -> list[Any]:
@@ -530,9 +633,13 @@ def _factors(plan: Plan, refs: Refs, scratch: Scratch, number: int) -> None:
         def c(value: int) -> Any:
             return utils.c(value, mine.type)
 
-        counts = ir.MemRefType(squares.type).shape[0] // THREADS
-        each = [llvm.load(kind, at(squares, arith.addi(mine, c(index * THREADS)))) for index in range(counts)]
-        llvm.store(reduce(arith.addf, each), at(partial, mine))
+        size, total = ir.MemRefType(squares.type).shape[0], utils.c(0.0, kind)
+        for begin in range(0, size, THREADS):
+            place = arith.addi(mine, c(begin))
+            there = arith.cmpi(arith.CmpIPredicate.ult, place, c(size))
+            found = llvm.load(kind, at(squares, arith.select(there, place, c(0))))
+            total = arith.addf(total, arith.select(there, found, utils.c(0.0, kind)))
+        llvm.store(total, at(partial, mine))
         utils.warpgroup_barrier()
         token = arith.remui(mine, c(tokens))
         parts = [llvm.load(kind, at(partial, arith.addi(token, c(index * tokens)))) for index in range(THREADS // tokens)]
