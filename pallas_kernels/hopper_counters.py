@@ -63,16 +63,64 @@ def last(counters: Any, number: Any, of: Any, told: Any) -> Any:
             llvm.store(_add_one(utils.memref_ptr(place)), utils.memref_ptr(told))
         utils.warpgroup_barrier()
 
-    def clear(_: Any, place: Any) -> None:
-        from jax.experimental.mosaic.gpu import utils
-
-        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
-            _clear(utils.memref_ptr(place))
-
     plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(count)(place, told)
     done = told[0] == of - 1
-    pl.when(done)(lambda: plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(clear)(place))
+    pl.when(done)(lambda: _leave_zeros(place, 1))
     return done
+
+
+def tell(counters: Any, number: int) -> None:
+    """Count one at the place `number` behind `FIRST`: what this block has written, by any of a warpgroup's threads, can be read, or copied
+    (TMA), by whoever has waited for all counts. For one warpgroup of each block."""
+
+    def count(_: Any, place: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+
+        asm(None, [], "fence.proxy.async;", "")
+        utils.warpgroup_barrier()
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            asm(None, [utils.memref_ptr(place)], "red.release.gpu.global.add.u32 [$0], 1;", "l")
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(count)(counters.at[pl.ds(FIRST + number, 1)])
+
+
+def wait(counters: Any, number: int, of: int) -> None:
+    """Until `of` have counted there. All blocks must run at once. For whole warpgroups, as many of a block as like."""
+
+    def look(_: Any, place: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, scf
+
+        word = ir.IntegerType.get_signless(32)
+        loop = scf.WhileOp([], [])
+        with ir.InsertionPoint(loop.before.blocks.append()):
+            found = asm(word, [utils.memref_ptr(place)], "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l")
+            scf.condition(arith.cmpi(arith.CmpIPredicate.ult, found, utils.c(of, word)), [])
+        with ir.InsertionPoint(loop.after.blocks.append()):
+            scf.yield_([])
+        asm(None, [], "fence.proxy.async;", "")
+        utils.warpgroup_barrier()
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(look)(counters.at[pl.ds(FIRST + number, 1)])
+
+
+def clear(counters: Any, numbers: int) -> None:
+    """Leave the first `numbers` places behind `FIRST` as they were found. For one warpgroup of the last block that looks at them."""
+
+    _leave_zeros(counters.at[pl.ds(FIRST, numbers)], numbers)
+
+
+def _leave_zeros(places: Any, count: int) -> None:
+    def work(_: Any, places: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+
+        with utils.single_thread(utils.ThreadSubset.WARPGROUP):
+            for number in range(count):
+                _clear(utils.getelementptr(utils.memref_ptr(places), [number], ir.IntegerType.get_signless(32)))
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))(work)(places)
 
 
 def _add_one(pointer: Any) -> Any:

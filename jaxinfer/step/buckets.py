@@ -13,7 +13,6 @@ from itertools import pairwise
 
 from jaxinfer.batch import Batch, Row
 
-
 MANY = 128  # tokens of a step: with more, each costs on every chip; with fewer, accelerators wait for the weights
 
 
@@ -59,12 +58,12 @@ class Occupancy:
 def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
     """Every shape to compile: decode steps, and mixed steps without decode rows or with all; where many tokens are computed each costs, so
     there are more sizes."""
-    half = [max_sequences // 2] if max_sequences >= 2 * MANY else []
+    half = max_sequences // 2 if max_sequences >= 2 * MANY else 0
     decodes = [Bucket(0, 0, rows) for rows in _decode_rows(max_sequences)]
     mixed = [
         Bucket(tokens, prefill_rows(tokens, max_sequences), rows)
         for tokens in _prefill_tokens(max_prefill_tokens)
-        for rows in dict.fromkeys((0, *(half if tokens >= 4 * MANY else []), max_sequences))
+        for rows in sorted({0, half if tokens >= 4 * MANY else 0, max_sequences})
     ]
     return tuple(sorted(decodes + mixed))
 

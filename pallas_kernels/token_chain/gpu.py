@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch, hopper, hopper_counters, hopper_folds, hopper_links, hopper_mail, tuning
+from pallas_kernels import dispatch, hopper, hopper_counters, hopper_few_plan, hopper_folds, hopper_links, hopper_mail, tuning
 from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
 from pallas_kernels.token_chain import gpu_few, gpu_rows, xla
@@ -24,7 +24,7 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
     if int(key.get("tokens", 1)) > 1:
-        return gpu_few.refusal(key)
+        return hopper_few_plan.refusal(key)
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
     if passed > hopper_mail.MOST:
         return f"its links pass {passed} numbers on, and there is room for {hopper_mail.MOST}"
@@ -57,7 +57,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     if key.get("activations", "float") == "int8":
         return [gpu_rows.Sizes(piece)._asdict() for piece in gpu_rows.PIECES]
     if int(key.get("tokens", 1)) > 1:
-        return [gpu_few.Sizes(flying, inputs)._asdict() for flying in gpu_few.FLYING for inputs in gpu_few.INPUTS]
+        return [sizes._asdict() for sizes in hopper_few_plan.CANDIDATES]
     fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
     return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
@@ -80,7 +80,7 @@ def token_chain(
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
     if x.shape[0] > 1:
         links = links_of([weight.values for weight in weights], norms, forms)
-        return gpu_few.run(x, held, weights, norms, links, counters, gpu_few.Sizes(**found))
+        return gpu_few.run(x, held, weights, norms, links, counters, hopper_few_plan.Sizes(**found))
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some, some_norms, some_forms = zip(*links, strict=True)

@@ -1,0 +1,171 @@
+"""How the weights of a few tokens' matmuls are folded and dealt out to multiprocessors, for `token_chain.gpu_few`.
+
+Unlike those of one token (`hopper_folds`), inputs do not fit into shared memory, so they pass through it beside the weights, once for all
+of a worker's tiles of a link, whose sums are all in registers.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch, hopper
+from pallas_kernels.hopper import TILE
+from pallas_kernels.hopper_codes import SPAN
+from pallas_kernels.hopper_folds import Link
+from pallas_kernels.hopper_grid import WARP
+from pallas_kernels.hopper_token import THREADS, Fold
+
+MOST, STEP = 16, 8  # tokens; they are filled up to a multiple
+SLOT, STEP_INPUTS = 16384, 128  # bytes of a slot of weights; inputs that are multiplied at a time
+PARTS = (1, 2, 4)
+MOST_SUMS = 144  # of a thread
+FEWEST_STAGES = 4  # slots of weights
+FEWEST_WORKERS = 0.875  # of all multiprocessors
+
+
+class Sizes(NamedTuple):
+    """Slots of weights that are on their way at most (see `hopper_folds.Sizes`); bytes of shared memory for each token's inputs, and for
+    the sums of a link's tiles in turn, more if these want it."""
+
+    flying: int = 4
+    inputs: int = 4096
+
+
+CANDIDATES = (Sizes(), Sizes(6), Sizes(4, 8192))
+
+
+class Plan(NamedTuple):
+    """Static shape: links and how the weight of each is folded, `workers` blocks of threads, tokens (a multiple of 8)."""
+
+    links: tuple[Link, ...]
+    folds: tuple[Fold, ...]
+    workers: int
+    tokens: int
+    dtype: Any
+    stored: Any
+    flying: int
+    inputs: int
+
+    @property
+    def block(self) -> int:
+        """Inputs of a slot."""
+        return block_of(self.stored)
+
+    @property
+    def room(self) -> int:
+        """Bytes for inputs, and for sums in turn."""
+        return max(self.inputs * self.tokens, *(4 * TILE * self.most(link) * self.columns(link) for link in range(len(self.links))))
+
+    @property
+    def stages(self) -> int:
+        """Slots of weights."""
+        return (hopper.SHARED_BYTES - 4096 - self.room) // SLOT
+
+    @property
+    def sums(self) -> int:
+        """Sums of a thread, at most."""
+        return max(self.most(link) * self.columns(link) * TILE // THREADS for link in range(len(self.links)))
+
+    def tiles(self, number: int) -> int:
+        """Tiles of a link's weight."""
+        return self.links[number].outputs // self.folds[number].rows
+
+    def most(self, number: int) -> int:
+        """Tiles of a link that a worker has at most."""
+        return -(-self.tiles(number) // self.workers)
+
+    def columns(self, number: int) -> int:
+        """Columns of a link's products."""
+        return self.folds[number].parts * self.tokens
+
+    def slots(self, number: int) -> int:
+        """Blocks of a link's inputs that there is room for."""
+        return self.room // (self.columns(number) * self.block * 2)
+
+    def halves(self, number: int) -> int:
+        """Parts of a link's outputs that are tiles together."""
+        return 2 if self.links[number].gated else 1
+
+    @property
+    def before_norms(self) -> list[int]:
+        """Links behind which a norm comes."""
+        return [number for number, link in enumerate(self.links[1:]) if link.normed]
+
+    @property
+    def parts(self) -> int:
+        """Copies that fill a slot of inputs, at most."""
+        return max(fold.parts for fold in self.folds)
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill a slot of weights, at most."""
+        return max(fold.parts * self.halves(number) for number, fold in enumerate(self.folds))
+
+
+def refusal(key: dispatch.Key) -> str | None:
+    """Why it cannot run for what is known of a key; None when it can."""
+    tokens, dtype, stored = int(key["tokens"]), key.get("dtype"), key.get("weight")
+    if not 1 < tokens <= MOST:
+        return f"its kernels of floats take up to {MOST} tokens, not {tokens}"
+    if dtype != "bfloat16" or stored not in ("int8", dtype):
+        return f"its kernel of several tokens takes tokens in bfloat16 and weights that are all so, or all int8, not {dtype} and {stored}"
+    links = [Link(int(key[f"in{number}"]), int(key[f"out{number}"]), True, 1.0) for number in range(int(key.get("links", 0)))]
+    try:
+        plan_of(links, padded(tokens), dtype, stored, Sizes())
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def padded(tokens: int) -> int:
+    """So many are computed."""
+    return tokens + -tokens % STEP
+
+
+def block_of(stored: Any) -> int:
+    """Inputs of a slot."""
+    return SLOT // TILE // jnp.dtype(stored).itemsize
+
+
+def pieces(fold: Fold) -> int:
+    """Sums that a token has of a tile's squares: warps sum."""
+    return max(1, fold.rows // WARP)
+
+
+def _folds(link: Link, tokens: int, stored: Any) -> list[Fold]:
+    """The ways to fold a weight."""
+    halves, block = 2 if link.gated else 1, block_of(stored)
+    least = SPAN if jnp.dtype(stored) == jnp.int8 else 1
+    fitting = [parts for parts in PARTS if link.inputs % (parts * block) == 0 and link.outputs % (TILE // parts) == 0]
+    rows = {parts: TILE // parts // halves for parts in fitting}
+    return [Fold(link.inputs, parts, block) for parts in fitting if rows[parts] * tokens % THREADS == 0 and rows[parts] >= least]
+
+
+def plan_of(links: Sequence[Link], tokens: int, dtype: Any, stored: Any, sizes: Sizes) -> Plan:
+    """How weights are dealt out: so that the busiest workers have least to do, then in few parts, to few workers.
+
+    Raises:
+        ValueError: there is no way, or no room.
+    """
+    ways = [_folds(link, tokens, stored) for link in links]
+    if not all(ways):
+        link = links[ways.index([])]
+        wanted = f"inputs in multiples of {block_of(stored)} and outputs in multiples of 64, of some links of 32 or 16"
+        raise ValueError(f"its kernel of several tokens takes {wanted}, not {link.inputs} and {link.outputs}")
+
+    def busiest(link: Link, workers: int, fold: Fold) -> tuple[int, int]:
+        return -(-link.outputs // fold.rows // workers) * fold.rows, fold.parts
+
+    def dealt(workers: int) -> tuple[int, Plan]:
+        folds = [min(found, key=partial(busiest, link, workers)) for link, found in zip(links, ways, strict=True)]
+        cost = sum(link.inputs * busiest(link, workers, fold)[0] for link, fold in zip(links, folds, strict=True))
+        return cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), jnp.dtype(stored), *sizes)
+
+    cores = hopper.cores()
+    plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[0])[1]
+    if plan.sums > MOST_SUMS or plan.stages < FEWEST_STAGES:
+        raise ValueError(f"its kernel of several tokens has no room for {max(link.outputs for link in links)} outputs of {tokens} tokens")
+    return plan._replace(flying=min(plan.flying, plan.stages))
