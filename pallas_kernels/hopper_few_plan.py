@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, hopper
 from pallas_kernels.hopper import TILE
-from pallas_kernels.hopper_codes import SPAN
 from pallas_kernels.hopper_folds import Link
 from pallas_kernels.hopper_grid import WARP
 from pallas_kernels.hopper_token import THREADS, Fold
 
 MOST, STEP = 16, 8  # tokens; they are filled up to a multiple
-SLOT, STEP_INPUTS = 16384, 128  # bytes of a slot of weights; inputs that are multiplied at a time
+BLOCK = 128  # inputs of a slot
+SLOT = 2 * TILE * BLOCK  # bytes, of weights
 PARTS = (1, 2, 4)
 MOST_SUMS = 144  # of a thread
 FEWEST_STAGES = 4  # slots of weights
@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     inputs: int = 4096
 
 
-CANDIDATES = (Sizes(), Sizes(6), Sizes(4, 8192))
+CANDIDATES = (Sizes(), Sizes(6), Sizes(3))
 
 
 class Plan(NamedTuple):
@@ -45,14 +45,8 @@ class Plan(NamedTuple):
     workers: int
     tokens: int
     dtype: Any
-    stored: Any
     flying: int
     inputs: int
-
-    @property
-    def block(self) -> int:
-        """Inputs of a slot."""
-        return block_of(self.stored)
 
     @property
     def room(self) -> int:
@@ -83,7 +77,7 @@ class Plan(NamedTuple):
 
     def slots(self, number: int) -> int:
         """Blocks of a link's inputs that there is room for."""
-        return self.room // (self.columns(number) * self.block * 2)
+        return self.room // (self.columns(number) * BLOCK * 2)
 
     def halves(self, number: int) -> int:
         """Parts of a link's outputs that are tiles together."""
@@ -107,14 +101,14 @@ class Plan(NamedTuple):
 
 def refusal(key: dispatch.Key) -> str | None:
     """Why it cannot run for what is known of a key; None when it can."""
-    tokens, dtype, stored = int(key["tokens"]), key.get("dtype"), key.get("weight")
+    tokens, dtype = int(key["tokens"]), key.get("dtype")
     if not 1 < tokens <= MOST:
         return f"its kernels of floats take up to {MOST} tokens, not {tokens}"
-    if dtype != "bfloat16" or stored not in ("int8", dtype):
-        return f"its kernel of several tokens takes tokens in bfloat16 and weights that are all so, or all int8, not {dtype} and {stored}"
+    if dtype != "bfloat16" or key.get("weight") != dtype:
+        return f"its kernel of several tokens takes tokens and weights in bfloat16, not {dtype} and {key.get('weight')}"
     links = [Link(int(key[f"in{number}"]), int(key[f"out{number}"]), True, 1.0) for number in range(int(key.get("links", 0)))]
     try:
-        plan_of(links, padded(tokens), dtype, stored, Sizes())
+        plan_of(links, padded(tokens), dtype, Sizes())
     except ValueError as error:
         return str(error)
     return None
@@ -125,44 +119,38 @@ def padded(tokens: int) -> int:
     return tokens + -tokens % STEP
 
 
-def block_of(stored: Any) -> int:
-    """Inputs of a slot."""
-    return SLOT // TILE // jnp.dtype(stored).itemsize
-
-
 def pieces(fold: Fold) -> int:
     """Sums that a token has of a tile's squares: warps sum."""
     return max(1, fold.rows // WARP)
 
 
-def _folds(link: Link, tokens: int, stored: Any) -> list[Fold]:
-    """The ways to fold a weight."""
-    halves, block = 2 if link.gated else 1, block_of(stored)
-    least = SPAN if jnp.dtype(stored) == jnp.int8 else 1
-    fitting = [parts for parts in PARTS if link.inputs % (parts * block) == 0 and link.outputs % (TILE // parts) == 0]
-    rows = {parts: TILE // parts // halves for parts in fitting}
-    return [Fold(link.inputs, parts, block) for parts in fitting if rows[parts] * tokens % THREADS == 0 and rows[parts] >= least]
+def _folds(link: Link, tokens: int) -> list[Fold]:
+    """The ways to fold a weight: such that a tile's numbers go evenly to threads."""
+    fitting = [parts for parts in PARTS if link.inputs % (parts * BLOCK) == 0 and link.outputs % (TILE // parts) == 0]
+    halves = 2 if link.gated else 1
+    return [Fold(link.inputs, parts, BLOCK) for parts in fitting if TILE // parts // halves * tokens % THREADS == 0]
 
 
-def plan_of(links: Sequence[Link], tokens: int, dtype: Any, stored: Any, sizes: Sizes) -> Plan:
+def plan_of(links: Sequence[Link], tokens: int, dtype: Any, sizes: Sizes) -> Plan:
     """How weights are dealt out: so that the busiest workers have least to do, then in few parts, to few workers.
 
     Raises:
         ValueError: there is no way, or no room.
     """
-    ways = [_folds(link, tokens, stored) for link in links]
+    ways = [_folds(link, tokens) for link in links]
     if not all(ways):
         link = links[ways.index([])]
-        wanted = f"inputs in multiples of {block_of(stored)} and outputs in multiples of 64, of some links of 32 or 16"
+        wanted = f"inputs in multiples of {BLOCK} and outputs in multiples of 64, of some links of 32 or 16"
         raise ValueError(f"its kernel of several tokens takes {wanted}, not {link.inputs} and {link.outputs}")
 
-    def busiest(link: Link, workers: int, fold: Fold) -> tuple[int, int]:
-        return -(-link.outputs // fold.rows // workers) * fold.rows, fold.parts
+    def worth(link: Link, workers: int, fold: Fold) -> tuple[bool, int, int]:
+        most = -(-link.outputs // fold.rows // workers)
+        return most * fold.parts * tokens * TILE // THREADS > MOST_SUMS, most * fold.rows, fold.parts
 
     def dealt(workers: int) -> tuple[int, Plan]:
-        folds = [min(found, key=partial(busiest, link, workers)) for link, found in zip(links, ways, strict=True)]
-        cost = sum(link.inputs * busiest(link, workers, fold)[0] for link, fold in zip(links, folds, strict=True))
-        return cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), jnp.dtype(stored), *sizes)
+        folds = [min(found, key=partial(worth, link, workers)) for link, found in zip(links, ways, strict=True)]
+        cost = sum(link.inputs * worth(link, workers, fold)[1] for link, fold in zip(links, folds, strict=True))
+        return cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
 
     cores = hopper.cores()
     plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[0])[1]

@@ -55,8 +55,8 @@ class Grid(NamedTuple):
             values = jnp.broadcast_to(values[: self.tokens, None] if strides[0] else values[None], (self.tokens, self.rows))
         return values.reshape(-1)
 
-    def store(self, ref: Any, values: Any, *, moved: bool = False) -> None:
-        """Write a reference [tokens, rows]. moved: in the order of `hopper_codes.permute`."""
+    def store(self, ref: Any, values: Any) -> None:
+        """Write a reference [tokens, rows]."""
         if hopper.interpreting():
             ref[...] = values.reshape(self.tokens, self.rows)
             return
@@ -64,7 +64,7 @@ class Grid(NamedTuple):
         def store(_: Any, ref: Any, values: Any) -> None:
             from jaxlib.mlir.dialects import llvm
 
-            for number, pointer in zip(numbers_of(values), self.pointers(ref, None, moved=moved), strict=True):
+            for number, pointer in zip(numbers_of(values), self.pointers(ref, None), strict=True):
                 llvm.store(number, pointer)
 
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.layout))(store)(ref, values)
@@ -97,7 +97,7 @@ class Grid(NamedTuple):
         at = arith.addi(thread(), utils.c(index * THREADS, thread().type))
         return arith.divui(at, utils.c(self.rows, at.type)), arith.remui(at, utils.c(self.rows, at.type))
 
-    def pointers(self, ref: Any, strides: tuple[int, int] | None, *, moved: bool = False) -> list[Any]:
+    def pointers(self, ref: Any, strides: tuple[int, int] | None) -> list[Any]:
         """Where a thread's numbers are."""
         from jax.experimental.mosaic.gpu import utils
         from jaxlib.mlir import ir
@@ -108,7 +108,6 @@ class Grid(NamedTuple):
         found = []
         for index in range(self.tokens * self.rows // THREADS):
             token, row = self.place(index)
-            row = _moved(row) if moved else row
             at = arith.addi(arith.muli(token, utils.c(steps[0], token.type)), arith.muli(row, utils.c(steps[1], row.type)))
             found.append(utils.getelementptr(utils.memref_ptr(ref), [at], kind.element_type))
         return found
@@ -122,18 +121,6 @@ class Grid(NamedTuple):
         registers = np.array([vectors.from_elements(ir.VectorType.get((1,), each.type), [each]) for each in numbers], dtype=object)
         layout = layouts.WGStridedFragLayout((self.tokens * self.rows,), 1)
         return layouts.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-
-def _moved(row: Any) -> Any:
-    """Where `hopper_codes.permute` puts a row's number: of 16, 4 lane + 2 tile + element goes to 8 tile + 2 lane + element."""
-    from jax.experimental.mosaic.gpu import utils
-    from jaxlib.mlir.dialects import arith
-
-    def c(value: int) -> Any:
-        return utils.c(value, row.type)
-
-    tile, lane = arith.shli(arith.andi(row, c(2)), c(2)), arith.andi(arith.shrui(row, c(1)), c(6))
-    return arith.ori(arith.ori(arith.andi(row, c(-15)), tile), lane)
 
 
 def numbers_of(values: Any) -> list[Any]:

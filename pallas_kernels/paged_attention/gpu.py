@@ -33,9 +33,8 @@ kv_layout = xla.kv_layout
 
 class Sizes(NamedTuple):
     """Block sizes. Decode: most keys of a chunk when rows are few and when they are many, blocks of 64 keys in shared memory at once (per
-    stream), streams of a block of threads. Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step
-    that `gpu_write` takes. decode_merges: 1: where there are counters, chunks are merged by who ends the last one of a row, and no kernel
-    of its own."""
+    stream). Prefill: keys of a block, blocks in shared memory at once. write_from: fewest tokens of a step that `gpu_write` takes.
+    decode_merges: 1: where there are counters, chunks are merged by who ends the last one of a row, and no kernel of its own."""
 
     decode_longest: int
     decode_longest_many: int
@@ -44,14 +43,13 @@ class Sizes(NamedTuple):
     prefill_stages: int
     write_from: int = 1
     decode_merges: int = 1
-    decode_streams: int = 2
 
 
 def heuristic(platform: str, key: dispatch.Key) -> dict[str, int]:
     """Sizes for a key that was never measured: chunks long enough to pay for the merge, shared memory filled."""
     head_dim, kv_heads = int(key["head_dim"]), int(key.get("kv_heads", 1))
-    stages = {64: 6, 96: 4}.get(head_dim, 3)
-    write_from = 1 if gpu_spread.Heads(kv_heads, _group(key), head_dim).blocks else COPY_FROM
+    stages, group = {64: 6, 96: 4}.get(head_dim, 3), int(key.get("heads", kv_heads)) // kv_heads
+    write_from = 1 if gpu_spread.Heads(kv_heads, group, head_dim).blocks else COPY_FROM
     return Sizes(2048, 4096, stages, 64 if head_dim > 128 else 128, 2, write_from)._asdict()
 
 
@@ -64,30 +62,19 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     grid += [base._replace(prefill_stages=base.prefill_stages + 1), base._replace(decode_merges=0)]
     grid += [base._replace(write_from=tokens) for tokens in (1, COPY_FROM, 1 << 20) if tokens != base.write_from]
     grid += [base._replace(prefill_keys=64, prefill_stages=stages) for stages in (3, 4) if base.prefill_keys != 64]
-    if gpu_plan.streams_that_fit(3, head_dim, _group(key)) == 3:
-        grid += [base._replace(decode_streams=3, decode_longest_many=keys) for keys in (1024, 4096)]
     return [sizes._asdict() for sizes in (base, *grid) if fits(sizes, head_dim, codes=codes)]
-
-
-def _group(key: dispatch.Key) -> int:
-    """Query heads of a kv head: the lines of a tile of one token."""
-    kv_heads = int(key.get("kv_heads", 1))
-    return int(key.get("heads", kv_heads)) // kv_heads
 
 
 def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
     """Whether the kernels' shared memory is there; codes: for a quantised pool."""
-    streams, stages = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim), sizes.decode_stages
-    if streams == 3:  # tiles of more lines have two, and all of the blocks
-        stages = gpu_plan.stages_that_fit(stages, streams, head_dim, 8, codes=codes)
-    decode = gpu_plan.shared_bytes(streams, head_dim, stages, codes=codes)
+    decode = gpu_plan.shared_bytes(head_dim, sizes.decode_stages, codes=codes)
     prefill = hopper_tiles.shared_bytes(head_dim, sizes.prefill_keys, sizes.prefill_stages, codes=codes)
     return max(decode, prefill) <= hopper.SHARED_BYTES
 
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `packing.tuning_key`); None when they can."""
-    page_size, group = int(key.get("page_size", 64)), _group(key)
+    page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
     reason = hopper.refusal(target, key)
     if reason is not None:
         return reason
@@ -192,8 +179,7 @@ def _decode(
     (kv_heads, _, head_dim), rows, kv = placed.q.shape, metadata.decode_rows, placed.kv
     tables, pages = _tables(metadata.page_tables[:rows], kv, gpu_plan.KEYS)
     stops, stop = packing.keys_seen(positions, metadata)
-    streams = gpu_plan.streams_that_fit(sizes.decode_streams, head_dim, row.padded)
-    heads, capacity = kv_heads * row.tiles, pages.width * pages.page_size
+    streams, heads, capacity = gpu_plan.streams(head_dim), kv_heads * row.tiles, pages.width * pages.page_size
     wanted = min(max(streams * hopper.cores() // (rows * heads), 1), MAX_CHUNKS)  # all at work at once
     longest = sizes.decode_longest if wanted > 1 else sizes.decode_longest_many
     items = cut_rows(stop, stops[:, 0], window=spec.window, wanted=wanted, longest=longest, capacity=capacity, tokens=row.tokens)
@@ -203,7 +189,7 @@ def _decode(
         pages=pages,
         max_chunks=items.fields.shape[0] // rows,
         padded=row.padded,
-        stages=gpu_plan.stages_that_fit(sizes.decode_stages, streams, head_dim, row.padded, codes=codes is not None),
+        stages=gpu_plan.stages_that_fit(sizes.decode_stages, head_dim, row.padded, codes=codes is not None),
         streams=streams,
         blocks=hopper.cores(),
         group=row.group,

@@ -14,7 +14,6 @@ from pallas_kernels.hopper_columns import Room
 from pallas_kernels.paged_attention.gpu_pages import Pages
 
 KEYS = 64  # of a block
-MOST_OF_THREE = 8  # lines of a tile that three streams have registers for
 TILES = 2  # blocks whose values are there as numbers
 ALIGNMENT = 1024  # bytes at whose multiples an array in shared memory may begin
 ITEM = ("row", "chunk", "first block", "blocks", "stop", "sees")  # integers of an item; stop, sees: keys of the row's last, first token
@@ -47,8 +46,8 @@ class Plan(NamedTuple):
     def registers(self) -> tuple[int, int]:
         """Of a thread of a stream's consumer and of its producer."""
         if self.codes is None:
-            return {1: (232, 40), 2: (208, 40), 3: (120, 40)}[self.streams]
-        return (96, 64) if self.streams == 3 else (160, 96)
+            return (208, 40) if self.streams == 2 else (232, 40)
+        return (160, 96)
 
     @property
     def together(self) -> bool:
@@ -110,25 +109,24 @@ class Item(NamedTuple):
     sees: Any
 
 
-def streams_that_fit(wanted: int, head_dim: int, padded: int = 8) -> int:
-    """Pairs of warpgroups in a block of threads, as many as are wanted and registers suffice for. padded: lines of a tile."""
-    return min(wanted, 1 if head_dim > 128 else 2 if padded > MOST_OF_THREE else 3)
+def streams(head_dim: int) -> int:
+    """Pairs of warpgroups in a block of threads: two where registers and shared memory suffice."""
+    return 2 if head_dim <= 128 else 1
 
 
-def shared_bytes(streams: int, head_dim: int, stages: int, *, padded: int = 8, codes: bool = False) -> int:
+def shared_bytes(head_dim: int, stages: int, *, padded: int = 8, codes: bool = False) -> int:
     """Shared memory of a block of threads: queries, their weights and blocks in 16 bits, or blocks of codes with their scales and values of
     some in 16 bits. padded: lines of a tile of queries."""
     tiles, itemsize = (TILES, 1) if codes else (0, 2)
     blocks = KEYS * (tiles * 2 * head_dim + 2 * stages * (itemsize * head_dim + (4 if codes else 0)))
     lines = padded * (2 * head_dim + 4) + Room.nbytes(padded, KEYS)
     aligned = ALIGNMENT * (4 + tiles)
-    return streams * (lines + blocks + 16 * (stages + 1 + tiles)) + aligned + hopper.REDUCTION_BYTES
+    return streams(head_dim) * (lines + blocks + 16 * (stages + 1 + tiles)) + aligned + hopper.REDUCTION_BYTES
 
 
-def stages_that_fit(wanted: int, streams: int, head_dim: int, padded: int, *, codes: bool) -> int:
+def stages_that_fit(wanted: int, head_dim: int, padded: int, *, codes: bool) -> int:
     """As many blocks as are wanted in shared memory at once, fewer where many lines leave less room."""
-    room = hopper.SHARED_BYTES
-    return next(n for n in range(wanted, 0, -1) if n == 1 or shared_bytes(streams, head_dim, n, padded=padded, codes=codes) <= room)
+    return next(n for n in range(wanted, 0, -1) if n == 1 or shared_bytes(head_dim, n, padded=padded, codes=codes) <= hopper.SHARED_BYTES)
 
 
 def scratch_of(plan: Plan, head_dim: int, dtype: Any) -> Scratch:

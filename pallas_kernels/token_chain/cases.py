@@ -137,8 +137,6 @@ CASES = (
     Case("few", 256, 256, layer(256, 384, 512), weight="plain", tokens=5),
     Case("few_last", 512, 256, layer(256, 256, 0)[:3], weight="plain", tokens=16),
     Case("few_offset", 256, 128, (Part(128), Part(192, normed=True, offset=1.0)), weight="plain", tokens=9),
-    Case("few_int8", 256, 256, layer(256, 512, 512), tokens=7),
-    Case("few_int8_last", 512, 256, layer(256, 256, 0)[:3], tokens=12),
     _rounded("many", 128, 256, layer(256, 384, 512), tokens=70),
     _rounded("many_smooth", 128, 256, layer(256, 384, 512), tokens=9, smooth=True),
     _rounded("many_last", 384, 128, layer(128, 128, 0)[:3], tokens=5, dtype="float16"),
@@ -149,7 +147,7 @@ CASES = (
 
 FEW = (("", 1), ("_8", 8), ("_16", 16))
 TUNING = (
-    *(Case(f"8b_int8{name}", 4096, 4096, layer(4096, 14336, 6144), tokens=n) for name, n in FEW),
+    Case("8b_int8", 4096, 4096, layer(4096, 14336, 6144)),
     *(Case(f"8b_bfloat16{name}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=n) for name, n in FEW),
     *(_rounded(f"8b_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (512, 2048, 8192)),
 )

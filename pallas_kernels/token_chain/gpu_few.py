@@ -6,9 +6,6 @@ all its tiles of a link at once, whole: so inputs are read once for them, and no
 the next links as well, since they depend on nothing. Another copies inputs, once all blocks have said that they have written theirs. What
 comes before a norm is multiplied by its weight where it is written; the root mean square is one factor for a token's results, worked out
 from squares that each tile leaves, summed in order. A token's result depends on that token, the weights and static shapes alone.
-
-int8 weights become bfloat16 in registers; the inputs that they meet change places instead of them (`hopper_codes.operand`), where they are
-written.
 """
 
 from collections.abc import Sequence
@@ -20,16 +17,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
-from pallas_kernels import hopper, hopper_codes, hopper_counters
+from pallas_kernels import hopper, hopper_counters
 from pallas_kernels.hopper import ACC, TILE
-from pallas_kernels.hopper_few_plan import STEP, STEP_INPUTS, Plan, Sizes, pieces, plan_of
+from pallas_kernels.hopper_few_plan import BLOCK, STEP, Plan, Sizes, pieces, plan_of
 from pallas_kernels.hopper_folds import Link
 from pallas_kernels.hopper_grid import Grid, met
 from pallas_kernels.hopper_token import THREADS, thread
 from pallas_kernels.norm import rms_norm
-from pallas_kernels.token_chain.reference import Weight
 
 REGISTERS = [232, 40, 40]  # of a thread: of the consumer, of the producers of weights and of inputs
 
@@ -40,7 +36,6 @@ class Scratch(NamedTuple):
     ring: Any
     inputs: dict[int, Any]
     sums: dict[tuple[int, int], Any]
-    spilled: Any
     partial: Any
     factors: Any
     told: Any
@@ -56,7 +51,6 @@ class Refs(NamedTuple):
     x: Any
     held: Any
     weights: tuple[Any, ...]
-    scales: tuple[Any, ...]
     norms: tuple[Any, ...]
     counters: Any
     out: Any
@@ -68,45 +62,35 @@ class Refs(NamedTuple):
 def run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"],
-    weights: Sequence[Weight],
+    weights: Sequence[Float[Array, "_ _"]],
     norms: Sequence[Float[Array, "_"] | None],
     links: Sequence[Link],
     counters: Any,
     sizes: Sizes,
 ) -> tuple[Array, Array]:
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens, stored = x.shape[0], weights[0].values.dtype
+    tokens = x.shape[0]
     value, total = (jnp.pad(each, ((0, -tokens % STEP), (0, 0))) for each in (x, held))
-
-    def given(value: Array) -> Array:
-        return hopper_codes.permute(value) if stored == jnp.int8 else value
 
     if hopper.interpreting():
         for weight, norm, link in zip(weights, norms, links, strict=True):
             if norm is not None and link.epsilon is not None:
                 total = total + value
                 value = rms_norm(total, norm, epsilon=link.epsilon, offset=link.offset)
-            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, stored, sizes)
-            value, _ = _run(given(value), None, (weight.values,), _flat([weight]), (), None, plan=plan, interpreted=True)
+            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, sizes)
+            value, _ = _run(value, None, (weight,), (), None, plan=plan, interpreted=True)
         return value[:tokens], total[:tokens]
-    plan = plan_of(links, value.shape[0], x.dtype, stored, sizes)
-    found = tuple(norm for norm in norms if norm is not None)
-    shared, matrices = hopper_counters.made() if counters is None else counters, tuple(weight.values for weight in weights)
-    settings = {"plan": plan, "interpreted": False}
-    value, total = _run(given(value), total if found else None, matrices, _flat(weights), found, shared, **settings)
+    plan, found = plan_of(links, value.shape[0], x.dtype, sizes), tuple(norm for norm in norms if norm is not None)
+    shared = hopper_counters.made() if counters is None else counters
+    value, total = _run(value, total if found else None, tuple(weights), found, shared, plan=plan, interpreted=False)
     return value[:tokens], held if total is None else total[:tokens]
-
-
-def _flat(weights: Sequence[Weight]) -> tuple[Float[Array, "out"], ...]:
-    return tuple(weight.scales.reshape(-1) for weight in weights if weight.scales is not None)
 
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
 def _run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"] | None,
-    weights: tuple[Shaped[Array, "_ _"], ...],
-    scales: tuple[Float[Array, "_"], ...],
+    weights: tuple[Float[Array, "_ _"], ...],
     norms: tuple[Float[Array, "_"], ...],
     counters: Any,
     *,
@@ -119,15 +103,15 @@ def _run(
     passed = tuple(shaped((plan.tokens, link.results), plan.dtype) for link in plan.links[:-1])
     squares = tuple(shaped((plan.tiles(number) * pieces(plan.folds[number]) * plan.tokens,), jnp.float32) for number in plan.before_norms)
     made = (shaped((plan.tokens, plan.links[-1].results), plan.dtype), *total, passed, squares)
-    given = (x, *([] if held is None else [held]), weights, scales, norms, *([] if counters is None else [counters]))
+    given = (x, *([] if held is None else [held]), weights, norms, *([] if counters is None else [counters]))
 
     def body(*refs: Any) -> None:
         left = iter(refs)
         x, held = next(left), next(left) if total else None
-        weights, scales, norms = next(left), next(left), next(left)
+        weights, norms = next(left), next(left)
         shared, out, stream = None if counters is None else next(left), next(left), next(left) if total else None
         passed, squares = next(left), dict(zip(plan.before_norms, next(left), strict=True))
-        _body(plan, Refs(x, held, weights, scales, norms, shared, out, stream, passed, squares), _named(plan, next(left)))
+        _body(plan, Refs(x, held, weights, norms, shared, out, stream, passed, squares), _named(plan, next(left)))
 
     kernel = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=REGISTERS)
     out, *stream = kernel(*given)[: 1 + len(total)]
@@ -142,13 +126,12 @@ def _shapes(plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
 
 def _scratch(plan: Plan) -> tuple[Any, ...]:
     columns, sums = _shapes(plan)
-    inputs = [hopper.swizzled((plan.room // (each * plan.block * 2), each, plan.block), plan.dtype) for each in columns]
+    inputs = [hopper.swizzled((plan.room // (each * BLOCK * 2), each, BLOCK), plan.dtype) for each in columns]
     tiles = [plgpu.SMEM((count, each, TILE), jnp.float32) for count, each in sums]
     slots = max(map(plan.slots, range(len(plan.links))))
     return (
-        hopper.swizzled((plan.stages, TILE, plan.block), plan.stored),
+        hopper.swizzled((plan.stages, TILE, BLOCK), plan.dtype),
         plgpu.RefUnion(*inputs, *tiles),
-        *([hopper.swizzled((TILE, STEP_INPUTS), plan.dtype)] if _spills(plan) else []),
         plgpu.SMEM((THREADS,), jnp.float32),
         plgpu.SMEM((plan.tokens,), jnp.float32),
         plgpu.SMEM((1,), jnp.int32),
@@ -163,12 +146,7 @@ def _named(plan: Plan, made: tuple[Any, ...]) -> Scratch:
     ring, both, *others = made
     columns, sums = _shapes(plan)
     inputs, tiles = dict(zip(columns, both, strict=False)), dict(zip(sums, both[len(columns) :], strict=True))
-    return Scratch(ring, inputs, tiles, *([] if _spills(plan) else [None]), *others)
-
-
-def _spills(plan: Plan) -> bool:
-    """The interpreter multiplies from shared memory."""
-    return plan.stored == jnp.int8 and hopper.interpreting()
+    return Scratch(ring, inputs, tiles, *others)
 
 
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
@@ -223,7 +201,7 @@ def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, m
     """Copy a block of each part of a tile; `begin` counts the blocks of the links before, `used` those of this one."""
     link, fold, weight = plan.links[number], plan.folds[number], refs.weights[number]
     tile = lax.axis_index("worker") + lax.rem(used, mine) * plan.workers
-    column, total = lax.div(used, mine) * plan.block, begin + used
+    column, total = lax.div(used, mine) * BLOCK, begin + used
     slot = lax.rem(total, jnp.int32(plan.stages))
     pl.when(total >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
     landed = scratch.full.at[lax.rem(total + plan.stages - plan.flying, jnp.int32(plan.stages))]
@@ -232,7 +210,7 @@ def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, m
     size = fold.rows // halves
     for part in range(fold.parts):
         for half in range(halves):
-            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, plan.block)]
+            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, BLOCK)]
             plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * fold.rows + half * size, size)], full)
     for _ in range(plan.copies - fold.parts * halves):
         plgpu.barrier_arrive(full)  # in place of a copy
@@ -246,7 +224,7 @@ def _input(plan: Plan, refs: Refs, scratch: Scratch, number: int, used: Any) -> 
     pl.when(used >= slots)(lambda: plgpu.barrier_wait(scratch.used.at[slot]))
     target, there = scratch.inputs[plan.columns(number)].at[slot], scratch.there.at[slot]
     for part in range(fold.parts):
-        block = given.at[:, pl.ds(part * fold.part + used * plan.block, plan.block)]
+        block = given.at[:, pl.ds(part * fold.part + used * BLOCK, BLOCK)]
         plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * plan.tokens, plan.tokens)], there)
     for _ in range(plan.parts - fold.parts):
         plgpu.barrier_arrive(there)
@@ -264,9 +242,9 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
             for index, accumulator in enumerate(accumulators):
                 slot = lax.rem(begin + place * count + index, jnp.int32(plan.stages))
                 plgpu.barrier_wait(scratch.full.at[slot])
-                _add(plan, scratch, accumulator, scratch.ring.at[slot], scratch.inputs[columns].at[here])
+                plgpu.wgmma(accumulator, scratch.ring.at[slot], scratch.inputs[columns].at[here].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
                 plgpu.barrier_arrive(scratch.free.at[slot])
-            plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(scratch.used.at[here])
 
         lax.fori_loop(0, fold.length, step, None)
@@ -279,51 +257,29 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
     plgpu.commit_smem()  # what was read there is written by copies next
 
 
-def _add(plan: Plan, scratch: Scratch, accumulator: Any, weight: Any, inputs: Any) -> None:
-    """Add the products of a slot; the weight is read no more."""
-    if plan.stored != jnp.int8:
-        plgpu.wgmma(accumulator, weight, inputs.transpose((1, 0)))
-        plgpu.wgmma_wait(0)
-        return
-    for begin in range(0, plan.block, STEP_INPUTS):
-        place = pl.ds(begin, STEP_INPUTS)
-        values, right = hopper_codes.operand(weight.at[:, place], plan.dtype), inputs.at[:, place].transpose((1, 0))
-        if scratch.spilled is not None:
-            scratch.spilled[...] = values
-            plgpu.commit_smem()
-            values = scratch.spilled
-        plgpu.wgmma(accumulator, values, right)
-        plgpu.wgmma_wait(0 if scratch.spilled is not None else 1)
-
-
 def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, sums: Any) -> None:
     """A tile's results: written, with its norm's weight if one comes next."""
-    fold, tile, moved = plan.folds[number], lax.axis_index("worker") + index * plan.workers, plan.stored == jnp.int8
+    fold, tile = plan.folds[number], lax.axis_index("worker") + index * plan.workers
     size = fold.rows // plan.halves(number)
     grid, rows = Grid(plan.tokens, size), pl.ds(tile * size, size)
-    value = _results(plan, refs, scratch, number, grid, tile, sums)
+    value = _results(plan, scratch, number, grid, sums)
     if number not in plan.before_norms:
-        last = number + 1 == len(plan.links)
-        grid.store((refs.out if last else refs.passed[number]).at[:, rows], value, moved=moved and not last)
+        grid.store((refs.out if number + 1 == len(plan.links) else refs.passed[number]).at[:, rows], value)
         return
     order, offset = plan.before_norms.index(number), plan.links[number + 1].offset
     before = grid.load((refs.total if order else refs.held).at[:, rows])
     stream = (before.astype(jnp.float32) + value.astype(jnp.float32)).astype(plan.dtype)
     grid.store(refs.total.at[:, rows], stream)
     wide, norm = stream.astype(jnp.float32), grid.load(refs.norms[order].at[rows], (0, 1)).astype(jnp.float32)
-    grid.store(refs.passed[number].at[:, rows], (wide * (norm + offset if offset else norm)).astype(plan.dtype), moved=moved)
+    grid.store(refs.passed[number].at[:, rows], (wide * (norm + offset if offset else norm)).astype(plan.dtype))
     count = plan.tokens * pieces(fold)
     grid.store_sums(refs.squares[number].at[pl.ds(tile * count, count)], wide * wide)
 
 
-def _results(plan: Plan, refs: Refs, scratch: Scratch, number: int, grid: Grid, tile: Any, sums: Any) -> Any:
+def _results(plan: Plan, scratch: Scratch, number: int, grid: Grid, sums: Any) -> Any:
     """What a tile's sums come to, in the order of the grid, rounded."""
-    link, halves = plan.links[number], range(plan.halves(number))
-    found = [met(plan.folds[number], grid, sums, half * grid.rows) for half in halves]
-    if refs.scales:
-        places = [pl.ds(half * link.results + tile * grid.rows, grid.rows) for half in halves]
-        scales = [grid.load(refs.scales[number].at[place], (0, 1)).astype(jnp.float32) for place in places]
-        found = [part * scale for part, scale in zip(found, scales, strict=True)]
+    link = plan.links[number]
+    found = [met(plan.folds[number], grid, sums, half * grid.rows) for half in range(plan.halves(number))]
     if link.normed:
         factors = grid.load(scratch.factors, (1, 0))
         found = [part * factors for part in found]

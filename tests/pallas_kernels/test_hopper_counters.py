@@ -46,5 +46,17 @@ def test_the_last_one_clears_its_place():
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     traced = kernel_of(body, plgpu.SMEM((1,), jnp.int32))
-    assert traced.count("last.<locals>.count") == 1 and traced.count("last.<locals>.clear") == 1
-    assert traced.index("last.<locals>.count") < traced.index("last.<locals>.clear")
+    assert traced.count("last.<locals>.count") == 1 and traced.count("_leave_zeros.<locals>.work") == 1
+    assert traced.index("last.<locals>.count") < traced.index("_leave_zeros.<locals>.work")
+
+
+@NEW
+def test_blocks_wait_for_each_other_and_zeros_stay():
+    def body(counters, out, scratch):
+        hopper_counters.tell(counters, 1)
+        hopper_counters.wait(counters, 1, 4)
+        hopper_counters.clear(counters, 2)
+
+    traced = kernel_of(body)
+    places = [traced.index(name) for name in ("tell.<locals>.count", "wait.<locals>.look", "_leave_zeros.<locals>.work")]
+    assert places == sorted(places)

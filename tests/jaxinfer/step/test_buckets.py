@@ -33,7 +33,7 @@ def test_every_batch_within_the_limits_has_a_bucket(sequences, tokens):
 @pytest.mark.parametrize(("sequences", "tokens"), SIZES)
 def test_the_list_is_short_sorted_and_without_doubles(sequences, tokens):
     available = buckets(sequences, tokens)
-    assert len(set(available)) == len(available) <= 20
+    assert len(set(available)) == len(available) <= 25
     assert list(available) == sorted(available)
     assert max(bucket.decode_rows for bucket in available) == sequences
     assert max(bucket.prefill_tokens for bucket in available) == tokens
@@ -44,6 +44,14 @@ def test_a_decode_pays_for_no_prefill():
     chosen = choose(buckets(16, 512), Occupancy(0, 0, 3))
     assert chosen == Bucket(0, 0, 4)
     assert (chosen.tokens, chosen.rows) == (4, 4)
+
+
+def test_rows_and_tokens_that_are_not_there_cost_little_where_each_costs():
+    available = buckets(256, 2048)
+    needs = ((600, 3, 0), (600, 3, 20), (2048, 3, 128), (2048, 3, 129), (33, 1, 5), (0, 0, 150))
+    chosen = [choose(available, Occupancy(*need)) for need in needs]
+    sizes = [(bucket.prefill_tokens, bucket.decode_rows) for bucket in chosen]
+    assert sizes == [(1024, 0), (1024, 128), (2048, 128), (2048, 256), (128, 256), (0, 192)]
 
 
 def test_what_no_bucket_holds_is_an_error():

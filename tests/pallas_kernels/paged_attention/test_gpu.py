@@ -84,15 +84,6 @@ def test_close_to_xla_where_a_kernel_writes(interpreted, case):
     close(case, range(2), BY_KERNEL)
 
 
-@pytest.mark.parametrize("kv_dtype", [None, *longer(["int8"])])
-def test_three_streams_say_what_two_say(interpreted, kv_dtype):
-    """Bit for bit, where rows are cut alike."""
-    case = Case("x", decode_rows=4, page_size=64, pages_per_row=4, kv_heads=2, group=4, dtype="bfloat16", kv_dtype=kv_dtype)
-    inputs = case.make(2, "gpu")
-    two, three = (run_of(case, SMALL._replace(decode_streams=streams))(inputs).out for streams in (2, 3))
-    assert np.asarray(two).any() and np.array_equal(two, three)
-
-
 def without(inputs, rows):
     """The same step in which other rows are empty and their pages are garbage."""
     metadata = inputs["metadata"]
@@ -251,18 +242,6 @@ def test_candidates_fit():
         for sizes in (first, *rest):
             assert gpu.fits(gpu.Sizes(**sizes), key["head_dim"], codes="kv_dtype" in key)
     assert not gpu.fits(SMALL._replace(decode_stages=9), 128)
-
-
-def test_three_streams_are_worth_measuring_where_they_would_run():
-    """With as many blocks as usual for tiles that have two, and as many as fit where there are three."""
-    offered = []
-    for changes in ({}, {"kv_dtype": "int8"}, {"head_dim": 64}, {"head_dim": 256}, {"heads": 128}):
-        key = KEY | changes
-        found = [sizes for sizes in gpu.candidates("gpu", key) if sizes["decode_streams"] == 3]
-        assert all(sizes["decode_stages"] == gpu.heuristic("gpu", key)["decode_stages"] for sizes in found)
-        offered.append(len(found))
-    assert offered == [2, 2, 2, 0, 0]
-    assert gpu_plan.stages_that_fit(3, 3, 128, 8, codes=False) == 2 and gpu_plan.stages_that_fit(6, 3, 64, 8, codes=False) == 4
 
 
 def test_a_kernel_writes_from_one_token_on_where_heads_can_be_dealt_out():
