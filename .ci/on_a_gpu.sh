@@ -59,7 +59,7 @@ for stage in "$@"; do
       done
       ;;
     sanitize)
-      for case in token_chain:layer token_chain:many quantized_matmul:one_narrow; do
+      for case in token_chain:layer token_chain:few token_chain:many quantized_matmul:one_narrow; do
         run "sanitize-${case/:/-}" 250 compute-sanitizer --tool memcheck --show-backtrace device --error-exitcode 3 --print-limit 20 \
           $python .ci/check_on_gpu.py --op "${case%:*}" --repeat 1 --case "${case#*:}"
       done

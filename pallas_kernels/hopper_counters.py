@@ -1,5 +1,5 @@
-"""Memory that the kernels of one Hopper program share: counters by which blocks of threads find out which of them is the last, and room for
-what they send each other (`hopper_mail`).
+"""Memory that the kernels of one Hopper program share: counters by which blocks of threads find out which of them is the last, or wait for
+each other, and room for what they send each other (`hopper_mail`).
 
 It is made of zeros where the program begins (`made`) and passed on as a reference: kernels that have it run one after another. Each leaves
 the counters as it found them, but for the turn. What a block wrote before it counts can be read by whoever has seen the count. jax's

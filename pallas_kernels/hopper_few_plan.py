@@ -23,6 +23,7 @@ SLOT = 2 * TILE * BLOCK  # bytes, of weights
 PARTS = (1, 2, 4)
 MOST_SUMS = 144  # of a thread
 FEWEST_STAGES = 4  # slots of weights
+MOST_SLOTS = 32  # of inputs: as many barriers as there may be together
 FEWEST_WORKERS = 0.875  # of all multiprocessors
 
 
@@ -77,11 +78,15 @@ class Plan(NamedTuple):
 
     def slots(self, number: int) -> int:
         """Blocks of a link's inputs that there is room for."""
-        return self.room // (self.columns(number) * BLOCK * 2)
+        return min(self.room // (self.columns(number) * BLOCK * 2), MOST_SLOTS)
 
     def halves(self, number: int) -> int:
         """Parts of a link's outputs that are tiles together."""
         return 2 if self.links[number].gated else 1
+
+    def squares(self, number: int) -> int:
+        """Sums of squares that a tile of a link leaves: a warp sums for a token."""
+        return max(1, self.folds[number].rows // self.halves(number) // WARP) * self.tokens
 
     @property
     def before_norms(self) -> list[int]:
@@ -119,11 +124,6 @@ def padded(tokens: int) -> int:
     return tokens + -tokens % STEP
 
 
-def pieces(fold: Fold) -> int:
-    """Sums that a token has of a tile's squares: warps sum."""
-    return max(1, fold.rows // WARP)
-
-
 def _folds(link: Link, tokens: int) -> list[Fold]:
     """The ways to fold a weight: such that a tile's numbers go evenly to threads."""
     fitting = [parts for parts in PARTS if link.inputs % (parts * BLOCK) == 0 and link.outputs % (TILE // parts) == 0]
@@ -147,13 +147,14 @@ def plan_of(links: Sequence[Link], tokens: int, dtype: Any, sizes: Sizes) -> Pla
         most = -(-link.outputs // fold.rows // workers)
         return most * fold.parts * tokens * TILE // THREADS > MOST_SUMS, most * fold.rows, fold.parts
 
-    def dealt(workers: int) -> tuple[int, Plan]:
+    def dealt(workers: int) -> tuple[bool, int, Plan]:
         folds = [min(found, key=partial(worth, link, workers)) for link, found in zip(links, ways, strict=True)]
         cost = sum(link.inputs * worth(link, workers, fold)[1] for link, fold in zip(links, folds, strict=True))
-        return cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
+        over = any(worth(link, workers, fold)[0] for link, fold in zip(links, folds, strict=True))
+        return over, cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
 
     cores = hopper.cores()
-    plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[0])[1]
+    plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[:2])[2]
     if plan.sums > MOST_SUMS or plan.stages < FEWEST_STAGES:
         raise ValueError(f"its kernel of several tokens has no room for {max(link.outputs for link in links)} outputs of {tokens} tokens")
     return plan._replace(flying=min(plan.flying, plan.stages))

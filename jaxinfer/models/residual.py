@@ -1,8 +1,8 @@
 """The residual stream on its way through the layers, each of which normalises it and then adds to it.
 
 What a layer's last part adds is not added there but by the norm that comes next, in the next layer or after the last: where tokens are few
-the sum and its norm are one kernel. Nor need a layer's last matmuls be done there: it may say which they are (`Link`), and where there is
-one token they and the first matmul of the next layer are one kernel; where there are many and inputs are int8, what is between two matmuls
+the sum and its norm are one kernel. Nor need a layer's last matmuls be done there: it may say which they are (`Link`), and where there are
+few tokens they and the first matmul of the next layer are one kernel; where there are many and inputs are int8, what is between two matmuls
 is. So a layer takes and returns a `Stream`. This file does not know what layers do.
 """
 

@@ -63,7 +63,7 @@ def buckets(max_sequences: int, max_prefill_tokens: int) -> tuple[Bucket, ...]:
     mixed = [
         Bucket(tokens, prefill_rows(tokens, max_sequences), rows)
         for tokens in _prefill_tokens(max_prefill_tokens)
-        for rows in sorted({0, half if tokens >= 4 * MANY else 0, max_sequences})
+        for rows in sorted({0, half if tokens >= 8 * MANY else 0, max_sequences})
     ]
     return tuple(sorted(decodes + mixed))
 

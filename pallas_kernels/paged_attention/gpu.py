@@ -74,7 +74,8 @@ def fits(sizes: Sizes, head_dim: int, *, codes: bool = False) -> bool:
 
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why these kernels cannot run on a target, or for what is known of a key (see `packing.tuning_key`); None when they can."""
-    page_size, group = int(key.get("page_size", 64)), int(key.get("heads", 1)) // int(key.get("kv_heads", 1))
+    page_size, kv_heads = int(key.get("page_size", 64)), int(key.get("kv_heads", 1))
+    group = int(key.get("heads", kv_heads)) // kv_heads
     reason = hopper.refusal(target, key)
     if reason is not None:
         return reason

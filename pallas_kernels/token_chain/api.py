@@ -16,7 +16,7 @@ from pallas_kernels.checks import describe, require, require_dtype, require_shap
 from pallas_kernels.token_chain.reference import Form, Weight
 
 OP = "token_chain"
-MOST = 16  # tokens that a kernel takes whose inputs are as they are
+MOST, OF_SEVERAL = 16, "bfloat16"  # tokens that kernels take whose inputs are as they are; and if there are several, dtype of all there is
 FEW = 64  # tokens whose int8 matmuls wait for their weights: what is between them is little
 
 
@@ -42,10 +42,11 @@ def token_chain(
     goes on; then comes the matmul, y = (x * smooth) @ (values * scales).T (scales None: values of x's dtype, else int8); where the form is
     gated, silu of y's first half times its second half. Sums are float32, every result is rounded to x's dtype.
 
-    activations "int8" takes int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438):
-    each token's inputs of a matmul are rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339). A token's result depends
-    on that token, the weights and the static shapes alone. counters: the program's, see `hopper_counters`; None: chains of this program
-    must not run at the same time by themselves. Raises ValueError when shapes or dtypes do not fit.
+    activations "int8" takes int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438): each token's inputs of a matmul are
+    rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339). Any number of tokens is right; kernels know one token, up to
+    `MOST` in `OF_SEVERAL`, and many with "int8" (`joins`). A token's result depends on that token, the weights and the static shapes alone.
+    counters: the program's, see `hopper_counters`; None: chains of this program must not run at the same time by themselves. Raises
+    ValueError when shapes or dtypes do not fit.
     """
     check(x, held, weights, norms, forms, activations)
     module = dispatch.resolve(OP, implementation, dispatch.target(), key_of(x, weights, activations))
@@ -56,7 +57,10 @@ def token_chain(
 def joins(x: Array, weights: Sequence[Weight], activations: str, implementation: str) -> bool:
     """Whether some kernel would know several of these links, so that they need not go one after another all the same."""
     target, known = dispatch.target(), key_of(x, weights, activations)
-    if not (x.shape[0] > FEW if activations == "int8" else x.shape[0] <= MOST):
+    if activations == "int8" and x.shape[0] <= FEW:
+        return False
+    several = activations == "float" and x.shape[0] != 1
+    if several and not (x.shape[0] <= MOST and known["dtype"] == known["weight"] == OF_SEVERAL):
         return False
     if implementation == "auto":
         return target.platform == "gpu" and dispatch.choose(OP, implementation, target, known) == "gpu"

@@ -137,6 +137,8 @@ CASES = (
     Case("few", 256, 256, layer(256, 384, 512), weight="plain", tokens=5),
     Case("few_last", 512, 256, layer(256, 256, 0)[:3], weight="plain", tokens=16),
     Case("few_offset", 256, 128, (Part(128), Part(192, normed=True, offset=1.0)), weight="plain", tokens=9),
+    Case("few_norm_first", 128, 128, (Part(192, normed=True, offset=1.0),), weight="plain", tokens=3),
+    Case("few_gated_first", 128, 256, (Part(512, gated=True), Part(256, normed=True)), weight="plain", tokens=8),
     _rounded("many", 128, 256, layer(256, 384, 512), tokens=70),
     _rounded("many_smooth", 128, 256, layer(256, 384, 512), tokens=9, smooth=True),
     _rounded("many_last", 384, 128, layer(128, 128, 0)[:3], tokens=5, dtype="float16"),

@@ -23,7 +23,7 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         return gpu_rows.refusal(key)
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
-    if int(key.get("tokens", 1)) > 1:
+    if int(key.get("tokens", 1)) != 1:
         return hopper_few_plan.refusal(key)
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
     if passed > hopper_mail.MOST:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import hopper, hopper_counters
 from pallas_kernels.hopper import ACC, TILE
-from pallas_kernels.hopper_few_plan import BLOCK, STEP, Plan, Sizes, pieces, plan_of
+from pallas_kernels.hopper_few_plan import BLOCK, STEP, Plan, Sizes, plan_of
 from pallas_kernels.hopper_folds import Link
 from pallas_kernels.hopper_grid import Grid, met
 from pallas_kernels.hopper_token import THREADS, thread
@@ -69,21 +69,29 @@ def run(
     sizes: Sizes,
 ) -> tuple[Array, Array]:
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens = x.shape[0]
+    tokens, links, norms = x.shape[0], list(links), list(norms)
     value, total = (jnp.pad(each, ((0, -tokens % STEP), (0, 0))) for each in (x, held))
 
+    if norms[0] is not None:
+        value, total = _normed(value, total, norms[0], links[0])
+        links[0], norms[0] = links[0]._replace(epsilon=None), None
     if hopper.interpreting():
         for weight, norm, link in zip(weights, norms, links, strict=True):
-            if norm is not None and link.epsilon is not None:
-                total = total + value
-                value = rms_norm(total, norm, epsilon=link.epsilon, offset=link.offset)
+            if norm is not None:
+                value, total = _normed(value, total, norm, link)
             plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, sizes)
             value, _ = _run(value, None, (weight,), (), None, plan=plan, interpreted=True)
         return value[:tokens], total[:tokens]
     plan, found = plan_of(links, value.shape[0], x.dtype, sizes), tuple(norm for norm in norms if norm is not None)
     shared = hopper_counters.made() if counters is None else counters
-    value, total = _run(value, total if found else None, tuple(weights), found, shared, plan=plan, interpreted=False)
-    return value[:tokens], held if total is None else total[:tokens]
+    value, stream = _run(value, total if found else None, tuple(weights), found, shared, plan=plan, interpreted=False)
+    return value[:tokens], (total if stream is None else stream)[:tokens]
+
+
+def _normed(value: Array, total: Array, norm: Array, link: Link) -> tuple[Array, Array]:
+    """What a link with a norm is given, outside of the kernel, and the residual stream."""
+    total = total + value
+    return rms_norm(total, norm, epsilon=link.epsilon or 0.0, offset=link.offset), total
 
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
@@ -101,7 +109,7 @@ def _run(
     shaped = jax.ShapeDtypeStruct
     total = [] if held is None else [shaped(held.shape, plan.dtype)]
     passed = tuple(shaped((plan.tokens, link.results), plan.dtype) for link in plan.links[:-1])
-    squares = tuple(shaped((plan.tiles(number) * pieces(plan.folds[number]) * plan.tokens,), jnp.float32) for number in plan.before_norms)
+    squares = tuple(shaped((plan.tiles(number) * plan.squares(number),), jnp.float32) for number in plan.before_norms)
     made = (shaped((plan.tokens, plan.links[-1].results), plan.dtype), *total, passed, squares)
     given = (x, *([] if held is None else [held]), weights, norms, *([] if counters is None else [counters]))
 
@@ -178,9 +186,9 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
     def _inputs() -> None:
         plgpu.set_max_registers(REGISTERS[2], action="decrease")
         for number, fold in enumerate(plan.folds):
-            if number:
-                hopper_counters.wait(refs.counters, number - 1, plan.workers)
             count = jnp.where(mine[number] > 0, fold.length, 0)
+            if number:  # who copies nothing must not look: it might do so when the last block has left zeros
+                pl.when(count > 0)(partial(hopper_counters.wait, refs.counters, number - 1, plan.workers))
             run = partial(_input, plan, refs, scratch, number)
             lax.fori_loop(0, count, lambda used, _, run=run: run(used), None)
             hopper.drain(lambda slot: scratch.used.at[slot], count, plan.slots(number))
@@ -249,7 +257,7 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
 
         lax.fori_loop(0, fold.length, step, None)
         for index, accumulator in enumerate(accumulators):
-            sums.at[index].transpose((1, 0))[...] = plgpu.layout_cast(accumulator[...], plgpu.Layout.WGMMA_TRANSPOSED)
+            hopper.store(sums.at[index].transpose((1, 0)), plgpu.layout_cast(accumulator[...], plgpu.Layout.WGMMA_TRANSPOSED))
 
     pl.run_scoped(accumulate, *[ACC((TILE, columns), jnp.float32)] * count)
     plgpu.commit_smem()
@@ -272,7 +280,7 @@ def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, su
     grid.store(refs.total.at[:, rows], stream)
     wide, norm = stream.astype(jnp.float32), grid.load(refs.norms[order].at[rows], (0, 1)).astype(jnp.float32)
     grid.store(refs.passed[number].at[:, rows], (wide * (norm + offset if offset else norm)).astype(plan.dtype))
-    count = plan.tokens * pieces(fold)
+    count = plan.squares(number)
     grid.store_sums(refs.squares[number].at[pl.ds(tile * count, count)], wide * wide)
 
 

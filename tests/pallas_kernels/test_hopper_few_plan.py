@@ -38,12 +38,40 @@ def test_every_plan_covers_the_weights_and_fits(chain, tokens, sizes):
     assert plan.sums <= few.MOST_SUMS and plan.stages * few.SLOT + plan.room <= hopper.SHARED_BYTES - 4096
 
 
+@pytest.mark.parametrize("cores", [132, 114, 78, 60, 16])
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_there_are_no_more_barriers_than_a_kernel_may_have(monkeypatch, cores, tokens):
+    """Whatever there is no room for is refused."""
+    monkeypatch.setattr(hopper, "cores", lambda: cores)
+    refused = 0
+    for chain in (LAYER, LARGE, ODD, [Link(5120, 5120), Link(5120, 51200, True, 1e-5), Link(25600, 5120), Link(5120, 10240, False, 1e-5)]):
+        try:
+            plan = plan_of(chain, tokens)
+        except ValueError:
+            refused += 1
+            continue
+        assert max(map(plan.slots, range(len(chain)))) <= 32 and plan.sums <= few.MOST_SUMS
+    assert refused <= (4 if cores == 16 else 3)
+
+
+def test_squares_are_summed_by_warps():
+    plan = plan_of([Link(128, 512, gated=True), Link(256, 256, epsilon=1e-5)], 8)
+    assert plan.folds[0].rows == 64 and plan.halves(0) == 2 and plan.squares(0) == 8
+    assert plan_of([Link(128, 512), Link(512, 256, epsilon=1e-5)], 8).squares(0) == 16
+
+
+def test_the_op_joins_as_many_tokens_as_there_is_a_kernel_for():
+    from pallas_kernels.token_chain import api
+
+    assert api.MOST == few.MOST
+
+
 @pytest.mark.parametrize(("tokens", "stages"), [(8, 11), (16, 9)])
 def test_an_8b_layer_is_dealt_out_evenly(tokens, stages):
     plan = plan_of(LAYER, tokens)
     assert [plan.most(number) * fold.rows for number, fold in enumerate(plan.folds)] == [32, 224, 32, 48]
     assert plan.workers == 128 and plan.stages == stages and plan.before_norms == [0, 2]
-    assert (plan.parts, plan.copies) == (4, 4) and [few.pieces(fold) for fold in plan.folds] == [1, 1, 1, 1]
+    assert (plan.parts, plan.copies) == (4, 4) and [plan.squares(number) for number in (0, 2)] == [tokens, tokens]
     assert all(plan.tiles(number) % plan.workers == 0 for number in range(4))
 
 

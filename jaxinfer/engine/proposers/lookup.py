@@ -119,7 +119,7 @@ class LookupProposer:
     """Prompt lookup for every sequence, each in its own text."""
 
     DEVICE: ClassVar[bool] = False
-    HOPED: ClassVar[float] = 0.5
+    HOPED: ClassVar[float] = 0.5  # what it says is compared with what comes, drafted or not
 
     def __init__(self) -> None:
         self._texts: dict[Key, Lookup] = {}

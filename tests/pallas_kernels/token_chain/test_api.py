@@ -36,7 +36,7 @@ def test_key():
     assert api.key_of(GOOD["x"], [plain])["weight"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("tokens", "activations"), [(1, "float"), (api.MOST, "float"), (api.FEW + 1, "int8")])
+@pytest.mark.parametrize(("tokens", "activations"), [(1, "float"), (api.FEW + 1, "int8")])
 def test_joining_links_is_a_matter_of_what_is_chosen(monkeypatch, tokens, activations):
     given = jnp.ones((tokens, 4), B), GOOD["weights"], activations
     assert not any(api.joins(*given, implementation) for implementation in ("auto", "gpu", "xla", "reference"))  # here is a CPU
@@ -47,7 +47,9 @@ def test_joining_links_is_a_matter_of_what_is_chosen(monkeypatch, tokens, activa
     monkeypatch.setattr(dispatch, "refusal", lambda *given: None)
     assert api.joins(*given, "gpu") and not api.joins(*given, "xla")
     assert not api.joins(jnp.ones((api.FEW, 4), B), GOOD["weights"], "int8", "gpu")  # their matmuls wait for weights
-    assert not api.joins(jnp.ones((api.MOST + 1, 4), B), GOOD["weights"], "float", "gpu")
+    plain = [Weight(weight.values.astype(B)) for weight in GOOD["weights"]]
+    for count, joined in ((1, (True, True)), (2, (True, False)), (api.MOST, (True, False)), (api.MOST + 1, (False, False))):
+        assert tuple(api.joins(jnp.ones((count, 4), B), weights, "float", "gpu") for weights in (plain, GOOD["weights"])) == joined
 
 
 def test_many_tokens_are_rounded_each_by_itself():

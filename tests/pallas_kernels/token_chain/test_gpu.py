@@ -32,6 +32,8 @@ def cores_are_known(monkeypatch):
         (H200, {"out1": 144}, "outputs in multiples of 64, or of 32 or 16 where"),
         (H200, {"in1": 32768, "in2": 32768}, "pass 65792 numbers on, and there is room for 65536"),
         (H200, {}, None),
+        (H200, {"tokens": 0}, "up to 16 tokens, not 0"),
+        (H200, {"tokens": 4}, "tokens and weights in bfloat16, not bfloat16 and int8"),
         (H200, {"weight": "bfloat16"}, None),
         (H200, {"activations": "int8", "tokens": 70, "in1": 32768}, "its kernel between int8 matmuls"),
         (H200, {"activations": "int8", "tokens": 70, "out1": 100}, None),

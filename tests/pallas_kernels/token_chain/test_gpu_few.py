@@ -39,6 +39,23 @@ def test_links_are_one_kernel_whose_blocks_wait_for_each_other(monkeypatch, name
     assert traced.count("last.<locals>.count") == 1  # and the last block leaves zeros
 
 
+@NEW
+@pytest.mark.parametrize("name", ["8b_bfloat16_8", "few", "few_gated_first", "few_norm_first", "few_last"])
+def test_it_lowers_for_a_gpu(monkeypatch, name):
+    """As far as that goes without the plugin; layouts are inferred by then."""
+    monkeypatch.setattr(hopper, "cores", lambda: 132)
+    case = NAMED[name]
+    given = case.described()
+    norms, links = given["norms"], gpu.links_of([weight.values for weight in given["weights"]], given["norms"], case.forms)
+
+    def run(x, held, weights, norms, counters):
+        return gpu_few.run(x, held, weights, norms, links, jax.new_ref(counters), few.Sizes())
+
+    counters = jax.ShapeDtypeStruct((ROOM + 2 * HALF,), jnp.int32)
+    arguments = (given["x"], given["held"], [weight.values for weight in given["weights"]], norms, counters)
+    assert "mosaic_gpu" in jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_a_tokens_results_depend_on_it_alone(interpreted):
     case = NAMED["few"]
     inputs = case.make(0)
