@@ -2,15 +2,15 @@
 
 Steps are compared with the plain ones of the same size that were looked at last, or that a rest timed: whatever else the machine does makes
 both slower. Means count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more
-than `HELD_UP` of its kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know what
-drafts are worth.
+than `HELD_UP` of its kind, for then something else had the processor. Plain steps that drafts make slow do not count. Seconds are those of
+a monotonic clock. This file does not know what drafts are worth.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ START = 6  # so many make what was measured at the start, which counts for two, 
 BEHIND = 4  # steps that are launched one behind the other to see what one takes
 HELD_UP = 2.5  # times what is usual: what takes longer says nothing about its kind
 OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
+CALM = 1.15  # times what plain steps take far from drafts: those near drafts that take longer say nothing of what drafts save
+FAR, THREE = 6, 3  # plain steps far from drafts that tell what they take, the latest; steps with drafts that say whether all are slower
 RECENT = 8  # a plain step that lies further back is no comparison
 
 
@@ -80,6 +82,8 @@ class Costs:
         self._start: dict[tuple[Way, int], float] = {}
         self._plains: dict[int, deque[float]] = {}
         self._usual: dict[int, float] = {}
+        self._calm: dict[int, deque[float]] = {}
+        self._drafted: dict[int, list[float]] = {}  # times what steps with drafts took at the start, since plain ones were far: first, last
         self._latest: dict[tuple[Way, int], int] = {}
         self._ratios: dict[tuple[Way, int], deque[float]] = {}
         self._typical: dict[tuple[Way, int], float] = {}
@@ -97,8 +101,8 @@ class Costs:
         self._start[way, rows] = seconds
         self._sizes.clear()
 
-    def take(self, way: Way, rows: int, seconds: float) -> None:
-        """Note what a step of so many rows took.
+    def take(self, way: Way, rows: int, seconds: float, *, far: bool = False) -> None:
+        """Note what a step of so many rows took. far: no drafts are near.
 
         Raises:
             LookupError: no such step was measured.
@@ -107,8 +111,15 @@ class Costs:
         self._steps += 1
         if way == PLAIN:
             self._latest[PLAIN, size] = self._steps
+            if far:
+                self._calm.setdefault(size, deque(maxlen=FAR)).append(seconds)
+                self._drafted.pop(size, None)
             self._add(size, seconds)
             return
+        if way.width > 1:
+            drafted = self._drafted.setdefault(size, [])
+            drafted.append(seconds / self._start[way, self.size(way, size)])
+            del drafted[THREE:-THREE]
         beside = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
         recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
         if way == FOLLOWED:
@@ -128,6 +139,8 @@ class Costs:
         self._latest[PLAIN, size] = self._steps
         self._plains[size] = deque([seconds] * PLAINS, maxlen=PLAINS)
         self._usual[size] = seconds
+        self._calm[size] = deque([seconds] * FAR, maxlen=FAR)
+        self._drafted.pop(size, None)
 
     def table(self) -> dict[tuple[Way, int], float]:
         """What each program took at the start, in seconds."""
@@ -160,12 +173,20 @@ class Costs:
         found = self._usual.get(size)
         if found is not None:
             return found
-        plains = self._plains.get(size)
-        if not plains:
+        if not self._plains.get(size):
             return self._start[PLAIN, size]
-        most = HELD_UP * _median(plains)
-        found = self._usual[size] = fmean([min(each, most) for each in plains])
+        found = self._usual[size] = _mean(self._calm[size] if self.disturbed(size) else self._plains[size])
         return found
+
+    def disturbed(self, rows: int) -> bool:
+        """Whether plain steps near drafts take longer than those far from them did, and steps with drafts do not: drafts disturb them. On a
+        GPU nothing lies where it lay, and what is launched behind another kind of step is launched anew."""
+        size = self.size(PLAIN, rows)
+        if size not in self._calm or not self._plains.get(size):
+            return False
+        drafted = self._drafted.get(size, [])
+        slower = _median(drafted[-THREE:]) / _median(drafted[:THREE]) if drafted else 1.0
+        return _median(self._plains[size]) > CALM * _median(self._calm[size]) * max(slower, 1.0)
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
@@ -243,6 +264,12 @@ def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[Way, Callable[[], 
     if program.config.draft is not None:
         drafting = Way(bucket.decode_tokens, hidden=True)
         yield drafting, lambda: program.verify(program.forward(packed, Demand.GREEDY), Demand.GREEDY).counts
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of what is usual: no more than `HELD_UP` times that of each."""
+    most = HELD_UP * _median(values)
+    return fmean([min(each, most) for each in values])
 
 
 def _median(values: Iterable[float]) -> float:

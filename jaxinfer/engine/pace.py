@@ -17,6 +17,7 @@ OLD = 128  # plain steps after which what is known of excursions no longer count
 CURIOUS = 2  # asked in vain so often since the last rest, they are left alone until the next
 PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
+SELDOM = 256  # steps with drafts between two looks at what plain steps take far from them
 READING = 32  # asked so often who has more to read, before drafts are believed in again, likewise: 16,384 tokens
 
 
@@ -27,8 +28,8 @@ class Pace:
     been. rest: steps of the next one, twice as many after each, few where drafts gain. age: steps with drafts since plain ones were last
     made to see what these cost; looks: how many of those are still to come; until: the age at which they are due. out: the draft model was
     left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one showed what
-    plain steps take. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones that waited for
-    one; these fade."""
+    plain steps take. apart: plain steps since the last one with drafts; far: steps with drafts until it is looked at again what plain ones
+    take far from drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
@@ -42,6 +43,7 @@ class Pace:
     missed: bool = False
     told: bool = False
     apart: int = APART
+    far: int = 0
     wide: float = WIDE
     returns: float = RETURNS
 
@@ -75,8 +77,16 @@ class Pace:
     def drafted(self) -> None:
         """A step with drafts was made."""
         self.age += 1
+        self.far = max(0, self.far - 1)
         self.apart = self.put_off = 0
         self.wide += 1
+
+    def farther(self, looks: int) -> int:
+        """So many plain steps are worth making; none soon after it was last so."""
+        if self.far:
+            return 0
+        self.far = SELDOM
+        return looks
 
     def gained(self) -> None:
         """Drafts have brought more than they took."""

@@ -262,7 +262,7 @@ class Speculator:
         """Note what a plain step took, unless drafts do not pay and the last rest told that; settle with drafts that lie far back."""
         pace = self._paces[size]
         if pace.drafting or not pace.told or way != PLAIN or not self.costs.known(size):
-            self.costs.take(way, size, seconds)
+            self.costs.take(way, size, seconds, far=pace.apart >= APART)
         if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
             self.asking.charge(size, -gain)  # it is spent on asking for more
             pace.gained()
@@ -317,13 +317,19 @@ class Speculator:
         if best is None:
             return None
         if best.promise > MARGIN and self.allowance.doubts(size):
-            pace.looks = AGAIN
+            pace.looks = self._looks(size) or AGAIN
             return None
         if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
-                pace.looks, pace.until = AGAIN, min(2 * pace.until, FRESH)
+                pace.looks, pace.until = self._looks(size), min(2 * pace.until, FRESH)
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
+
+    def _looks(self, size: int) -> int:
+        """Plain steps that show what these take now: many to find out whether drafts disturb them, none soon after that."""
+        if not self.costs.disturbed(size):
+            return AGAIN
+        return self._paces[size].farther(APART + AGAIN)
 
     def _may_try(self, pace: Pace) -> bool:
         """Whether a trial's cost would show: behind prompts nothing says what launching drafts takes. It is not put off for ever."""

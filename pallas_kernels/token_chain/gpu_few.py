@@ -71,7 +71,6 @@ def run(
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
     tokens, links, norms = x.shape[0], list(links), list(norms)
     value, total = (jnp.pad(each, ((0, -tokens % STEP), (0, 0))) for each in (x, held))
-
     if norms[0] is not None:
         value, total = _normed(value, total, norms[0], links[0])
         links[0], norms[0] = links[0]._replace(epsilon=None), None

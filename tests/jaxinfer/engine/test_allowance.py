@@ -311,6 +311,29 @@ def test_where_drafts_begin_to_pay_they_are_made_again(times, unseen):
     assert min(rates[1:5]) > 0.95 and rates[-1] > 1.4, rates
 
 
+class Restless(Overlapping):
+    """A GPU on which nothing lies where it lay: for 15 steps behind drafts plain steps take the host so much longer, and drafts that soon
+    behind others so much."""
+
+    longer, drafts = 1.5, 1.0
+
+    def roughly(self, width):
+        before, self.behind = self.behind, 0 if width > 1 else self.behind + 1
+        if width > 1:
+            return self.drafts if before <= 15 else 0.0
+        return self.longer if self.behind <= 15 else 0.0
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+@pytest.mark.parametrize(("longer", "drafts"), [(0.3, 0.5), (1.5, 1.0), (1.5, 2.0)])
+def test_what_drafts_were_worth_is_not_believed_for_long_because_they_make_plain_steps_slow(longer, drafts, unseen):
+    world = Restless(1, 0.85, *HOST_BOUND, unseen=unseen, follows=1.05)
+    world.longer, world.drafts, world.behind = longer, drafts, 99
+    assert world.rate(600) > 1.1
+    world.stands = 0.1  # another text
+    assert world.rate(800) > 0.85 and world.rate(800) > 0.97
+
+
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
 def test_drafts_that_nobody_waits_for_pay_soon(times):
     assert Overlapping(1, 0.6, *times, unseen=True).rate(200) > 1.5

@@ -5,6 +5,7 @@ import pytest
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine.costs import (
     ALONE,
+    FAR,
     FOLLOWED,
     HELD_UP,
     KEPT,
@@ -54,6 +55,27 @@ def test_steps_are_compared_with_plain_ones_of_their_time(costs):
     for _ in range(KEPT):
         costs.take(WIDE, 1, 90.0)  # nobody knows what a plain one takes now
     assert costs.ratio(WIDE, 1) == before
+
+
+def test_plain_steps_that_drafts_make_slow_say_nothing_of_what_drafts_save(costs):
+    for _ in range(KNOWN):
+        costs.take(PLAIN, 1, 1.0, far=True)
+    for _ in range(PLAINS):
+        costs.take(WIDE, 1, 2.0)
+        costs.take(PLAIN, 1, 1.8)
+    assert costs.disturbed(1) and costs.seconds(1) == 1.0 and not costs.disturbed(4)
+    for _ in range(KEPT):
+        costs.take(WIDE, 1, 3.7)  # all are slower
+    assert not costs.disturbed(1) and costs.seconds(1) == 1.0  # until a plain one says so
+    costs.take(PLAIN, 1, 1.8)
+    assert costs.seconds(1) == pytest.approx(1.8)
+    for _ in range(FAR):
+        costs.take(PLAIN, 1, 1.8, far=True)
+    for _ in range(PLAINS):
+        costs.take(PLAIN, 1, 3.0)
+    assert costs.disturbed(1) and costs.seconds(1) == pytest.approx(1.8)
+    costs.rested(1, 3.0)
+    assert not costs.disturbed(1) and costs.seconds(1) == 3.0
 
 
 def test_a_way_that_takes_long_now_and_then_is_dear_but_no_step_counts_for_everything(costs):

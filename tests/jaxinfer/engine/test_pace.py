@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, WIDE, Pace
+from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, SELDOM, WIDE, Pace
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
 
@@ -29,6 +29,15 @@ def test_who_reads_on_and_on_is_doubted():
     assert pace.drafting
     pace.reading()
     assert not pace.drafting
+
+
+def test_what_steps_take_far_from_drafts_is_seldom_looked_at():
+    pace = Pace()
+    assert pace.farther(20) == 20
+    for _ in range(SELDOM):
+        assert pace.farther(20) == 0
+        pace.drafted()
+    assert pace.farther(20) == 20
 
 
 def test_steady_plain_steps_are_looks_and_a_long_time_without_drafts_begins_anew():

@@ -257,7 +257,7 @@ def test_what_is_said_about_a_text_that_goes_on_meanwhile_is_worth_less():
 def test_promises_are_believed_as_long_as_they_have_not_cost_too_much():
     made = speculator(Fixed((7, 8, 9)))
     made.history.take = lambda *args: None  # nothing is learnt
-    made.costs.take = lambda *args: None
+    made.costs.take = lambda *args, **more: None
     drafted = 0
     for _ in range(100):
         drafts = made.propose(candidates()).get(("0", 0), ())
