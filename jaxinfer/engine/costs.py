@@ -112,11 +112,10 @@ class Costs:
         if way == PLAIN:
             self._latest[PLAIN, size] = self._steps
             if far:
-                self._calm.setdefault(size, deque(maxlen=FAR)).append(seconds)
-                self._drafted.pop(size, None)
+                self._add_far(size, seconds)
             self._add(size, seconds)
             return
-        if way.width > 1:
+        if way.width > 1 and seconds > 0:
             drafted = self._drafted.setdefault(size, [])
             drafted.append(seconds / self._start[way, self.size(way, size)])
             del drafted[THREE:-THREE]
@@ -124,6 +123,8 @@ class Costs:
         recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
         if way == FOLLOWED:
             self._latest[FOLLOWED, size] = self._steps
+            if far:
+                self._add_far(size, seconds / self.ratio(FOLLOWED, size))
             if not recent:
                 self._add(size, seconds / self.ratio(FOLLOWED, size))
         if recent:
@@ -175,7 +176,8 @@ class Costs:
             return found
         if not self._plains.get(size):
             return self._start[PLAIN, size]
-        found = self._usual[size] = _mean(self._calm[size] if self.disturbed(size) else self._plains[size])
+        found = _mean(self._calm[size]) * self._slower(size) if self.disturbed(size) else _mean(self._plains[size])
+        self._usual[size] = found
         return found
 
     def disturbed(self, rows: int) -> bool:
@@ -184,9 +186,12 @@ class Costs:
         size = self.size(PLAIN, rows)
         if size not in self._calm or not self._plains.get(size):
             return False
+        return _median(self._plains[size]) > CALM * _median(self._calm[size]) * self._slower(size)
+
+    def _slower(self, size: int) -> float:
+        """How many times as long steps with drafts take as they did when plain ones were last far from them; at least once."""
         drafted = self._drafted.get(size, [])
-        slower = _median(drafted[-THREE:]) / _median(drafted[:THREE]) if drafted else 1.0
-        return _median(self._plains[size]) > CALM * _median(self._calm[size]) * max(slower, 1.0)
+        return max(_median(drafted[-THREE:]) / _median(drafted[:THREE]), 1.0) if len(drafted) >= THREE else 1.0
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
@@ -211,6 +216,14 @@ class Costs:
                 raise LookupError(f"no {way} step of {rows} rows was measured")
             found = self._sizes[way, rows] = min(sizes)
         return found
+
+    def _add_far(self, size: int, seconds: float) -> None:
+        """Note a plain step that no drafts are near; those of a machine that has become slower since are forgotten."""
+        if self._slower(size) > CALM:
+            self._calm.pop(size, None)
+        self._calm.setdefault(size, deque(maxlen=FAR)).append(seconds)
+        self._drafted.pop(size, None)
+        self._usual.pop(size, None)
 
     def _add(self, size: int, seconds: float) -> None:
         """Note a plain step; what one usually takes is worked out when somebody asks, which is seldom where drafts do not pay."""

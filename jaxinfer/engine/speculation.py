@@ -263,7 +263,7 @@ class Speculator:
         pace = self._paces[size]
         if pace.drafting or not pace.told or way != PLAIN or not self.costs.known(size):
             self.costs.take(way, size, seconds, far=pace.apart >= APART)
-        if pace.apart >= AGAIN and (gain := self.allowance.settle(size)):
+        if pace.apart >= AGAIN and not pace.looks and (gain := self.allowance.settle(size)):
             self.asking.charge(size, -gain)  # it is spent on asking for more
             pace.gained()
 
@@ -321,7 +321,8 @@ class Speculator:
             return None
         if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
-                pace.looks, pace.until = self._looks(size), min(2 * pace.until, FRESH)
+                pace.looks = self._looks(size)
+                pace.until = min(2 * pace.until, FRESH) if pace.looks else pace.until
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
 

@@ -334,6 +334,18 @@ def test_what_drafts_were_worth_is_not_believed_for_long_because_they_make_plain
     assert world.rate(800) > 0.85 and world.rate(800) > 0.97
 
 
+@pytest.mark.parametrize("unseen", [False, True])
+def test_a_machine_that_gets_slower_is_no_fault_of_drafts_that_make_plain_steps_slow(unseen):
+    world = Restless(1, 0.85, *HOST_BOUND, unseen=unseen, follows=1.05)
+    world.drafts, world.behind = 2.0, 99
+    rates = [world.rate(600)]
+    world.launch, world.commit, world.plain, world.wide, world.longer, world.drafts = (
+        1.5 * each for each in (world.launch, world.commit, world.plain, world.wide, world.longer, world.drafts)
+    )
+    rates += [world.rate(300) for _ in range(5)]  # in plain steps of now
+    assert min(rates) > 1.15, rates
+
+
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
 def test_drafts_that_nobody_waits_for_pay_soon(times):
     assert Overlapping(1, 0.6, *times, unseen=True).rate(200) > 1.5
