@@ -88,6 +88,10 @@ class Pace:
         self.far = SELDOM
         return looks
 
+    def look(self, looks: int, most: int) -> None:
+        """So many plain steps are due; if any, the next are at twice the age, or at `most`."""
+        self.looks, self.until = looks, min(2 * self.until, most) if looks else self.until
+
     def gained(self) -> None:
         """Drafts have brought more than they took."""
         self.rest = SHORTEST

@@ -321,8 +321,7 @@ class Speculator:
             return None
         if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
-                pace.looks = self._looks(size)
-                pace.until = min(2 * pace.until, FRESH) if pace.looks else pace.until
+                pace.look(self._looks(size), FRESH)
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
 

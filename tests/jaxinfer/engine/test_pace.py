@@ -40,6 +40,13 @@ def test_what_steps_take_far_from_drafts_is_seldom_looked_at():
     assert pace.farther(20) == 20
 
 
+def test_looks_come_at_twice_the_age_if_there_were_any():
+    pace = Pace(until=8)
+    for looks, until in ((5, 16), (0, 16), (5, 20), (5, 20)):
+        pace.look(looks, 20)
+        assert (pace.looks, pace.until) == (looks, until)
+
+
 def test_steady_plain_steps_are_looks_and_a_long_time_without_drafts_begins_anew():
     pace = Pace(looks=2, until=64, apart=0)
     pace.drafted()
