@@ -21,18 +21,16 @@ MOST, STEP = 16, 8  # tokens; they are filled up to a multiple
 BLOCK = 128  # inputs of a slot
 SLOT = 2 * TILE * BLOCK  # bytes, of weights
 PARTS = (1, 2, 4)
-MOST_SUMS = 144  # of a thread
-FEWEST_STAGES = 4  # slots of weights
+MOST_SUMS = 144  # of a thread; they leave room for nine slots of weights
+INPUTS = 4096  # bytes of shared memory for inputs of each token, and for the sums of a link's tiles in turn, more if these want it
 MOST_SLOTS = 32  # of inputs: as many barriers as there may be together
 FEWEST_WORKERS = 0.875  # of all multiprocessors
 
 
 class Sizes(NamedTuple):
-    """Slots of weights that are on their way at most (see `hopper_folds.Sizes`); bytes of shared memory for each token's inputs, and for
-    the sums of a link's tiles in turn, more if these want it."""
+    """Slots of weights that are on their way at most (see `hopper_folds.Sizes`)."""
 
     flying: int = 4
-    inputs: int = 4096
 
 
 CANDIDATES = (Sizes(), Sizes(6), Sizes(3))
@@ -47,12 +45,11 @@ class Plan(NamedTuple):
     tokens: int
     dtype: Any
     flying: int
-    inputs: int
 
     @property
     def room(self) -> int:
         """Bytes for inputs, and for sums in turn."""
-        return max(self.inputs * self.tokens, *(4 * TILE * self.most(link) * self.columns(link) for link in range(len(self.links))))
+        return max(INPUTS * self.tokens, *(4 * TILE * self.most(link) * self.columns(link) for link in range(len(self.links))))
 
     @property
     def stages(self) -> int:
@@ -145,16 +142,16 @@ def plan_of(links: Sequence[Link], tokens: int, dtype: Any, sizes: Sizes) -> Pla
 
     def worth(link: Link, workers: int, fold: Fold) -> tuple[bool, int, int]:
         most = -(-link.outputs // fold.rows // workers)
-        return most * fold.parts * tokens * TILE // THREADS > MOST_SUMS, most * fold.rows, fold.parts
+        return most * fold.parts * tokens * TILE // THREADS > MOST_SUMS, most * fold.rows, fold.parts  # see `Plan.sums`
 
     def dealt(workers: int) -> tuple[bool, int, Plan]:
         folds = [min(found, key=partial(worth, link, workers)) for link, found in zip(links, ways, strict=True)]
         cost = sum(link.inputs * worth(link, workers, fold)[1] for link, fold in zip(links, folds, strict=True))
-        over = any(worth(link, workers, fold)[0] for link, fold in zip(links, folds, strict=True))
-        return over, cost, Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
+        plan = Plan(tuple(links), tuple(folds), workers, tokens, jnp.dtype(dtype), *sizes)
+        return plan.sums > MOST_SUMS, cost, plan
 
     cores = hopper.cores()
-    plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[:2])[2]
-    if plan.sums > MOST_SUMS or plan.stages < FEWEST_STAGES:
+    over, _, plan = min(map(dealt, range(max(1, math.ceil(cores * FEWEST_WORKERS)), cores + 1)), key=lambda each: each[:2])
+    if over:
         raise ValueError(f"its kernel of several tokens has no room for {max(link.outputs for link in links)} outputs of {tokens} tokens")
-    return plan._replace(flying=min(plan.flying, plan.stages))
+    return plan

@@ -257,15 +257,16 @@ def _consume(plan: Plan, refs: Refs, scratch: Scratch, number: int, mail: Any, f
     plgpu.commit_smem()
     sums = [hopper_token.meeting(fold, plan.right, scratch.sums[columns], half * size, size) for half in range(len(scales))]
     found = [part * scale * factor for part, scale in zip(sums, scales, strict=True)]  # a small factor last: the scale alone may be lost
-    result = _swiglu(plan, *found) if link.gated else found[0]
+    result = swiglu(plan.dtype, *found) if link.gated else found[0]
     if number < len(plan.links) - 1:
         mail.post(_first(plan, number) + tile * size, result.astype(plan.dtype), size)
     else:
         hopper_token.leave(refs.out.at[pl.ds(tile * size, size)], result.astype(plan.made))
 
 
-def _swiglu(plan: Plan, gate: Any, up: Any) -> Any:
-    gate, up = (values.astype(plan.dtype).astype(jnp.float32) for values in (gate, up))
+def swiglu(dtype: Any, gate: Any, up: Any) -> Any:
+    """silu(gate) * up of a gated link's two results, each rounded to the dtype first; float32."""
+    gate, up = (values.astype(dtype).astype(jnp.float32) for values in (gate, up))
     return gate / (1.0 + jnp.exp(-gate)) * up
 
 

@@ -30,7 +30,7 @@ BEHIND = 4  # steps that are launched one behind the other to see what one takes
 HELD_UP = 2.5  # times what is usual: what takes longer says nothing about its kind
 OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
 CALM = 1.15  # times what plain steps take far from drafts: those near drafts that take longer say nothing of what drafts save
-FAR, THREE = 6, 3  # plain steps far from drafts that tell what they take, the latest; steps with drafts that say whether all are slower
+FAR, ENDS = 6, 3  # plain steps far from drafts that tell what they take, the latest; steps with drafts that say whether all are slower
 RECENT = 8  # a plain step that lies further back is no comparison
 
 
@@ -118,7 +118,7 @@ class Costs:
         if way.width > 1 and seconds > 0:
             drafted = self._drafted.setdefault(size, [])
             drafted.append(seconds / self._start[way, self.size(way, size)])
-            del drafted[THREE:-THREE]
+            del drafted[ENDS:-ENDS]
         beside = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
         recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
         if way == FOLLOWED:
@@ -191,7 +191,7 @@ class Costs:
     def _slower(self, size: int) -> float:
         """How many times as long steps with drafts take as they did when plain ones were last far from them; at least once."""
         drafted = self._drafted.get(size, [])
-        return max(_median(drafted[-THREE:]) / _median(drafted[:THREE]), 1.0) if len(drafted) >= THREE else 1.0
+        return max(_median(drafted[-ENDS:]) / _median(drafted[:ENDS]), 1.0) if len(drafted) >= ENDS else 1.0
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""

@@ -147,9 +147,9 @@ CASES = (
     _rounded("none", 128, 128, (Part(128, normed=True),), tokens=0),
 )
 
-FEW = (("", 1), ("_8", 8), ("_16", 16))
 TUNING = (
     Case("8b_int8", 4096, 4096, layer(4096, 14336, 6144)),
-    *(Case(f"8b_bfloat16{name}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=n) for name, n in FEW),
+    Case("8b_bfloat16", 4096, 4096, layer(4096, 14336, 6144), weight="plain"),
+    *(Case(f"8b_bfloat16_{tokens}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=tokens) for tokens in (8, 16)),
     *(_rounded(f"8b_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (512, 2048, 8192)),
 )

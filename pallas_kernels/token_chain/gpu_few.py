@@ -21,9 +21,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import hopper, hopper_counters
 from pallas_kernels.hopper import ACC, TILE
-from pallas_kernels.hopper_few_plan import BLOCK, STEP, Plan, Sizes, plan_of
+from pallas_kernels.hopper_few_plan import BLOCK, Plan, Sizes, padded, plan_of
 from pallas_kernels.hopper_folds import Link
 from pallas_kernels.hopper_grid import Grid, met
+from pallas_kernels.hopper_links import swiglu
 from pallas_kernels.hopper_token import THREADS, thread
 from pallas_kernels.norm import rms_norm
 
@@ -70,7 +71,7 @@ def run(
 ) -> tuple[Array, Array]:
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
     tokens, links, norms = x.shape[0], list(links), list(norms)
-    value, total = (jnp.pad(each, ((0, -tokens % STEP), (0, 0))) for each in (x, held))
+    value, total = (jnp.pad(each, ((0, padded(tokens) - tokens), (0, 0))) for each in (x, held))
     if norms[0] is not None:
         value, total = _normed(value, total, norms[0], links[0])
         links[0], norms[0] = links[0]._replace(epsilon=None), None
@@ -290,12 +291,7 @@ def _results(plan: Plan, scratch: Scratch, number: int, grid: Grid, sums: Any) -
     if link.normed:
         factors = grid.load(scratch.factors, (1, 0))
         found = [part * factors for part in found]
-    return _swiglu(plan, *found) if link.gated else found[0].astype(plan.dtype)
-
-
-def _swiglu(plan: Plan, gate: Any, up: Any) -> Any:
-    gate, up = (values.astype(plan.dtype).astype(jnp.float32) for values in (gate, up))
-    return (gate / (1.0 + jnp.exp(-gate)) * up).astype(plan.dtype)
+    return (swiglu(plan.dtype, *found) if link.gated else found[0]).astype(plan.dtype)
 
 
 def _factors(plan: Plan, refs: Refs, scratch: Scratch, number: int) -> None:

@@ -28,7 +28,7 @@ def plan_of(chain, tokens=16, sizes=few.CANDIDATES[0]):
 @pytest.mark.parametrize("sizes", few.CANDIDATES)
 def test_every_plan_covers_the_weights_and_fits(chain, tokens, sizes):
     plan = plan_of(chain, tokens, sizes)
-    assert plan.links == tuple(chain) and 115 <= plan.workers <= 132 and 1 <= plan.flying <= plan.stages >= few.FEWEST_STAGES
+    assert plan.links == tuple(chain) and 115 <= plan.workers <= 132 and 1 <= plan.flying < plan.stages
     for number, (link, fold) in enumerate(zip(plan.links, plan.folds, strict=True)):
         assert plan.tiles(number) * fold.rows == link.outputs and fold.parts * fold.rows == 64
         assert fold.parts * fold.length * fold.block == link.inputs and fold.block == few.BLOCK
