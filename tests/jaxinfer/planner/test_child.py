@@ -59,7 +59,7 @@ def test_defaults_of_context_and_output():
 def test_the_longest_context_is_the_architectures_own():
     inner = {name: value for name, value in CONFIG.items() if name != "max_position_embeddings"}
     gemma = {"model_type": "gemma3", "text_config": inner}
-    assert planned("cpu-1", context=32768, values=gemma).settings["context"] == 32768
+    assert planned("cpu-1", context=1024, values=gemma).settings["context"] == 1024
     with pytest.raises(ConfigError, match="--context 131073 exceeds the 131072 tokens"):
         planned("cpu-1", context=131073, values=gemma)
 

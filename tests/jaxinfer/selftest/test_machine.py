@@ -74,7 +74,7 @@ def volume(seeds):
     return counts
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [0, 1, *(pytest.param(part, marks=pytest.mark.ci) for part in range(2, 8))])
 def test_random_traffic(part):
     volume(range(25 * part, 25 * part + 25))
 
