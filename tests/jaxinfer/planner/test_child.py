@@ -56,10 +56,11 @@ def test_defaults_of_context_and_output():
     assert planned(context=16, output=None).settings["output"] == 4
 
 
-def test_the_longest_context_is_the_architectures_own():
+@pytest.mark.parametrize("context", [1024, pytest.param(32768, marks=pytest.mark.ci)])
+def test_the_longest_context_is_the_architectures_own(context):
     inner = {name: value for name, value in CONFIG.items() if name != "max_position_embeddings"}
     gemma = {"model_type": "gemma3", "text_config": inner}
-    assert planned("cpu-1", context=1024, values=gemma).settings["context"] == 1024
+    assert planned("cpu-1", context=context, values=gemma).settings["context"] == context
     with pytest.raises(ConfigError, match="--context 131073 exceeds the 131072 tokens"):
         planned("cpu-1", context=131073, values=gemma)
 
