@@ -347,8 +347,8 @@ def test_a_machine_that_gets_slower_is_no_fault_of_drafts_that_make_plain_steps_
 
 
 def drawn(draw, seed):
-    """An engine drawn at random: plain steps near drafts take longer, steps with drafts were misjudged at the start, and mostly 600 steps in
-    which drafts paid lie behind it."""
+    """An engine drawn at random: plain steps near drafts take longer, steps with drafts were misjudged at the start, and mostly drafts have
+    paid for 600 steps."""
     longer, drafts = draw.choice((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)), draw.choice((0, 0.3, 0.5, 0.8, 1.2))
     misjudged = {3: draw.choice((0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.45)), 5: draw.choice((0.6, 0.8, 1, 1.3))}
     stands, paid = draw.choice((0.1, 0.27, 0.35)), draw.random() < 0.7
