@@ -2,6 +2,8 @@
 
 import random
 from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from statistics import median
 from types import SimpleNamespace
 
@@ -363,15 +365,22 @@ def drawn(draw, seed):
     return world
 
 
-@pytest.mark.ci
-def test_few_engines_drawn_at_random_lose_for_good():
-    """None should; these are as many as do (LOG.md)."""
+def rates_of_drawn(count):
+    """What so many keep of the speed without drafts in 2,400 steps behind the first 600."""
     draw, rates = random.Random(1), []
-    for seed in range(40):
+    for seed in range(count):
         world = drawn(draw, seed)
         world.rate(600)
-        rates.append(world.rate(1200))
-    assert sum(rate < 0.97 for rate in rates) <= 4 and min(rates) > 0.82, sorted(rates)[:20]
+        rates.append(world.rate(2400))
+    return rates
+
+
+@pytest.mark.ci
+def test_few_engines_drawn_at_random_lose_for_good():
+    """None should; these are as many as do (LOG.md). In a process that checks no types: here it takes seven times as long."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        rates = pool.submit(rates_of_drawn, 350).result()
+    assert sum(rate < 0.97 for rate in rates) <= 14 and min(rates) > 0.82, sorted(rates)[:20]
 
 
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])
