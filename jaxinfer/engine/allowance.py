@@ -1,31 +1,48 @@
 """What drafts may cost where it is not certain that they pay: little, whatever was believed about them. Plain Python.
 
 Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for
-trials; a step with drafts is charged what it took beyond what its tokens cost without, by the clock, as soon as plain steps around it have
-shown what these take: a machine that gets slower is no fault of drafts. So even where every belief is wrong the loss is
-that share of the time, and `start` - `DEEPEST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
+trials; a step with drafts, and plain ones close behind it, are charged what they took beyond what their tokens cost without, by the clock.
+A machine that gets slower or faster is no fault of drafts: what a plain step takes is known a few steps later, so each waits that long, and
+the dearer of what plain steps were thought to take then and are known to take now counts. So even where every belief is wrong the loss is
+that share of the time, and `START` - `DEEPEST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
 This file does not know why a step has drafts.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SHARE = 0.003
 START = 2.0
-GAINED = 6.0
-MOST = 16.0  # what is saved up for a dear trial
+GAINED = 12.0
+MOST = 16.0  # what is saved up for a dear trial, and what is gained at most before it is settled
+LATE = 6  # steps with drafts after which it is known what plain ones take
 DEEPEST = -4.0  # no lower by what was open: a machine that has become faster meanwhile is no fault of drafts either
 LEAST = -2.0  # below it drafts are made only if they can be paid, whatever they promise
 
 
+class Step(NamedTuple):
+    """One with drafts and the plain ones close behind it: how long they took, the tokens of a row that they brought, and what a plain step
+    was thought to take then."""
+
+    seconds: float
+    tokens: float
+    plain: float
+
+    def gain(self, plain: float) -> float:
+        """Tokens beyond those of plain steps, in plain steps."""
+        return self.tokens - self.seconds / max(self.plain, plain)
+
+
 @dataclass
 class Unsettled:
-    """Steps that are not charged yet: how long they took, and the tokens of a row that they brought."""
+    """Steps that are not charged yet. gain: of those whose price is known, in plain steps; latest: the others."""
 
-    seconds: float = 0.0
-    tokens: float = 0.0
+    gain: float = 0.0
+    latest: deque[Step] = field(default_factory=deque)
 
 
 @dataclass
@@ -45,25 +62,36 @@ class Allowance:
         settled = self._settled.get(size, self.start)
         if size not in self._open:
             return settled
-        gain = self._open[size].tokens - self._open[size].seconds / self.plain(size)
+        gain = self._gain(size)
         return settled + (max(gain, min(0.0, DEEPEST - settled)) if gain < 0 else max(0.0, min(gain, GAINED - settled)))
 
     def earn(self, size: int, steps: int = 1) -> None:
         """So many steps without drafts were made."""
         self._settled[size] = min(self._settled.get(size, self.start) + self.share * steps, self.most)
 
-    def owe(self, size: int, seconds: float, tokens: float) -> None:
-        """A step because of drafts took so long, and brought so many tokens for each of its rows."""
-        found = self._open.setdefault(size, Unsettled())
-        found.seconds += seconds
-        found.tokens += tokens
+    def owe(self, size: int, seconds: float, tokens: float, *, near: bool = False) -> None:
+        """A step because of drafts took so long, and brought so many tokens for each of its rows. near: a plain one close
+        behind another."""
+        found, plain = self._open.setdefault(size, Unsettled()), self.plain(size)
+        if near and found.latest:
+            last = found.latest[-1]
+            found.latest[-1] = last._replace(seconds=last.seconds + seconds, tokens=last.tokens + tokens)
+            return
+        found.latest.append(Step(seconds, tokens, plain))
+        if len(found.latest) > LATE:
+            found.gain = min(found.gain + found.latest.popleft().gain(plain), MOST)
 
     def settle(self, size: int) -> float:
         """Charge what is open; how many plain steps it has gained, none if it cost some."""
         if size not in self._open:
             return 0.0
-        self._settled[size], found = self.balance(size), self._open.pop(size)
-        return max(0.0, found.tokens - found.seconds / self.plain(size))
+        gain, self._settled[size] = self._gain(size), self.balance(size)
+        del self._open[size]
+        return max(0.0, gain)
+
+    def _gain(self, size: int) -> float:
+        found, plain = self._open[size], self.plain(size)
+        return found.gain + sum(step.gain(plain) for step in found.latest)
 
     def charge(self, size: int, price: float) -> None:
         """Charge so many plain steps besides; below 0 they are paid in."""

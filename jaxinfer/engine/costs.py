@@ -1,9 +1,11 @@
 """What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
 
-Steps are compared with the plain ones of the same size that were looked at last, or that a rest timed: whatever else the machine does makes
-both slower. Means count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for more
-than `HELD_UP` of its kind, for then something else had the processor. Plain steps that drafts make slow do not count. Seconds are those of
-a monotonic clock. This file does not know what drafts are worth.
+Steps are compared with plain ones of the same size that lie far from drafts, or that a rest timed: close behind drafts plain steps may take
+longer (on a GPU nothing lies where it lay, and what is launched behind another kind of step is launched anew), and beside those drafts
+would seem to pay that made them slow. Until plain steps are far again, those with drafts tell whether the machine has become slower or
+faster meanwhile. Means count on both sides: a way that takes long now and then is dear, which medians would hide; but no step counts for
+more than `HELD_UP` of its kind, for then something else had the processor. Seconds are those of a monotonic clock. This file does not know
+what drafts are worth.
 """
 
 from __future__ import annotations
@@ -22,16 +24,15 @@ from jaxinfer.step.inputs import pack
 from jaxinfer.step.program import Program
 
 ROUNDS = 5
-PLAINS = 8  # plain steps that others are compared with, the latest
+PLAINS = 8  # plain steps far from drafts that others are compared with, the latest
 KNOWN = 6  # so many tell what one takes
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
 BEHIND = 4  # steps that are launched one behind the other to see what one takes
 HELD_UP = 2.5  # times what is usual: what takes longer says nothing about its kind
 OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
-CALM = 1.15  # times what plain steps take far from drafts: those near drafts that take longer say nothing of what drafts save
-FAR, ENDS = 6, 3  # plain steps far from drafts that tell what they take, the latest; steps with drafts that say whether all are slower
-RECENT = 8  # a plain step that lies further back is no comparison
+TURNS = 5  # steps with drafts that tell what these took when plain ones were far from them last, and as many what they take now
+RECENT = 16  # a plain step that lies further back says nothing of what a draft model takes that keeps up
 
 
 class Way(NamedTuple):
@@ -82,13 +83,14 @@ class Costs:
         self._start: dict[tuple[Way, int], float] = {}
         self._plains: dict[int, deque[float]] = {}
         self._usual: dict[int, float] = {}
-        self._calm: dict[int, deque[float]] = {}
-        self._drafted: dict[int, list[float]] = {}  # times what steps with drafts took at the start, since plain ones were far: first, last
-        self._latest: dict[tuple[Way, int], int] = {}
+        self._begun: dict[int, dict[Way, list[float]]] = {}  # what steps with drafts took, behind others, since plain ones were far
+        self._turns: dict[int, deque[float]] = {}  # and how many times as long they took, the latest
+        self._latest: dict[int, int] = {}  # when a plain step was seen last
         self._ratios: dict[tuple[Way, int], deque[float]] = {}
         self._typical: dict[tuple[Way, int], float] = {}
         self._compared: dict[tuple[Way, int], int] = {}
         self._sizes: dict[tuple[Way, int], int] = {}
+        self._seen: set[tuple[Way, int]] = set()
         self._steps = 0
 
     @property
@@ -101,47 +103,39 @@ class Costs:
         self._start[way, rows] = seconds
         self._sizes.clear()
 
-    def take(self, way: Way, rows: int, seconds: float, *, far: bool = False) -> None:
+    def take(self, way: Way, rows: int, seconds: float, *, far: bool = False) -> float:
         """Note what a step of so many rows took. far: no drafts are near.
+
+        Returns what is to be charged for it: the first of its kind touches everything for the first time, so it says nothing and counts
+        for no more than was measured at the start.
 
         Raises:
             LookupError: no such step was measured.
         """
         size = self.size(PLAIN, rows)
         self._steps += 1
-        if way == PLAIN:
-            self._latest[PLAIN, size] = self._steps
-            if far:
-                self._add_far(size, seconds)
+        if (way, size) not in self._seen:
+            self._seen.add((way, size))
+            return min(seconds, self.ratio(way, size) * self.seconds(size))
+        if way.width > 1 and seconds > 0 and not far:
+            self._turn(way, size, seconds)
+        elif way in (PLAIN, FOLLOWED) and not far and self.known(size):
+            return seconds
+        if way == FOLLOWED and self._steps - self._latest.get(size, -RECENT) > RECENT:
+            self._add(size, seconds / self.ratio(FOLLOWED, size))
+        elif way == PLAIN:
+            self._latest[size] = self._steps
             self._add(size, seconds)
-            return
-        if way.width > 1 and seconds > 0:
-            drafted = self._drafted.setdefault(size, [])
-            drafted.append(seconds / self._start[way, self.size(way, size)])
-            del drafted[ENDS:-ENDS]
-        beside = (PLAIN,) if way == FOLLOWED else (PLAIN, FOLLOWED)
-        recent = any(self._steps - self._latest.get((plain, size), -OLD) <= RECENT for plain in beside)
-        if way == FOLLOWED:
-            self._latest[FOLLOWED, size] = self._steps
-            if far:
-                self._add_far(size, seconds / self.ratio(FOLLOWED, size))
-            if not recent:
-                self._add(size, seconds / self.ratio(FOLLOWED, size))
-        if recent:
-            if self._old(way, size):
-                self._ratios.pop((way, size), None)
-            self._compared[way, size] = self._steps
-            ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
-            ratios.append(min(seconds / self.seconds(size), HELD_UP * self._measured(way, size)))
-            self._typical[way, size] = fmean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
+        else:
+            self._compare(way, size, seconds)
+        return seconds
 
     def rested(self, size: int, seconds: float) -> None:
         """Note what plain steps of a size took where no drafts were near: no others count beside them."""
-        self._latest[PLAIN, size] = self._steps
-        self._plains[size] = deque([seconds] * PLAINS, maxlen=PLAINS)
-        self._usual[size] = seconds
-        self._calm[size] = deque([seconds] * FAR, maxlen=FAR)
-        self._drafted.pop(size, None)
+        self._latest[size] = self._steps
+        self._plains.pop(size, None)
+        for _ in range(PLAINS):
+            self._add(size, seconds)
 
     def table(self) -> dict[tuple[Way, int], float]:
         """What each program took at the start, in seconds."""
@@ -176,22 +170,9 @@ class Costs:
             return found
         if not self._plains.get(size):
             return self._start[PLAIN, size]
-        found = _mean(self._calm[size]) * self._slower(size) if self.disturbed(size) else _mean(self._plains[size])
-        self._usual[size] = found
+        turns = self._turns.get(size, ())
+        found = self._usual[size] = _mean(self._plains[size]) * (_median(turns) if len(turns) == TURNS else 1.0)
         return found
-
-    def disturbed(self, rows: int) -> bool:
-        """Whether plain steps near drafts take longer than those far from them did, and steps with drafts do not: drafts disturb them. On a
-        GPU nothing lies where it lay, and what is launched behind another kind of step is launched anew."""
-        size = self.size(PLAIN, rows)
-        if size not in self._calm or not self._plains.get(size):
-            return False
-        return _median(self._plains[size]) > CALM * _median(self._calm[size]) * self._slower(size)
-
-    def _slower(self, size: int) -> float:
-        """How many times as long steps with drafts take as they did when plain ones were last far from them; at least once."""
-        drafted = self._drafted.get(size, [])
-        return max(_median(drafted[-ENDS:]) / _median(drafted[:ENDS]), 1.0) if len(drafted) >= ENDS else 1.0
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
@@ -217,21 +198,34 @@ class Costs:
             found = self._sizes[way, rows] = min(sizes)
         return found
 
-    def _add_far(self, size: int, seconds: float) -> None:
-        """Note a plain step that no drafts are near; those of a machine that has become slower since are forgotten."""
-        if self._slower(size) > CALM:
-            self._calm.pop(size, None)
-        self._calm.setdefault(size, deque(maxlen=FAR)).append(seconds)
-        self._drafted.pop(size, None)
-        self._usual.pop(size, None)
+    def _compare(self, way: Way, size: int, seconds: float) -> None:
+        """Hold a step beside the plain ones of its size."""
+        if self._old(way, size):
+            self._ratios.pop((way, size), None)
+        self._compared[way, size] = self._steps
+        ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
+        ratios.append(min(seconds / self.seconds(size), HELD_UP * self._measured(way, size)))
+        found = fmean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
+        self._typical[way, size] = max(found, 1.0)  # more work takes no less
+
+    def _turn(self, way: Way, size: int, seconds: float) -> None:
+        """Note how many times as long a step with drafts took as the first that were made since plain ones were far from them."""
+        begun = self._begun.setdefault(size, {}).setdefault(way, [])
+        if len(begun) < TURNS:
+            begun.append(seconds)
+        if len(begun) == TURNS:
+            self._turns.setdefault(size, deque(maxlen=TURNS)).append(seconds / _median(begun))
+            self._usual.pop(size, None)
 
     def _add(self, size: int, seconds: float) -> None:
-        """Note a plain step; what one usually takes is worked out when somebody asks, which is seldom where drafts do not pay."""
+        """Note a plain step far from drafts; what one usually takes is worked out when somebody asks, which is seldom where drafts do not
+        pay."""
         plains = self._plains.get(size)
         if plains is None:
             plains = self._plains[size] = deque(maxlen=PLAINS)
         plains.append(seconds)
-        self._usual.pop(size, None)
+        for known in (self._usual, self._begun, self._turns):
+            known.pop(size, None)
 
     def _old(self, way: Way, size: int) -> bool:
         """Whether comparisons no longer count. Those of steps that a draft model has seen do: others are seldom made beside them."""

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 WEIGHT = 4.0  # trials that a starting point counts for
-MEMORY = 0.97  # what each trial leaves of the weight of those before
+MEMORY = 0.98  # what each trial leaves of the weight of those before
 LEAST = 0.02  # a draft that stands more seldom is not worth its page
 
 

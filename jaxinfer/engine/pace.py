@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
-FIRST = 8  # steps with drafts before the first that are made without, to see what these cost
+FIRST = 64  # steps with drafts before the first that are made without, to see what these cost
 APART = 16  # steps without drafts between two trials, at least
 FADING = 0.9  # of what is known of excursions, with each that ends
 WIDE, RETURNS = 2.0, 1.0  # excursions are thought to be at first: steps with drafts, and plain ones that wait for them
@@ -17,33 +17,34 @@ OLD = 128  # plain steps after which what is known of excursions no longer count
 CURIOUS = 2  # asked in vain so often since the last rest, they are left alone until the next
 PUT_OFF = 8  # times that nobody is asked behind prompts, where somebody could be, before somebody is
 PATIENT = 4  # asked in vain so often in a row, proposers are asked as the allowance permits
-SELDOM = 256  # steps with drafts between two looks at what plain steps take far from them
 READING = 32  # asked so often who has more to read, before drafts are believed in again, likewise: 16,384 tokens
 
 
 @dataclass
 class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
-    reads: how often it led to reading on since drafts were last believed in; put_off: how often in a row nobody was asked who could have
-    been. rest: steps of the next one, twice as many after each, few where drafts gain. age: steps with drafts since plain ones were last
-    made to see what these cost; looks: how many of those are still to come; until: the age at which they are due. out: the draft model was
-    left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one showed what
-    plain steps take. apart: plain steps since the last one with drafts; far: steps with drafts until it is looked at again what plain ones
-    take far from drafts. wide, returns: steps with drafts, and plain ones that waited for one; these fade."""
+    right: what was said last, and not used, has come true; reads: how often it led to reading on since drafts were last believed in;
+    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each, few where
+    drafts gain. age: steps with drafts since plain ones were far from them; looks: how many plain ones are still to come to see what
+    these cost; bare: those far from drafts are to be made without the draft model; until: the age at which they are due. out: the draft
+    model was left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one
+    showed what plain steps take. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones
+    that waited for one; these fade."""
 
     drafting: bool = True
     vain: int = 0
+    right: bool = False
     reads: int = 0
     put_off: int = 0
     rest: int = SHORTEST
     age: int = 0
     looks: int = 0
+    bare: bool = False
     until: int = FIRST
     out: bool = False
     missed: bool = False
     told: bool = False
     apart: int = APART
-    far: int = 0
     wide: float = WIDE
     returns: float = RETURNS
 
@@ -66,7 +67,12 @@ class Pace:
     @property
     def curious(self) -> bool:
         """Whether it is not yet time to leave it for a while. What was said is compared with what came when it is asked again."""
-        return self.vain < CURIOUS
+        return self.vain < CURIOUS or self.right
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the next plain step shows what one takes far from drafts, without the draft model."""
+        return self.bare and self.looks > 0 and self.apart >= APART
 
     def puts_off(self, *, behind: bool, may: bool) -> bool:
         """Whether nobody is asked who may be, because the step is behind prompts."""
@@ -77,20 +83,16 @@ class Pace:
     def drafted(self) -> None:
         """A step with drafts was made."""
         self.age += 1
-        self.far = max(0, self.far - 1)
         self.apart = self.put_off = 0
         self.wide += 1
 
-    def farther(self, looks: int) -> int:
-        """So many plain steps are worth making; none soon after it was last so."""
-        if self.far:
-            return 0
-        self.far = SELDOM
-        return looks
-
     def look(self, looks: int, most: int) -> None:
-        """So many plain steps are due; if any, the next are at twice the age, or at `most`."""
-        self.looks, self.until = looks, min(2 * self.until, most) if looks else self.until
+        """So many plain steps are due; the next are at twice the age, or at `most`."""
+        self.looks, self.bare, self.until = looks, True, min(2 * self.until, most)
+
+    def enter(self, looks: int) -> None:
+        """The draft model keeps up again; so many plain steps are due that show what this takes."""
+        self.looks, self.bare = looks, False
 
     def gained(self) -> None:
         """Drafts have brought more than they took."""
@@ -100,18 +102,20 @@ class Pace:
         """One without was made; steady: behind another."""
         self._away(1)
         if steady:
-            self.age, self.looks = 0, max(0, self.looks - 1)
+            self.looks = max(0, self.looks - 1)
 
     def rested(self, steps: int, *, missed: bool = False, told: bool = False) -> None:
         """So many without were made, where nothing was due. missed: the draft model saw no prompts behind them; told: they were timed."""
         self._away(steps)
         self.missed, self.told = missed, told
-        self.age = self.vain = 0
+        self.vain, self.right = 0, False
         self.rest = min(2 * self.rest, LONGEST)
 
     def _away(self, steps: int) -> None:
         before, self.apart = self.apart, self.apart + steps
         if self.apart > APART:
+            self.age = 0
+        if self.apart > 2 * APART:
             self.until = FIRST
         if self.apart // OLD > before // OLD:
             self.wide, self.returns = WIDE, RETURNS

@@ -8,7 +8,8 @@ steps at this number of rows. What was said and not used is compared with what c
 Everything that is done for drafts is charged to them: wide steps, the wait of a plain step behind one whose drafts came from the text, the
 time that asking takes, a draft model that keeps up. Where they do not pay, nobody is asked more often than an allowance permits
 (`allowance.py`), and the draft model is left out: sequences that it has lost sight of get drafts from their texts alone. Where they do,
-steps without are made once in a while, so that their cost is known too. This file does not know how drafts are verified.
+enough steps without are made once in a while that the last of them lie far from drafts, so that their cost is known too. This file does not
+know how drafts are verified.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from jaxinfer.engine.thoughts import Sequences, Thought, common
 from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
+GOES_ON = 1.04  # and those that others came before: to stop costs plain steps that are slower
+AFFORDED = 0.97  # and these while there is more in the account than it began with
 WAITED = 2  # steady steps that may end before one that had to wait for drafts does; where nothing overlaps, none ever does
-FRESH, AGAIN = 256, 5  # after so many steps with drafts, at first fewer, a few are made without, to see what these cost now
-SURE, NEAR = 1.2, 32  # where drafts promise less than so much, after so many at most
+FRESH, LOOK = 512, APART + 5  # after so many steps with drafts, at first fewer, plain ones are made, to see what these cost now
+SURE, NEAR = 1.2, 128  # where drafts promise less than so much, after so many at most
+ENTER = 5  # and behind the first that a draft model sees again, to see what that takes
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
 ASKING = 0.002  # of a plain step is what each plain step earns for being asked where drafts do not pay
-AFTER = 3  # plain steps behind one with drafts are no comparison: on a GPU nothing lies where it lay, and they are launched anew
 
 
 class Bounds(NamedTuple):
@@ -114,7 +117,7 @@ class Speculator:
 
     def _may_rest(self, pace: Pace) -> bool:
         since, followed = self._since, not pace.out and self._follows
-        calm = not pace.drafting and not pace.looks and pace.apart > AGAIN  # what the last drafts cost is settled
+        calm = not pace.drafting and not pace.looks and pace.apart > APART  # what the last drafts cost is settled
         return calm and not (followed or since.seconds or since.wanted or since.waited or since.owed)
 
     def sees(self, batch: Batch) -> None:
@@ -146,6 +149,8 @@ class Speculator:
         size = self._size(rows)
         if not (self.always or self.costs.known(size)):  # some have ended since it was decided to ask
             return {}
+        came = [self._came(candidate) for candidate in candidates]
+        self._paces[size].right = 2 * came.count(True) > len(came) - came.count(None)
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         if any([proposer.rest() for proposer in self.proposers]):
             self._since.reading = True
@@ -171,7 +176,7 @@ class Speculator:
         pace = self._paces[size]
         if self._keeps_up(batch, size, pace):
             if pace.out and not batch.prefills:
-                pace.looks = AGAIN  # a few behind those show what it takes that the draft model keeps up
+                pace.enter(ENTER)
             pace.out = False
             return False
         pace.out = True
@@ -180,6 +185,8 @@ class Speculator:
 
     def _keeps_up(self, batch: Batch, size: int, pace: Pace) -> bool:
         """Whether the draft model is to see a step without drafts."""
+        if pace.is_bare and not batch.prefills and all(self._about.gone(row.request.key) < ENTER for row in batch.rows):
+            return False  # once for each sequence
         known = bool(batch.prefills) or self.costs.known(size)  # a few steps show what plain ones take
         pace.drafting &= self.allowance.believes(size)
         least = SAVED if pace.out else SPARED
@@ -219,13 +226,14 @@ class Speculator:
 
     def _wide(self, step: Seen, size: int, since: _Since) -> None:
         """Take in a step with drafts."""
+        pace = self._paces[size]
         took = max(0.0, step.seconds - since.seconds + since.owed)
         if since.blind:
             took = max(took, self.costs.ratio(step.way, size) * self.costs.seconds(size))
         else:
-            self.costs.take(step.way, size, took)
+            took = self.costs.take(step.way, size, took, far=pace.apart >= APART)
         self._owe(step.way, size, took, step.drawn / step.rows)
-        self._paces[size].drafted()
+        pace.drafted()
 
     def _mixed(self, step: Seen, size: int) -> None:
         """Take in a step with prompts: the draft model's part of it is charged, and that it had to wait for one with drafts."""
@@ -248,8 +256,8 @@ class Speculator:
             usual = self.costs.seconds(size) * (1 + self.costs.more(way, size))
             self._since.owed, took = took - usual, usual
         pace.plain(steady=step.steady)
-        steady = step.steady and pace.apart > AFTER and not since.wanted
-        if waited or pace.apart <= AGAIN:  # all until a rest may begin: they are slower for the drafts before
+        steady = step.steady and not since.wanted
+        if waited or pace.apart <= APART:  # all until a rest may begin: they are slower for the drafts before
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
@@ -263,14 +271,14 @@ class Speculator:
         pace = self._paces[size]
         if pace.drafting or not pace.told or way != PLAIN or not self.costs.known(size):
             self.costs.take(way, size, seconds, far=pace.apart >= APART)
-        if pace.apart >= AGAIN and not pace.looks and (gain := self.allowance.settle(size)):
+        if pace.apart > APART and not pace.looks and (gain := self.allowance.settle(size)):
             self.asking.charge(size, -gain)  # it is spent on asking for more
             pace.gained()
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
         """Account for what a step took beyond what its tokens cost without drafts: by the clock, whatever is believed of its kind."""
         most = HELD_UP * self.costs.seconds(size) * (1 + self.costs.more(way, size))
-        self.allowance.owe(size, min(seconds, most), tokens)
+        self.allowance.owe(size, min(seconds, most), tokens, near=way.width == 1)
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""
@@ -283,15 +291,22 @@ class Speculator:
         """The rows of the plain program for so many: what is known of one number holds for its neighbours."""
         return self.costs.size(PLAIN, -(-rows // self.bounds.replicas))
 
+    def _came(self, candidate: Candidate) -> bool | None:
+        """Compare what was said of a text and not used with what came; whether all of it did. None: there is nothing to compare."""
+        tokens, key = candidate.sequence.tokens, candidate.sequence.request.key
+        thought = self._about.thoughts.pop(key, None)
+        if thought is None or len(tokens) <= thought.length:
+            return None
+        came = tokens[thought.length : thought.length + len(thought.proposal.tokens)]
+        right = common(came, thought.proposal.tokens)
+        self.history.take(key, thought.proposal.kind, right, len(came))
+        return right == len(came)
+
     def _guesses(self, candidate: Candidate) -> list[Guess]:
         """What each proposer says. What it says about a text whose last token is still on its way can be used if the text goes on as
         guessed."""
         sequence = candidate.sequence
         key, found = sequence.request.key, []
-        thought = self._about.thoughts.pop(key, None)
-        if thought is not None and len(sequence.tokens) > thought.length:
-            came = sequence.tokens[thought.length : thought.length + len(thought.proposal.tokens)]
-            self.history.take(key, thought.proposal.kind, common(came, thought.proposal.tokens), len(came))
         for proposer in self.proposers:
             if proposer.DEVICE and (not candidate.hidden or self._about.lost(key)):
                 continue
@@ -312,28 +327,29 @@ class Speculator:
         if self.always:
             return max(plans, key=lambda plan: plan.tokens, default=None)
         best, pace = max(plans, key=lambda plan: plan.promise, default=None), self._paces[size]
-        believed = best is not None and best.promise > MARGIN and self.allowance.believes(size)
+        promising = best is not None and best.promise > self._needed(pace, size)
+        believed = promising and self.allowance.believes(size)
         pace.asked(believed=believed)
         if best is None:
             return None
-        if best.promise > MARGIN and self.allowance.doubts(size):
-            pace.looks = self._looks(size) or AGAIN
+        if promising and self.allowance.doubts(size):
+            pace.look(LOOK, pace.until)
             return None
         if believed:
             if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
-                pace.look(self._looks(size), FRESH)
+                pace.look(LOOK, FRESH)
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
 
-    def _looks(self, size: int) -> int:
-        """Plain steps that show what these take now: many to find out whether drafts disturb them, none soon after that."""
-        if not self.costs.disturbed(size):
-            return AGAIN
-        return self._paces[size].farther(APART + AGAIN)
+    def _needed(self, pace: Pace, size: int) -> float:
+        """What drafts must promise."""
+        if pace.apart >= APART:
+            return MARGIN
+        return AFFORDED if self.allowance.affords(size, 0.0) else GOES_ON
 
     def _may_try(self, pace: Pace) -> bool:
         """Whether a trial's cost would show: behind prompts nothing says what launching drafts takes. It is not put off for ever."""
-        return pace.apart >= APART and not (self._prompts and pace.put_off < PUT_OFF)
+        return pace.apart > APART and not (self._prompts and pace.put_off < PUT_OFF)
 
     def _planned(self, way: Way, found: Mapping[Key, list[Guess]], size: int, rows: int) -> Plan | None:
         """Drafts for one way to run the step; None where nobody has any that need it."""

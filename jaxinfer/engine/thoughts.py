@@ -63,7 +63,11 @@ class Sequences:
 
     def lost(self, key: Key) -> bool:
         """Whether the draft model has lost sight of a sequence: it drafts worse for each token that it has not seen."""
-        return self.unseen[key] + self.missed - self.began.setdefault(key, self.missed) > UNSEEN
+        return self.gone(key) > UNSEEN
+
+    def gone(self, key: Key) -> int:
+        """How many tokens of a sequence the draft model has not seen."""
+        return self.unseen[key] + self.missed - self.began.setdefault(key, self.missed)
 
     def forget(self, key: Key) -> None:
         """A sequence has ended."""

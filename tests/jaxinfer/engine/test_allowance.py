@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from jaxinfer.batch import DRAFTED, Batch, Row
-from jaxinfer.engine.allowance import DEEPEST, GAINED, LEAST, MOST, SHARE, START, Allowance
+from jaxinfer.engine.allowance import DEEPEST, GAINED, LATE, LEAST, MOST, SHARE, START, Allowance
 from jaxinfer.engine.costs import ALONE, PLAIN, Costs, Seen, Way
 from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.proposers.draft import DraftProposer
@@ -60,6 +60,27 @@ def test_what_is_open_is_measured_by_plain_steps_of_now():
     assert account.balance(1) == START - 1.0
     account.owe(1, 1000.0, 1.0)  # made while everything was slow
     assert account.balance(1) == DEEPEST
+
+
+def test_steps_are_charged_late_by_the_dearer_of_two_prices():
+    plain = {1: 1.0}
+    account = Allowance(plain=plain.__getitem__)
+    for _ in range(LATE):
+        account.owe(1, 4.0, 3.0)
+    assert account.balance(1) == START - LATE  # each costs 4 plain steps and saves 3
+    plain[1] = 4.0  # all is slower, and has been for some steps: each costs one and saves 3
+    account.owe(1, 4.0, 1.0)
+    plain[1] = 1.0  # and as fast as before: the first of them is charged already, the last was made while all was slow
+    assert account.balance(1) == START + 2 - (LATE - 1)
+    assert account.settle(1) == 0.0 and account.balance(1) == START + 2 - (LATE - 1)
+
+
+def test_plain_steps_close_behind_drafts_are_charged_with_them():
+    account = Allowance()
+    account.owe(1, 1.5, 1.0, near=True)  # none before it
+    account.owe(1, 2.0, 3.0)
+    account.owe(1, 1.5, 1.0, near=True)
+    assert account.balance(1) == START - 0.5 + 0.5 and account.settle(1) == pytest.approx(0.0)
 
 
 def test_a_machine_that_gets_slower_and_faster_keeps_its_drafts():
@@ -154,18 +175,18 @@ ROWS = [1, 32, *(pytest.param(rows, marks=pytest.mark.ci) for rows in (6, 256))]
 def test_where_drafts_pay_they_are_made(rows, stands, wide):
     warm, steps = (40, 160) if rows < 64 else (24, 32)
     shares = []
-    for seed in range(3 if rows == 1 else 1):  # one sequence in a noisy world may have bad luck
+    for seed in range(5 if rows == 256 else 3):  # in a noisy world one may have bad luck
         always, world = World(rows, stands, wide, seed=seed), World(rows, stands, wide, seed=seed)
         always.made.always = True
         world.rate(warm)
         shares.append(world.rate(steps) / always.rate(steps))
-    assert median(shares) > (0.9 if rows < 256 else 0.85)  # of few steps, five show what plain ones cost
+    assert median(shares) > (0.9 if rows < 256 else 0.85), shares  # of few steps, some show what plain ones cost
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("stands", "wide"), [(0.05, 1.2), (0.05, 1.02), (0.3, 2.5), (0.1, 6.0)])
 def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
-    world, steps = World(rows, stands, wide), 250 if rows < 64 else 90
+    world, steps = World(rows, stands, wide), 250 if rows < 64 else 160
     assert world.rate(steps) > 0.98 - (START - LEAST) / steps, world.steps  # what an account begins with may be lost once
     assert world.rate(steps) > 0.97, world.steps
 
@@ -333,7 +354,7 @@ def test_what_drafts_were_worth_is_not_believed_for_long_because_they_make_plain
     world.longer, world.drafts, world.behind = longer, drafts, 99
     assert world.rate(600) > 1.1
     world.stands = 0.1  # another text
-    assert world.rate(800) > 0.85 and world.rate(800) > 0.97
+    assert world.rate(800) > 0.93 and world.rate(800) > 0.97
 
 
 @pytest.mark.parametrize("unseen", [False, True])
@@ -376,11 +397,11 @@ def rates_of_drawn(count):
 
 
 @pytest.mark.ci
-def test_few_engines_drawn_at_random_lose_for_good():
-    """None should; these are as many as do (LOG.md). In a process that checks no types: here it takes seven times as long."""
+def test_engines_drawn_at_random_lose_little():
+    """Of other draws one in a thousand loses 3 to 5 % (LOG.md). In a process that checks no types: here it takes seven times as long."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         rates = pool.submit(rates_of_drawn, 350).result()
-    assert sum(rate < 0.97 for rate in rates) <= 14 and min(rates) > 0.82, sorted(rates)[:20]
+    assert sum(rate < 0.97 for rate in rates) <= 1 and min(rates) > 0.965, sorted(rates)[:20]
 
 
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])

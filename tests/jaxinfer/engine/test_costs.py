@@ -5,7 +5,6 @@ import pytest
 from jaxinfer.batch import DRAFTED, Batch, Row
 from jaxinfer.engine.costs import (
     ALONE,
-    FAR,
     FOLLOWED,
     HELD_UP,
     KEPT,
@@ -15,6 +14,7 @@ from jaxinfer.engine.costs import (
     PLAINS,
     RECENT,
     START,
+    TURNS,
     Costs,
     Way,
     measure,
@@ -43,72 +43,99 @@ def test_the_smallest_program_that_holds_the_rows_counts(costs):
         costs.ratio(WIDE, 5)
 
 
-def test_steps_are_compared_with_plain_ones_of_their_time(costs):
+def plain(costs, rows=1, seconds=1.0, count=PLAINS + 1):
+    """So many plain steps far from drafts were made."""
+    for _ in range(count):
+        costs.take(PLAIN, rows, seconds, far=True)
+
+
+def test_steps_are_compared_with_plain_ones_far_from_drafts(costs):
     for slow in (1.0, 5.0, 0.3):
-        for _ in range(KEPT + PLAINS):
-            costs.take(PLAIN, 1, slow)
+        plain(costs, seconds=slow)
+        for _ in range(KEPT + 1):
             costs.take(WIDE, 1, 1.2 * slow)
         assert costs.ratio(WIDE, 1) == pytest.approx(1.2)
-    for _ in range(RECENT):
-        costs.take(WIDE, 1, 9.0)
-    before = costs.ratio(WIDE, 1)
-    for _ in range(KEPT):
-        costs.take(WIDE, 1, 90.0)  # nobody knows what a plain one takes now
-    assert costs.ratio(WIDE, 1) == before
-
-
-def test_plain_steps_that_drafts_make_slow_say_nothing_of_what_drafts_save(costs):
-    costs.set(FOLLOWED, 1, 1.0)
-    for _ in range(KNOWN):
-        costs.take(PLAIN, 1, 1.0, far=True)
     for _ in range(PLAINS):
-        costs.take(WIDE, 1, 2.0)
-        costs.take(PLAIN, 1, 1.8)
-    assert costs.disturbed(1) and costs.seconds(1) == 1.0
-    for _ in range(KEPT):
-        costs.take(WIDE, 1, 3.7)  # all are slower
-    assert not costs.disturbed(1)
-    costs.take(PLAIN, 1, 1.8)
-    assert costs.seconds(1) == pytest.approx(1.8)
-    for _ in range(PLAINS):
-        costs.take(PLAIN, 1, 3.6)
-    assert costs.disturbed(1) and costs.seconds(1) == pytest.approx(1.85)  # those far would take so much longer too
-    for _ in range(FAR):
-        costs.take(FOLLOWED, 1, 1.9, far=True)  # a draft model that keeps up for nothing
-    assert costs.seconds(1) == pytest.approx(1.9)
+        assert costs.take(PLAIN, 1, 9.0) == 9.0  # close behind drafts: it is charged, and says nothing
+    assert costs.seconds(1) == pytest.approx(0.3) and costs.ratio(WIDE, 1) == pytest.approx(1.2)
     costs.rested(1, 3.0)
-    assert not costs.disturbed(1) and costs.seconds(1) == 3.0
+    assert costs.seconds(1) == 3.0
+
+
+def test_steps_with_drafts_tell_what_plain_ones_take_until_these_are_far_again(costs):
+    plain(costs)
+    costs.take(WIDE, 1, 90.0)  # the first touches everything for the first time
+    for _ in range(2 * TURNS):
+        costs.take(WIDE, 1, 1.2)
+    for _ in range(TURNS // 2 + 1):
+        assert costs.seconds(1) == pytest.approx(1.0)
+        costs.take(WIDE, 1, 2.4)  # all is slower
+    assert costs.seconds(1) == pytest.approx(2.0)
+    for _ in range(TURNS):
+        costs.take(WIDE, 1, 0.6)
+    assert costs.seconds(1) == pytest.approx(0.5)
+    plain(costs, seconds=0.4, count=PLAINS)
+    assert costs.seconds(1) == pytest.approx(0.4)
+    for _ in range(2 * TURNS):
+        costs.take(WIDE, 1, 0.6)  # since they were far: what came before does not count
+    assert costs.seconds(1) == pytest.approx(0.4)
+
+
+def test_drafts_right_behind_plain_steps_and_other_widths_do_not_tell_what_plain_ones_take(costs):
+    costs.set(Way(2), 1, 1.5)
+    plain(costs)
+    for _ in range(TURNS + 1):
+        costs.take(WIDE, 1, 1.2)
+        costs.take(Way(2), 1, 1.0)
+    for _ in range(TURNS):
+        costs.take(WIDE, 1, 5.0, far=True)
+        costs.take(Way(2), 1, 1.0)
+    assert costs.seconds(1) == pytest.approx(1.0)
+
+
+def test_the_first_step_of_a_kind_is_charged_as_at_the_start_and_says_nothing(costs):
+    assert costs.take(PLAIN, 1, 5.0) == 1.0 and costs.take(WIDE, 1, 50.0) == 2.0 and costs.take(WIDE, 1, 0.5) == 0.5
+    assert costs.ratio(WIDE, 1) == pytest.approx((0.5 + 2 * 2.0) / 3) and costs.take(WIDE, 2, 9.0) == 2.0 * 1.5
+
+
+def test_no_step_with_drafts_is_thought_to_take_less_than_a_plain_one(costs):
+    plain(costs)
+    for _ in range(KEPT + 1):
+        costs.take(WIDE, 1, 0.5)
+    assert costs.ratio(WIDE, 1) == 1.0
 
 
 def test_a_step_that_took_no_time_says_nothing_of_the_machine(costs):
-    for _ in range(KNOWN):
-        costs.take(PLAIN, 1, 1.0, far=True)
+    plain(costs)
+    for _ in range(3 * TURNS):
         costs.take(WIDE, 1, 0.0)
-    assert costs.seconds(1) == 1.0 and not costs.disturbed(1)
+    assert costs.seconds(1) == 1.0
 
 
 def test_a_way_that_takes_long_now_and_then_is_dear_but_no_step_counts_for_everything(costs):
+    plain(costs)
     for number in range(15 * KEPT):
-        costs.take(PLAIN, 1, 1.0)
         costs.take(WIDE, 1, 3.0 if number % 5 == 0 else 1.0)
     assert costs.ratio(WIDE, 1) == pytest.approx(1.4)
     for number in range(15 * KEPT):
-        costs.take(PLAIN, 1, 1.0)
         costs.take(WIDE, 1, 1000.0 if number % 5 == 0 else 1.0)
     assert costs.ratio(WIDE, 1) == pytest.approx(0.8 + 0.2 * HELD_UP * 2.0)  # 2 of them at the start
     for number in range(4 * PLAINS):
-        costs.take(PLAIN, 1, 1000.0 if number % 4 == 0 else 1.0)
+        costs.take(PLAIN, 1, 1000.0 if number % 4 == 0 else 1.0, far=True)
     assert costs.seconds(1) == pytest.approx(0.75 + 0.25 * HELD_UP)
 
 
 def test_what_was_measured_at_the_start_is_forgotten(costs):
+    costs.take(PLAIN, 3, 1.0)
+    costs.take(WIDE, 3, 3.0)
     for number in range(START + 6):
-        costs.take(PLAIN, 3, 1.0)
-        costs.take(WIDE, 3, 3.0)
+        costs.take(PLAIN, 3, 1.0, far=True)
+        costs.take(WIDE, 3, 3.0, far=True)
         assert (costs.ratio(WIDE, 4) == 3.0) == (number >= START)
 
 
 def test_after_a_few_plain_steps_it_is_known_what_one_takes(costs):
+    costs.take(PLAIN, 3, 9.0)
     for _ in range(KNOWN):
         assert not costs.known(3) and costs.seconds(3) == (3.0 if costs._plains else 2.0)
         costs.take(PLAIN, 3, 3.0)
@@ -117,12 +144,14 @@ def test_after_a_few_plain_steps_it_is_known_what_one_takes(costs):
 
 def test_what_it_takes_that_a_draft_model_keeps_up_is_seen_beside_plain_steps_and_not_forgotten(costs):
     costs.set(FOLLOWED, 1, 1.0)
+    plain(costs, seconds=2.0)
+    costs.take(FOLLOWED, 1, 9.0)
     for _ in range(KEPT):
-        costs.take(PLAIN, 1, 2.0)
-        costs.take(FOLLOWED, 1, 2.6)
+        costs.take(PLAIN, 1, 2.0, far=True)
+        costs.take(FOLLOWED, 1, 2.6, far=True)
     assert costs.more(FOLLOWED, 1) == pytest.approx(0.3)
     for number in range(2 * OLD):
-        costs.take(FOLLOWED, 1, 2.6 if number < RECENT else 5.2)
+        costs.take(FOLLOWED, 1, 2.6 if number < RECENT else 5.2, far=True)
     assert costs.more(FOLLOWED, 1) == pytest.approx(0.3) and costs.seconds(1) == pytest.approx(4.0)
 
 
@@ -137,8 +166,9 @@ def test_a_plain_step_alone_waits(costs):
 def test_plain_steps_that_a_draft_model_has_seen_show_what_those_without_it_take(costs):
     costs.set(FOLLOWED, 1, 1.25)
     assert costs.more(FOLLOWED, 1) == 0.25 and costs.seconds(1) == 1.0 and str(FOLLOWED) == "plain followed"
-    for _ in range(KEPT):
-        costs.take(FOLLOWED, 1, 2.5)
+    for _ in range(KEPT + 1):
+        costs.take(FOLLOWED, 1, 2.5, far=True)
+    for _ in range(KEPT + 1):
         costs.take(WIDE, 1, 3.0)
     assert costs.seconds(1) == 2.0 and costs.ratio(WIDE, 1) == 1.5 and costs.more(FOLLOWED, 1) == 0.25
 

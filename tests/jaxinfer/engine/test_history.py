@@ -21,7 +21,7 @@ def test_what_happened_lately_counts():
     for _ in range(100):
         odds.take(0, 3)
     assert odds.chance(START) < 0.1
-    for _ in range(40):
+    for _ in range(50):
         odds.take(3, 3)
     assert odds.chance(START) > 0.9
 

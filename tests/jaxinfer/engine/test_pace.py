@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, SELDOM, WIDE, Pace
+from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, WIDE, Pace
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
 
@@ -31,32 +31,48 @@ def test_who_reads_on_and_on_is_doubted():
     assert not pace.drafting
 
 
-def test_what_steps_take_far_from_drafts_is_seldom_looked_at():
-    pace = Pace()
-    assert pace.farther(20) == 20
-    for _ in range(SELDOM):
-        assert pace.farther(20) == 0
-        pace.drafted()
-    assert pace.farther(20) == 20
-
-
-def test_looks_come_at_twice_the_age_if_there_were_any():
+def test_looks_come_at_twice_the_age():
     pace = Pace(until=8)
-    for looks, until in ((5, 16), (0, 16), (5, 20), (5, 20)):
-        pace.look(looks, 20)
-        assert (pace.looks, pace.until) == (looks, until)
+    for until in (16, 20, 20):
+        pace.look(5, 20)
+        assert (pace.looks, pace.until) == (5, until)
 
 
 def test_steady_plain_steps_are_looks_and_a_long_time_without_drafts_begins_anew():
-    pace = Pace(looks=2, until=64, apart=0)
+    pace = Pace(looks=2, until=128, apart=0)
     pace.drafted()
     pace.plain(steady=False)
     assert (pace.age, pace.looks, pace.apart) == (1, 2, 1)
     pace.plain(steady=True)
-    assert (pace.age, pace.looks) == (0, 1) and pace.until == 64
+    assert (pace.age, pace.looks) == (1, 1)
     for _ in range(APART):
         pace.plain(steady=True)
-    assert pace.looks == 0 and pace.until == FIRST
+    assert (pace.age, pace.looks, pace.until) == (0, 0, 128)  # what plain steps take is known again
+    for _ in range(APART):
+        pace.plain(steady=True)
+    assert pace.until == FIRST
+
+
+def test_the_last_of_a_look_are_made_without_the_draft_model():
+    pace = Pace(apart=0)
+    pace.look(APART + 2, 512)
+    bare = []
+    while pace.looks:
+        bare.append(pace.is_bare)
+        pace.plain(steady=True)
+    assert bare == [False] * APART + [True] * 2 and not pace.is_bare
+    pace.enter(3)  # it keeps up again
+    assert pace.looks == 3 and not pace.is_bare
+
+
+def test_asking_goes_on_while_what_was_said_comes_true():
+    pace = Pace(vain=CURIOUS)
+    assert not pace.curious
+    pace.right = True
+    assert pace.curious
+    pace.rested(10)
+    pace.vain = CURIOUS
+    assert not pace.curious
 
 
 def test_excursions_fade():
