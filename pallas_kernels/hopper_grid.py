@@ -45,7 +45,7 @@ class Grid(NamedTuple):
             from jaxlib.mlir.dialects import llvm
 
             kind = ir.MemRefType(ref.type).element_type
-            return self.array([llvm.load(kind, pointer) for pointer in self.pointers(ref, strides)])
+            return array_of([llvm.load(kind, pointer) for pointer in self.pointers(ref, strides)])
 
         return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=self.made(ref.dtype))(load)(ref)
 
@@ -112,16 +112,6 @@ class Grid(NamedTuple):
             found.append(utils.getelementptr(utils.memref_ptr(ref), [at], kind.element_type))
         return found
 
-    def array(self, numbers: Sequence[Any]) -> Any:
-        """A thread's numbers as an array."""
-        from jax.experimental.mosaic.gpu import fragmented_array as layouts
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import vector as vectors
-
-        registers = np.array([vectors.from_elements(ir.VectorType.get((1,), each.type), [each]) for each in numbers], dtype=object)
-        layout = layouts.WGStridedFragLayout((self.tokens * self.rows,), 1)
-        return layouts.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
 
 def numbers_of(values: Any) -> list[Any]:
     """A thread's numbers of an array."""
@@ -130,11 +120,24 @@ def numbers_of(values: Any) -> list[Any]:
     return [vectors.extract(each, [], [0]) for each in values.registers.flat]
 
 
+def array_of(numbers: Sequence[Any]) -> Any:
+    """A thread's numbers, one after another, as an array."""
+    from jax.experimental.mosaic.gpu import fragmented_array as layouts
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector as vectors
+
+    registers = np.array([vectors.from_elements(ir.VectorType.get((1,), each.type), [each]) for each in numbers], dtype=object)
+    layout = layouts.WGStridedFragLayout((len(numbers) * THREADS,), 1)
+    return layouts.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
 def met(fold: Fold, grid: Grid, sums: Any, first: int) -> Any:
-    """What the products `sums` [columns, 64] in shared memory come to for the tile's rows from `first` on, float32."""
+    """What the products `sums` [columns, 64] in shared memory come to for the tile's rows from `first` on, float32. As many columns as
+    tokens: only those are there where a part of the weight has met the same part of the token."""
+    columns = [min(part, sums.shape[0] // grid.tokens - 1) for part in range(fold.parts)]
     if hopper.interpreting():
-        whole = sums[...].reshape(fold.parts, grid.tokens, fold.parts, fold.rows)
-        return reduce(jnp.add, [whole[part, :, part, first : first + grid.rows] for part in range(fold.parts)]).reshape(-1)
+        whole = sums[...].reshape(-1, grid.tokens, fold.parts, fold.rows)
+        return reduce(jnp.add, [whole[at, :, part, first : first + grid.rows] for part, at in enumerate(columns)]).reshape(-1)
 
     def load(_: Any, sums: Any) -> Any:
         from jax.experimental.mosaic.gpu import utils
@@ -144,10 +147,48 @@ def met(fold: Fold, grid: Grid, sums: Any, first: int) -> Any:
         kind = ir.MemRefType(sums.type)
         found = []
         for pointer in grid.pointers(sums, (TILE, 1)):
-            places = [part * grid.tokens * TILE + part * fold.rows + first for part in range(fold.parts)]
+            places = [at * grid.tokens * TILE + part * fold.rows + first for part, at in enumerate(columns)]
             offsets = [utils.c(place, ir.IntegerType.get_signless(32)) for place in places]
             each = [llvm.load(kind.element_type, utils.getelementptr(pointer, [at], kind.element_type)) for at in offsets]
             found.append(reduce(arith.addf, each))
-        return grid.array(found)
+        return array_of(found)
 
     return plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=grid.made(jnp.float32))(load)(sums)
+
+
+def roots(squares: Any, partial: Any, factors: Any, inputs: int, epsilon: float) -> None:
+    """What the root mean square of each token multiplies its results by, into shared memory `factors` [tokens]: every block of threads
+    sums `squares`, float32 [tokens] behind one another, in the same order. partial: a number for each thread; not in the interpreter."""
+    tokens = factors.shape[0]
+
+    def work(_: Any, squares: Any, partial: Any, factors: Any) -> None:
+        from jax.experimental.mosaic.gpu import utils
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm
+        from jaxlib.mlir.dialects import math as maths
+
+        kind, mine = ir.F32Type.get(), thread()
+
+        def at(ref: Any, place: Any) -> Any:
+            return utils.getelementptr(utils.memref_ptr(ref), [place], kind)
+
+        def c(value: int) -> Any:
+            return utils.c(value, mine.type)
+
+        size, total = ir.MemRefType(squares.type).shape[0], utils.c(0.0, kind)
+        for begin in range(0, size, THREADS):
+            place = arith.addi(mine, c(begin))
+            there = arith.cmpi(arith.CmpIPredicate.ult, place, c(size))
+            found = llvm.load(kind, at(squares, arith.select(there, place, c(0))))
+            total = arith.addf(total, arith.select(there, found, utils.c(0.0, kind)))
+        llvm.store(total, at(partial, mine))
+        utils.warpgroup_barrier()
+        token = arith.remui(mine, c(tokens))
+        parts = [llvm.load(kind, at(partial, arith.addi(token, c(index * tokens)))) for index in range(THREADS // tokens)]
+        mean = arith.mulf(reduce(arith.addf, parts), utils.c(1.0 / inputs, kind))
+        root = maths.rsqrt(arith.addf(mean, utils.c(epsilon, kind)))
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, mine, c(tokens))):
+            llvm.store(root, at(factors, mine))
+        utils.warpgroup_barrier()
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)(work)(squares, partial, factors)

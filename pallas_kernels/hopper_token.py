@@ -339,22 +339,22 @@ def _bytes_of_four(words: list[Any]) -> list[list[Any]]:
     found: list[list[Any]] = [[] for _ in range(LIMBS)]
     for at in range(0, len(words), 4):
         first, second, third, fourth = words[at : at + 4]
-        low, other_low = _chosen(first, second, 0x5140), _chosen(third, fourth, 0x5140)
-        upper, other_upper = _chosen(first, second, 0x0062), _chosen(third, fourth, 0x0062)
-        found[0].append(_less_128(_chosen(low, other_low, 0x5410)))
-        found[1].append(_less_128(_chosen(low, other_low, 0x7632)))
-        found[2].append(_less_128(_chosen(upper, other_upper, 0x5410)))
+        low, other_low = bytes_chosen(first, second, 0x5140), bytes_chosen(third, fourth, 0x5140)
+        upper, other_upper = bytes_chosen(first, second, 0x0062), bytes_chosen(third, fourth, 0x0062)
+        found[0].append(less_128(bytes_chosen(low, other_low, 0x5410)))
+        found[1].append(less_128(bytes_chosen(low, other_low, 0x7632)))
+        found[2].append(less_128(bytes_chosen(upper, other_upper, 0x5410)))
     return found
 
 
-def _chosen(first: Any, second: Any, which: int) -> Any:
+def bytes_chosen(first: Any, second: Any, which: int) -> Any:
     """Four of the eight bytes of two words; a digit of `which` says which, the last one for the lowest."""
     from jaxlib.mlir.dialects import llvm
 
     return llvm.inline_asm(first.type, [first, second], f"prmt.b32 $0, $1, $2, {which};", "=r,r,r")
 
 
-def _less_128(word: Any) -> Any:
+def less_128(word: Any) -> Any:
     """128 less in each byte: the sign turned over."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir.dialects import arith

@@ -137,6 +137,8 @@ CASES = (
     Case("few", 256, 256, layer(256, 384, 512), weight="plain", tokens=5),
     Case("few_last", 512, 256, layer(256, 256, 0)[:3], weight="plain", tokens=16),
     Case("few_offset", 256, 128, (Part(128), Part(192, normed=True, offset=1.0)), weight="plain", tokens=9),
+    Case("few_int8", 256, 256, layer(256, 512, 512), tokens=7),
+    Case("few_int8_last", 512, 256, layer(256, 256, 0)[:3], tokens=12),
     Case("few_norm_first", 128, 128, (Part(192, normed=True, offset=1.0),), weight="plain", tokens=3),
     Case("few_gated_first", 128, 256, (Part(512, gated=True), Part(256, normed=True)), weight="plain", tokens=8),
     _rounded("many", 128, 256, layer(256, 384, 512), tokens=70),
@@ -151,5 +153,6 @@ TUNING = (
     Case("8b_int8", 4096, 4096, layer(4096, 14336, 6144)),
     Case("8b_bfloat16", 4096, 4096, layer(4096, 14336, 6144), weight="plain"),
     *(Case(f"8b_bfloat16_{tokens}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=tokens) for tokens in (8, 16)),
+    *(Case(f"8b_int8_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (8, 16)),
     *(_rounded(f"8b_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (512, 2048, 8192)),
 )

@@ -79,8 +79,8 @@ def token_chain(
             return xla.token_chain(x, held, weights, norms, forms=forms, activations=activations)
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
     if x.shape[0] > 1:
-        matrices = [weight.values for weight in weights]
-        return gpu_few.run(x, held, matrices, norms, links_of(matrices, norms, forms), counters, hopper_few_plan.Sizes(**found))
+        links = links_of([weight.values for weight in weights], norms, forms)
+        return gpu_few.run(x, held, weights, norms, links, counters, hopper_few_plan.Sizes(**found))
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some, some_norms, some_forms = zip(*links, strict=True)

@@ -6,10 +6,13 @@ all its tiles of a link at once, whole: so inputs are read once for them, and no
 the next links as well, since they depend on nothing. Another copies inputs, once all blocks have said that they have written theirs. What
 comes before a norm is multiplied by its weight where it is written; the root mean square is one factor for a token's results, worked out
 from squares that each tile leaves, summed in order. A token's result depends on that token, the weights and static shapes alone.
+
+int8 weights stay as they are stored. Of what a block of threads copies of inputs, further warpgroups make limbs (`hopper_limbs`), where it
+lies, and the products of a slot are added to sums in registers.
 """
 
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,25 +20,31 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import hopper, hopper_counters
+from pallas_kernels import hopper, hopper_counters, hopper_limbs
 from pallas_kernels.hopper import ACC, TILE
-from pallas_kernels.hopper_few_plan import BLOCK, Plan, Sizes, padded, plan_of
+from pallas_kernels.hopper_few_plan import Plan, Sizes, padded, plan_of
 from pallas_kernels.hopper_folds import Link
-from pallas_kernels.hopper_grid import Grid, met
+from pallas_kernels.hopper_grid import Grid, met, roots
+from pallas_kernels.hopper_limbs import LIMBS
 from pallas_kernels.hopper_links import swiglu
-from pallas_kernels.hopper_token import THREADS, thread
+from pallas_kernels.hopper_token import THREADS
 from pallas_kernels.norm import rms_norm
+from pallas_kernels.token_chain.reference import Weight
 
-REGISTERS = [232, 40, 40]  # of a thread: of the consumer, of the producers of weights and of inputs
+PRODUCER, CUTTER = 40, 96  # registers of a thread
+CONSUMER = (232, 232, 208)  # by how many cut inputs
+FIRST_CUTTER = 3  # warpgroup, behind the consumer and the producers of weights and of inputs
 
 
 class Scratch(NamedTuple):
-    """Shared memory: weights; inputs and sums, once for each shape; a number for each thread, factors of tokens, what a count was."""
+    """Shared memory: weights; inputs, their limbs if there are any, and sums, once for each shape; a number for each thread, factors of
+    tokens, what a count was. sizes: what limbs are multiplied by."""
 
     ring: Any
     inputs: dict[int, Any]
+    limbs: dict[int, Any]
     sums: dict[tuple[int, int], Any]
     partial: Any
     factors: Any
@@ -44,6 +53,8 @@ class Scratch(NamedTuple):
     free: Any
     there: Any
     used: Any
+    sizes: Any = None
+    cut: Any = None
 
 
 class Refs(NamedTuple):
@@ -52,6 +63,7 @@ class Refs(NamedTuple):
     x: Any
     held: Any
     weights: tuple[Any, ...]
+    scales: tuple[Any, ...]
     norms: tuple[Any, ...]
     counters: Any
     out: Any
@@ -63,14 +75,14 @@ class Refs(NamedTuple):
 def run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"],
-    weights: Sequence[Float[Array, "_ _"]],
+    weights: Sequence[Weight],
     norms: Sequence[Float[Array, "_"] | None],
     links: Sequence[Link],
     counters: Any,
     sizes: Sizes,
 ) -> tuple[Array, Array]:
     """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens, links, norms = x.shape[0], list(links), list(norms)
+    tokens, links, norms, stored = x.shape[0], list(links), list(norms), weights[0].values.dtype
     value, total = (jnp.pad(each, ((0, padded(tokens) - tokens), (0, 0))) for each in (x, held))
     if norms[0] is not None:
         value, total = _normed(value, total, norms[0], links[0])
@@ -79,13 +91,19 @@ def run(
         for weight, norm, link in zip(weights, norms, links, strict=True):
             if norm is not None:
                 value, total = _normed(value, total, norm, link)
-            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, sizes)
-            value, _ = _run(value, None, (weight,), (), None, plan=plan, interpreted=True)
+            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, stored, sizes)
+            value, _ = _run(value, None, (weight.values,), _scales([weight]), (), None, plan=plan, interpreted=True)
         return value[:tokens], total[:tokens]
-    plan, found = plan_of(links, value.shape[0], x.dtype, sizes), tuple(norm for norm in norms if norm is not None)
-    shared = hopper_counters.made() if counters is None else counters
-    value, stream = _run(value, total if found else None, tuple(weights), found, shared, plan=plan, interpreted=False)
+    plan, found = plan_of(links, value.shape[0], x.dtype, stored, sizes), tuple(norm for norm in norms if norm is not None)
+    shared, matrices = hopper_counters.made() if counters is None else counters, tuple(weight.values for weight in weights)
+    given = (value, total if found else None, matrices, _scales(weights), found, shared)
+    value, stream = _run(*given, plan=plan, interpreted=False)
     return value[:tokens], (total if stream is None else stream)[:tokens]
+
+
+def _scales(weights: Sequence[Weight]) -> tuple[Float[Array, "out"], ...]:
+    """Of int8 weights."""
+    return tuple(weight.scales.reshape(-1) for weight in weights if weight.scales is not None)
 
 
 def _normed(value: Array, total: Array, norm: Array, link: Link) -> tuple[Array, Array]:
@@ -98,7 +116,8 @@ def _normed(value: Array, total: Array, norm: Array, link: Link) -> tuple[Array,
 def _run(
     x: Float[Array, "tokens in"],
     held: Float[Array, "tokens features"] | None,
-    weights: tuple[Float[Array, "_ _"], ...],
+    weights: tuple[Shaped[Array, "_ _"], ...],
+    scales: tuple[Float[Array, "_"], ...],
     norms: tuple[Float[Array, "_"], ...],
     counters: Any,
     *,
@@ -111,17 +130,18 @@ def _run(
     passed = tuple(shaped((plan.tokens, link.results), plan.dtype) for link in plan.links[:-1])
     squares = tuple(shaped((plan.tiles(number) * plan.squares(number),), jnp.float32) for number in plan.before_norms)
     made = (shaped((plan.tokens, plan.links[-1].results), plan.dtype), *total, passed, squares)
-    given = (x, *([] if held is None else [held]), weights, norms, *([] if counters is None else [counters]))
+    given = (x, *([] if held is None else [held]), weights, scales, norms, *([] if counters is None else [counters]))
 
     def body(*refs: Any) -> None:
         left = iter(refs)
         x, held = next(left), next(left) if total else None
-        weights, norms = next(left), next(left)
+        weights, scales, norms = next(left), next(left), next(left)
         shared, out, stream = None if counters is None else next(left), next(left), next(left) if total else None
         passed, squares = next(left), dict(zip(plan.before_norms, next(left), strict=True))
-        _body(plan, Refs(x, held, weights, norms, shared, out, stream, passed, squares), _named(plan, next(left)))
+        _body(plan, Refs(x, held, weights, scales, norms, shared, out, stream, passed, squares), _named(plan, next(left)))
 
-    kernel = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=REGISTERS)
+    registers = [CONSUMER[plan.cutters], PRODUCER, PRODUCER, *[CUTTER] * plan.cutters]
+    kernel = hopper.kernel(body, _scratch(plan), out_type=made, grid={"worker": plan.workers}, registers=registers)
     out, *stream = kernel(*given)[: 1 + len(total)]
     return out, stream[0] if total else held
 
@@ -129,17 +149,19 @@ def _run(
 def _shapes(plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
     """The columns of inputs, and how many tiles of how many columns sums have."""
     links = range(len(plan.links))
-    return list(dict.fromkeys(map(plan.columns, links))), list(dict.fromkeys((plan.most(link), plan.columns(link)) for link in links))
+    return list(dict.fromkeys(map(plan.columns, links))), list(dict.fromkeys((plan.most(link), plan.met(link)) for link in links))
 
 
 def _scratch(plan: Plan) -> tuple[Any, ...]:
     columns, sums = _shapes(plan)
-    inputs = [hopper.swizzled((plan.room // (each * BLOCK * 2), each, BLOCK), plan.dtype) for each in columns]
+    slots, block = max(map(plan.slots, range(len(plan.links)))), plan.block
+    shapes = [(plan.room // (each * block * 2), each, block) for each in columns]
+    inputs = [plgpu.SMEM(shape, plan.dtype) if plan.limbs else hopper.swizzled(shape, plan.dtype) for shape in shapes]
+    limbs = [hopper.swizzled((count, LIMBS * each, block), plan.stored) for count, each, _ in shapes if plan.limbs]
     tiles = [plgpu.SMEM((count, each, TILE), jnp.float32) for count, each in sums]
-    slots = max(map(plan.slots, range(len(plan.links))))
-    return (
-        hopper.swizzled((plan.stages, TILE, BLOCK), plan.dtype),
-        plgpu.RefUnion(*inputs, *tiles),
+    made = (
+        hopper.swizzled((plan.stages, TILE, block), plan.stored),
+        plgpu.RefUnion(*inputs, *limbs, *tiles),
         plgpu.SMEM((THREADS,), jnp.float32),
         plgpu.SMEM((plan.tokens,), jnp.float32),
         plgpu.SMEM((1,), jnp.int32),
@@ -148,13 +170,17 @@ def _scratch(plan: Plan) -> tuple[Any, ...]:
         plgpu.Barrier(num_barriers=slots, num_arrivals=plan.parts),
         plgpu.Barrier(num_barriers=slots),
     )
+    if not plan.limbs:
+        return made
+    return *made, plgpu.SMEM((plan.room // (block * 2),), jnp.float32), plgpu.Barrier(num_barriers=slots, num_arrivals=plan.cutters)
 
 
 def _named(plan: Plan, made: tuple[Any, ...]) -> Scratch:
-    ring, both, *others = made
+    ring, room, *others = made
     columns, sums = _shapes(plan)
-    inputs, tiles = dict(zip(columns, both, strict=False)), dict(zip(sums, both[len(columns) :], strict=True))
-    return Scratch(ring, inputs, tiles, *others)
+    inputs, rest = dict(zip(columns, room, strict=False)), room[len(columns) :]
+    limbs, tiles = (dict(zip(columns, rest, strict=False)), rest[len(columns) :]) if plan.limbs else ({}, rest)
+    return Scratch(ring, inputs, limbs, dict(zip(sums, tiles, strict=True)), *others)
 
 
 def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
@@ -167,7 +193,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
     @pl.when(warpgroup == 0)
     def _consumer() -> None:
-        plgpu.set_max_registers(REGISTERS[0], action="increase")
+        plgpu.set_max_registers(CONSUMER[plan.cutters], action="increase")
         for number in links:
             _link(plan, refs, scratch, number, mine[number], begins[number])
         if refs.counters is not None:
@@ -176,7 +202,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
     @pl.when(warpgroup == 1)
     def _weights() -> None:
-        plgpu.set_max_registers(REGISTERS[1], action="decrease")
+        plgpu.set_max_registers(PRODUCER, action="decrease")
         for number in links:
             run = partial(_weight, plan, refs, scratch, number, begins[number], mine[number])
             lax.fori_loop(0, mine[number] * plan.folds[number].length, lambda used, _, run=run: run(used), None)
@@ -184,7 +210,7 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
 
     @pl.when(warpgroup == 2)
     def _inputs() -> None:
-        plgpu.set_max_registers(REGISTERS[2], action="decrease")
+        plgpu.set_max_registers(PRODUCER, action="decrease")
         for number, fold in enumerate(plan.folds):
             count = jnp.where(mine[number] > 0, fold.length, 0)
             if number:  # who copies nothing must not look: it might do so when the last block has left zeros
@@ -193,23 +219,34 @@ def _body(plan: Plan, refs: Refs, scratch: Scratch) -> None:
             lax.fori_loop(0, count, lambda used, _, run=run: run(used), None)
             hopper.drain(lambda slot: scratch.used.at[slot], count, plan.slots(number))
 
+    for share in range(plan.cutters):
+        pl.when(warpgroup == FIRST_CUTTER + share)(partial(_cutter, plan, scratch, share, mine))
+
 
 def _link(plan: Plan, refs: Refs, scratch: Scratch, number: int, mine: Any, begin: Any) -> None:
     """What the consumer does for a link of which it has `mine` tiles; blocks before it: `begin`."""
     if plan.links[number].normed:
         hopper_counters.wait(refs.counters, number - 1, plan.workers)
-        _factors(plan, refs, scratch, number)
+        roots(refs.squares[number - 1], scratch.partial, scratch.factors, plan.links[number].inputs, plan.links[number].epsilon or 0.0)
     for count in sorted({plan.most(number), plan.tiles(number) // plan.workers} - {0}):
         pl.when(mine == count)(partial(_multiply, plan, refs, scratch, number, count, begin))
     if number + 1 < len(plan.links):
         hopper_counters.tell(refs.counters, number)
 
 
+def _cutter(plan: Plan, scratch: Scratch, share: int, mine: Sequence[Any]) -> None:
+    """What a warpgroup does that makes limbs."""
+    plgpu.set_max_registers(CUTTER, action="decrease")
+    for number, fold in enumerate(plan.folds):
+        run = partial(_limbs, plan, scratch, number, share)
+        lax.fori_loop(0, jnp.where(mine[number] > 0, fold.length, 0), lambda used, _, run=run: run(used), None)
+
+
 def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, mine: Any, used: Any) -> None:
     """Copy a block of each part of a tile; `begin` counts the blocks of the links before, `used` those of this one."""
     link, fold, weight = plan.links[number], plan.folds[number], refs.weights[number]
     tile = lax.axis_index("worker") + lax.rem(used, mine) * plan.workers
-    column, total = lax.div(used, mine) * BLOCK, begin + used
+    column, total = lax.div(used, mine) * plan.block, begin + used
     slot = lax.rem(total, jnp.int32(plan.stages))
     pl.when(total >= plan.stages)(lambda: plgpu.barrier_wait(scratch.free.at[slot]))
     landed = scratch.full.at[lax.rem(total + plan.stages - plan.flying, jnp.int32(plan.stages))]
@@ -218,7 +255,7 @@ def _weight(plan: Plan, refs: Refs, scratch: Scratch, number: int, begin: Any, m
     size = fold.rows // halves
     for part in range(fold.parts):
         for half in range(halves):
-            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, BLOCK)]
+            block = weight.at[pl.ds(half * link.results + tile * size, size), pl.ds(part * fold.part + column, plan.block)]
             plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * fold.rows + half * size, size)], full)
     for _ in range(plan.copies - fold.parts * halves):
         plgpu.barrier_arrive(full)  # in place of a copy
@@ -232,16 +269,39 @@ def _input(plan: Plan, refs: Refs, scratch: Scratch, number: int, used: Any) -> 
     pl.when(used >= slots)(lambda: plgpu.barrier_wait(scratch.used.at[slot]))
     target, there = scratch.inputs[plan.columns(number)].at[slot], scratch.there.at[slot]
     for part in range(fold.parts):
-        block = given.at[:, pl.ds(part * fold.part + used * BLOCK, BLOCK)]
+        block = given.at[:, pl.ds(part * fold.part + used * plan.block, plan.block)]
         plgpu.copy_gmem_to_smem(block, target.at[pl.ds(part * plan.tokens, plan.tokens)], there)
     for _ in range(plan.parts - fold.parts):
         plgpu.barrier_arrive(there)
 
 
+def _limbs(plan: Plan, scratch: Scratch, number: int, share: int, used: Any) -> None:
+    """Make limbs of a share of a slot of inputs, once that is there."""
+    columns, slot = plan.columns(number), lax.rem(used, jnp.int32(plan.slots(number)))
+    size = columns // plan.cutters
+    inputs, limbs = scratch.inputs[columns].at[slot], scratch.limbs[columns].at[slot]
+    plgpu.barrier_wait(scratch.there.at[slot])
+    hopper_limbs.cut(
+        inputs.at[pl.ds(share * size, size)],
+        limbs.at[pl.ds(share * size * LIMBS, size * LIMBS)],
+        scratch.sizes.at[pl.ds(slot * columns + share * size, size)],
+    )
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scratch.cut.at[slot])
+
+
 def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int, begin: Any) -> None:
     """All of this worker's `count` tiles of a link, and what comes of them."""
+    sums = scratch.sums[plan.most(number), plan.met(number)]
+    (_with_limbs if plan.limbs else _as_they_are)(plan, scratch, number, count, begin, sums)
+    plgpu.commit_smem()
+    lax.fori_loop(0, count, lambda index, _: _leave(plan, refs, scratch, number, index, sums.at[index]), None)
+    plgpu.commit_smem()  # what was read there is written by copies next
+
+
+def _as_they_are(plan: Plan, scratch: Scratch, number: int, count: int, begin: Any, sums: Any) -> None:
+    """The tiles' sums, of inputs and weights of one dtype."""
     fold, columns, slots = plan.folds[number], plan.columns(number), plan.slots(number)
-    sums = scratch.sums[plan.most(number), columns]
 
     def accumulate(*accumulators: Any) -> None:
         def step(place: Any, _: None) -> None:
@@ -260,9 +320,33 @@ def _multiply(plan: Plan, refs: Refs, scratch: Scratch, number: int, count: int,
             hopper.store(sums.at[index].transpose((1, 0)), plgpu.layout_cast(accumulator[...], plgpu.Layout.WGMMA_TRANSPOSED))
 
     pl.run_scoped(accumulate, *[ACC((TILE, columns), jnp.float32)] * count)
-    plgpu.commit_smem()
-    lax.fori_loop(0, count, lambda index, _: _leave(plan, refs, scratch, number, index, sums.at[index]), None)
-    plgpu.commit_smem()  # what was read there is written by copies next
+
+
+def _with_limbs(plan: Plan, scratch: Scratch, number: int, count: int, begin: Any, sums: Any) -> None:
+    """The tiles' sums, of limbs and int8 weights: those of a slot are integers, and added to floats."""
+    fold, columns, slots = plan.folds[number], plan.columns(number), plan.slots(number)
+
+    def step(place: Any, totals: tuple[Any, ...]) -> tuple[Any, ...]:
+        here = lax.rem(place, jnp.int32(slots))
+        plgpu.barrier_wait(scratch.cut.at[here])
+        sizes, found = hopper_limbs.sizes_of(scratch.sizes.at[pl.ds(here * columns, columns)], fold), []
+        for index, total in enumerate(totals):
+            slot = lax.rem(begin + place * count + index, jnp.int32(plan.stages))
+            plgpu.barrier_wait(scratch.full.at[slot])
+
+            def products(accumulator: Any, slot: Any = slot) -> Any:
+                plgpu.wgmma(accumulator, scratch.ring.at[slot], scratch.limbs[columns].at[here].transpose((1, 0)))
+                return accumulator[...]
+
+            made = pl.run_scoped(products, ACC((TILE, LIMBS * columns), jnp.int32))
+            plgpu.barrier_arrive(scratch.free.at[slot])
+            found.append(hopper_limbs.added(total, made, sizes, fold))
+        plgpu.barrier_arrive(scratch.used.at[here])
+        return tuple(found)
+
+    totals = lax.fori_loop(0, fold.length, step, (hopper_limbs.nothing(plan.tokens),) * count)
+    for index, total in enumerate(totals):
+        hopper_limbs.leave(sums.at[index], total)
 
 
 def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, sums: Any) -> None:
@@ -270,7 +354,7 @@ def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, su
     fold, tile = plan.folds[number], lax.axis_index("worker") + index * plan.workers
     size = fold.rows // plan.halves(number)
     grid, rows = Grid(plan.tokens, size), pl.ds(tile * size, size)
-    value = _results(plan, scratch, number, grid, sums)
+    value = _results(plan, refs, scratch, number, tile, sums)
     if number not in plan.before_norms:
         grid.store((refs.out if number + 1 == len(plan.links) else refs.passed[number]).at[:, rows], value)
         return
@@ -284,49 +368,14 @@ def _leave(plan: Plan, refs: Refs, scratch: Scratch, number: int, index: Any, su
     grid.store_sums(refs.squares[number].at[pl.ds(tile * count, count)], wide * wide)
 
 
-def _results(plan: Plan, scratch: Scratch, number: int, grid: Grid, sums: Any) -> Any:
-    """What a tile's sums come to, in the order of the grid, rounded."""
-    link = plan.links[number]
-    found = [met(plan.folds[number], grid, sums, half * grid.rows) for half in range(plan.halves(number))]
-    if link.normed:
-        factors = grid.load(scratch.factors, (1, 0))
-        found = [part * factors for part in found]
+def _results(plan: Plan, refs: Refs, scratch: Scratch, number: int, tile: Any, sums: Any) -> Any:
+    """What a tile's sums come to, in the order of its grid, rounded."""
+    link, fold, found = plan.links[number], plan.folds[number], []
+    size = fold.rows // plan.halves(number)
+    grid = Grid(plan.tokens, size)
+    for half in range(plan.halves(number)):
+        part = met(fold, grid, sums, half * size)
+        if plan.limbs:
+            part = part * grid.load(refs.scales[number].at[pl.ds(half * link.results + tile * size, size)], (0, 1)).astype(jnp.float32)
+        found.append(part * grid.load(scratch.factors, (1, 0)) if link.normed else part)
     return (swiglu(plan.dtype, *found) if link.gated else found[0]).astype(plan.dtype)
-
-
-def _factors(plan: Plan, refs: Refs, scratch: Scratch, number: int) -> None:
-    """What the root mean square of each token multiplies its results by: every block sums the squares in the same order."""
-    link, tokens, epsilon = plan.links[number], plan.tokens, plan.links[number].epsilon or 0.0
-
-    def work(_: Any, squares: Any, partial: Any, factors: Any) -> None:
-        from jax.experimental.mosaic.gpu import utils
-        from jaxlib.mlir import ir
-        from jaxlib.mlir.dialects import arith, llvm
-        from jaxlib.mlir.dialects import math as maths
-
-        kind, mine = ir.F32Type.get(), thread()
-
-        def at(ref: Any, place: Any) -> Any:
-            return utils.getelementptr(utils.memref_ptr(ref), [place], kind)
-
-        def c(value: int) -> Any:
-            return utils.c(value, mine.type)
-
-        size, total = ir.MemRefType(squares.type).shape[0], utils.c(0.0, kind)
-        for begin in range(0, size, THREADS):
-            place = arith.addi(mine, c(begin))
-            there = arith.cmpi(arith.CmpIPredicate.ult, place, c(size))
-            found = llvm.load(kind, at(squares, arith.select(there, place, c(0))))
-            total = arith.addf(total, arith.select(there, found, utils.c(0.0, kind)))
-        llvm.store(total, at(partial, mine))
-        utils.warpgroup_barrier()
-        token = arith.remui(mine, c(tokens))
-        parts = [llvm.load(kind, at(partial, arith.addi(token, c(index * tokens)))) for index in range(THREADS // tokens)]
-        mean = arith.mulf(reduce(arith.addf, parts), utils.c(1.0 / link.inputs, kind))
-        root = maths.rsqrt(arith.addf(mean, utils.c(epsilon, kind)))
-        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, mine, c(tokens))):
-            llvm.store(root, at(factors, mine))
-        utils.warpgroup_barrier()
-
-    refs_given = (refs.squares[number - 1], scratch.partial, scratch.factors)
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)(work)(*refs_given)

@@ -145,8 +145,8 @@ def test_bytes_of_words(monkeypatch):
         given = int(first).to_bytes(4, "little") + int(second).to_bytes(4, "little")
         return int.from_bytes(bytes(given[which >> 4 * digit & 7] for digit in range(4)), "little")
 
-    monkeypatch.setattr(token, "_chosen", chosen)
-    monkeypatch.setattr(token, "_less_128", lambda word: word ^ 0x80808080)
+    monkeypatch.setattr(token, "bytes_chosen", chosen)
+    monkeypatch.setattr(token, "less_128", lambda word: word ^ 0x80808080)
     rng = np.random.default_rng(0)
     shifted = rng.integers(0, 2**24, 8, dtype=np.int32)
     for limb, words in enumerate(token._bytes_of_four(list(shifted))):
