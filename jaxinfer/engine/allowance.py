@@ -91,7 +91,7 @@ class Allowance:
 
     def _gain(self, size: int) -> float:
         found, plain = self._open[size], self.plain(size)
-        return found.gain + sum(step.gain(plain) for step in found.latest)
+        return min(found.gain + sum(step.gain(plain) for step in found.latest), MOST)
 
     def charge(self, size: int, price: float) -> None:
         """Charge so many plain steps besides; below 0 they are paid in."""

@@ -24,8 +24,8 @@ from jaxinfer.step.inputs import pack
 from jaxinfer.step.program import Program
 
 ROUNDS = 5
-PLAINS = 8  # plain steps far from drafts that others are compared with, the latest
-KNOWN = 6  # so many tell what one takes
+PLAINS = 6  # plain steps far from drafts that others are compared with, the latest: no more than one look brings
+KNOWN = PLAINS  # so many tell what one takes
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
 BEHIND = 4  # steps that are launched one behind the other to see what one takes
@@ -170,9 +170,13 @@ class Costs:
             return found
         if not self._plains.get(size):
             return self._start[PLAIN, size]
-        turns = self._turns.get(size, ())
-        found = self._usual[size] = _mean(self._plains[size]) * (_median(turns) if len(turns) == TURNS else 1.0)
+        found = self._usual[size] = _mean(self._plains[size]) * self.turned(size)
         return found
+
+    def turned(self, rows: int) -> float:
+        """How many times as long steps with drafts take as when plain ones were far from them last; 1 if few were made since."""
+        turns = self._turns.get(self.size(PLAIN, rows), ())
+        return _median(turns) if len(turns) == TURNS else 1.0
 
     def known(self, rows: int) -> bool:
         """Whether enough plain steps were made to say what one takes."""
@@ -204,8 +208,8 @@ class Costs:
             self._ratios.pop((way, size), None)
         self._compared[way, size] = self._steps
         ratios = self._ratios.setdefault((way, size), deque(maxlen=KEPT))
-        ratios.append(min(seconds / self.seconds(size), HELD_UP * self._measured(way, size)))
-        found = fmean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
+        ratios.append(seconds / self.seconds(size))
+        found = _mean(ratios if len(ratios) > START else [*ratios, *(self._measured(way, size),) * 2])
         self._typical[way, size] = max(found, 1.0)  # more work takes no less
 
     def _turn(self, way: Way, size: int, seconds: float) -> None:
@@ -220,10 +224,7 @@ class Costs:
     def _add(self, size: int, seconds: float) -> None:
         """Note a plain step far from drafts; what one usually takes is worked out when somebody asks, which is seldom where drafts do not
         pay."""
-        plains = self._plains.get(size)
-        if plains is None:
-            plains = self._plains[size] = deque(maxlen=PLAINS)
-        plains.append(seconds)
+        self._plains.setdefault(size, deque(maxlen=PLAINS)).append(seconds)
         for known in (self._usual, self._begun, self._turns):
             known.pop(size, None)
 
@@ -232,7 +233,7 @@ class Costs:
         return way != FOLLOWED and self._steps - self._compared.get((way, size), self._steps) > OLD
 
     def _measured(self, way: Way, size: int) -> float:
-        return self._start[way, self.size(way, size)] / self._start[PLAIN, size]
+        return max(1.0, self._start[way, self.size(way, size)] / self._start[PLAIN, size])
 
 
 def way_of(batch: Batch, bucket: Bucket, *, followed: bool) -> Way:

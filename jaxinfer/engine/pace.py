@@ -5,7 +5,7 @@ This file does not know what steps cost, or what drafts are worth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
@@ -21,19 +21,35 @@ READING = 32  # asked so often who has more to read, before drafts are believed 
 
 
 @dataclass
+class Excursions:
+    """Steps with drafts (`wide`), and plain ones that waited for one (`returns`); these fade."""
+
+    wide: float = WIDE
+    returns: float = RETURNS
+
+    def returned(self) -> None:
+        """A plain step had to wait for one with drafts."""
+        self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1
+
+    @property
+    def waiting(self) -> float:
+        """How often a plain step waits, for each step with drafts."""
+        return self.returns / self.wide
+
+
+@dataclass
 class Pace:
     """What happened at one number of rows. drafting: drafts seem to pay. vain: how often in a row asking led to none, since the last rest;
-    right: what was said last, and not used, has come true; reads: how often it led to reading on since drafts were last believed in;
-    put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each, few where
-    drafts gain. age: steps with drafts since plain ones were far from them; looks: how many plain ones are still to come to see what
-    these cost; bare: those far from drafts are to be made without the draft model; until: the age at which they are due. out: the draft
-    model was left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that one
-    showed what plain steps take. apart: plain steps since the last one with drafts. wide, returns: steps with drafts, and plain ones
-    that waited for one; these fade."""
+    right: how often in a row what was said, and not used, has come true; reads: how often it led to reading on since drafts were last
+    believed in; put_off: how often in a row nobody was asked who could have been. rest: steps of the next one, twice as many after each,
+    few where drafts gain. age: steps with drafts since plain ones were far from them; looks: how many plain ones are still to come to see
+    what these cost; bare: those far from drafts are to be made without the draft model; until: the age at which they are due. out: the
+    draft model was left out of the last plain step; missed: no prompts came that it could have seen when the last rest ended; told: that
+    one showed what plain steps take. apart: plain steps since the last one with drafts."""
 
     drafting: bool = True
     vain: int = 0
-    right: bool = False
+    right: int = 0
     reads: int = 0
     put_off: int = 0
     rest: int = SHORTEST
@@ -45,14 +61,17 @@ class Pace:
     missed: bool = False
     told: bool = False
     apart: int = APART
-    wide: float = WIDE
-    returns: float = RETURNS
+    excursions: Excursions = field(default_factory=Excursions)
 
     def asked(self, *, believed: bool) -> None:
         """Proposers were asked. believed: what they say is likely to pay."""
         self.vain, self.reads = (0, 0) if believed else (self.vain + 1, self.reads)
         self.told &= not believed  # from here on plain steps between those with drafts tell more
         self.drafting = believed or (self.drafting and self.vain < PATIENT)
+
+    def compared(self, *, right: bool) -> None:
+        """What was said is compared with what came. right: it has come true."""
+        self.right = self.right + 1 if right else 0
 
     def reading(self) -> None:
         """Proposers were asked that have more to read first: that was not in vain, but does not go on for ever."""
@@ -67,7 +86,7 @@ class Pace:
     @property
     def curious(self) -> bool:
         """Whether it is not yet time to leave it for a while. What was said is compared with what came when it is asked again."""
-        return self.vain < CURIOUS or self.right
+        return self.vain < CURIOUS or self.right >= CURIOUS
 
     @property
     def is_bare(self) -> bool:
@@ -84,7 +103,7 @@ class Pace:
         """A step with drafts was made."""
         self.age += 1
         self.apart = self.put_off = 0
-        self.wide += 1
+        self.excursions.wide += 1
 
     def look(self, looks: int, most: int) -> None:
         """So many plain steps are due; the next are at twice the age, or at `most`."""
@@ -108,7 +127,7 @@ class Pace:
         """So many without were made, where nothing was due. missed: the draft model saw no prompts behind them; told: they were timed."""
         self._away(steps)
         self.missed, self.told = missed, told
-        self.vain, self.right = 0, False
+        self.vain = self.right = 0
         self.rest = min(2 * self.rest, LONGEST)
 
     def _away(self, steps: int) -> None:
@@ -118,8 +137,4 @@ class Pace:
         if self.apart > 2 * APART:
             self.until = FIRST
         if self.apart // OLD > before // OLD:
-            self.wide, self.returns = WIDE, RETURNS
-
-    def returned(self) -> None:
-        """One without had to wait for one with drafts."""
-        self.wide, self.returns = FADING * self.wide, FADING * self.returns + 1
+            self.excursions = Excursions()

@@ -39,10 +39,10 @@ from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
 GOES_ON = 1.04  # and those that others came before: to stop costs plain steps that are slower
-AFFORDED = 0.97  # and these while there is more in the account than it began with
+AFFORDED = 0.97  # and these while the account holds no less than it began with
 WAITED = 2  # steady steps that may end before one that had to wait for drafts does; where nothing overlaps, none ever does
 FRESH, LOOK = 512, APART + 5  # after so many steps with drafts, at first fewer, plain ones are made, to see what these cost now
-SURE, NEAR = 1.2, 128  # where drafts promise less than so much, after so many at most
+SURE, NEAR = 1.2, 128  # where drafts promise less than so much, or are slower by as much than they were, after so many at most
 ENTER = 5  # and behind the first that a draft model sees again, to see what that takes
 MOST_RETURNS = 3.0  # for one step with drafts, as far as that is believed
 SAVED, SPARED = 5.0, 2.5  # plain steps saved up with which a draft model that was left out keeps up again, and down to how many
@@ -150,7 +150,7 @@ class Speculator:
         if not (self.always or self.costs.known(size)):  # some have ended since it was decided to ask
             return {}
         came = [self._came(candidate) for candidate in candidates]
-        self._paces[size].right = 2 * came.count(True) > len(came) - came.count(None)
+        self._paces[size].compared(right=2 * came.count(True) > len(came) - came.count(None))
         plan = self._plan({candidate.sequence.request.key: self._guesses(candidate) for candidate in candidates}, size, rows)
         if any([proposer.rest() for proposer in self.proposers]):
             self._since.reading = True
@@ -242,37 +242,44 @@ class Speculator:
             self.allowance.charge(size, more / (1 + more) * step.seconds / self.costs.seconds(size))
         if self._since.waited and not step.steady:
             self._since.waited = 0
-            self._paces[size].returned()
+            self._paces[size].excursions.returned()
             self.allowance.charge(size, self.costs.more(ALONE, size))
 
     def _plain(self, step: Seen, size: int, since: _Since) -> None:
         """Take in a step without drafts."""
         pace, way, took = self._paces[size], step.way, step.seconds - since.seconds
-        waited = since.waited and not step.steady  # a steady one was launched before drafts were thought of
+        waited = since.waited > 0 and not step.steady  # a steady one was launched before drafts were thought of
         if waited:
             self._since.waited, way, took = 0, ALONE, took + since.owed
-            pace.returned()
+            pace.excursions.returned()
         elif since.wanted and self.costs.known(size):
             usual = self.costs.seconds(size) * (1 + self.costs.more(way, size))
             self._since.owed, took = took - usual, usual
         pace.plain(steady=step.steady)
-        steady = step.steady and not since.wanted
+        comparable = step.alike and (waited or (step.steady and not since.wanted))
+        if comparable:
+            took = self._compare(way, size, took)
         if waited or pace.apart <= APART:  # all until a rest may begin: they are slower for the drafts before
             self._owe(way, size, took, 1.0)
         elif way == FOLLOWED:
             self.allowance.charge(size, self.costs.more(FOLLOWED, size))
-        if step.alike and (waited or steady):
-            self._compare(way, size, took)
+        if comparable:
+            self._settle(size)
         self.allowance.earn(size)
         self.asking.earn(size)
 
-    def _compare(self, way: Way, size: int, seconds: float) -> None:
-        """Note what a plain step took, unless drafts do not pay and the last rest told that; settle with drafts that lie far back."""
+    def _compare(self, way: Way, size: int, seconds: float) -> float:
+        """Note what a plain step took, unless drafts do not pay and the last rest told that. What is to be charged for it."""
         pace = self._paces[size]
-        if pace.drafting or not pace.told or way != PLAIN or not self.costs.known(size):
-            self.costs.take(way, size, seconds, far=pace.apart >= APART)
+        if pace.told and not pace.drafting and way == PLAIN and self.costs.known(size):
+            return seconds
+        return self.costs.take(way, size, seconds, far=pace.apart >= APART)
+
+    def _settle(self, size: int) -> None:
+        """Where drafts lie far back, settle what they cost; what they gained is spent on asking for more."""
+        pace = self._paces[size]
         if pace.apart > APART and not pace.looks and (gain := self.allowance.settle(size)):
-            self.asking.charge(size, -gain)  # it is spent on asking for more
+            self.asking.charge(size, -gain)
             pace.gained()
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
@@ -336,7 +343,8 @@ class Speculator:
             pace.look(LOOK, pace.until)
             return None
         if believed:
-            if pace.age >= min(pace.until, FRESH if best.promise > SURE else NEAR):
+            sure = best.promise > SURE > self.costs.turned(size)
+            if pace.age >= min(pace.until, FRESH if sure else NEAR):
                 pace.look(LOOK, FRESH)
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
@@ -363,7 +371,7 @@ class Speculator:
         if not chosen or (way.hidden and not any(guess.hidden for guess in chosen.values())):
             return None
         pace = self._paces[size]
-        waiting = 0.0 if way.hidden and self.unseen else self.costs.more(ALONE, size) * min(pace.returns / pace.wide, MOST_RETURNS)
+        waiting = 0.0 if way.hidden and self.unseen else self.costs.more(ALONE, size) * min(pace.excursions.waiting, MOST_RETURNS)
         return Plan(way, chosen, 1 + expected / rows, self.costs.ratio(way, size) + waiting)
 
 

@@ -175,20 +175,24 @@ ROWS = [1, 32, *(pytest.param(rows, marks=pytest.mark.ci) for rows in (6, 256))]
 def test_where_drafts_pay_they_are_made(rows, stands, wide):
     warm, steps = (40, 160) if rows < 64 else (24, 32)
     shares = []
-    for seed in range(5 if rows == 256 else 3):  # in a noisy world one may have bad luck
+    for seed in range(3 if rows in (1, 32) else 5):  # in a noisy world one may have bad luck
         always, world = World(rows, stands, wide, seed=seed), World(rows, stands, wide, seed=seed)
         always.made.always = True
         world.rate(warm)
         shares.append(world.rate(steps) / always.rate(steps))
-    assert median(shares) > (0.9 if rows < 256 else 0.85), shares  # of few steps, some show what plain ones cost
+    assert median(shares) > (0.9 if rows in (1, 32) else 0.8), shares  # of few steps, some show what plain ones cost
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("stands", "wide"), [(0.05, 1.2), (0.05, 1.02), (0.3, 2.5), (0.1, 6.0)])
 def test_where_they_do_not_pay_they_cost_little(rows, stands, wide):
-    world, steps = World(rows, stands, wide), 250 if rows < 64 else 160
-    assert world.rate(steps) > 0.98 - (START - LEAST) / steps, world.steps  # what an account begins with may be lost once
-    assert world.rate(steps) > 0.97, world.steps
+    steps, rates = 250 if rows < 64 else 90, []
+    for seed in range(3):  # in a noisy world one may have bad luck
+        world = World(rows, stands, wide, seed=seed)
+        rates.append((world.rate(steps), world.rate(steps)))
+    first, then = (median(each) for each in zip(*rates, strict=True))
+    assert first > 0.98 - (START - LEAST) / steps, rates  # what an account begins with may be lost once
+    assert then > 0.97, rates
 
 
 class Overlapping:
@@ -401,7 +405,7 @@ def test_engines_drawn_at_random_lose_little():
     """Of other draws one in a thousand loses 3 to 5 % (LOG.md). In a process that checks no types: here it takes seven times as long."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         rates = pool.submit(rates_of_drawn, 350).result()
-    assert sum(rate < 0.97 for rate in rates) <= 1 and min(rates) > 0.965, sorted(rates)[:20]
+    assert sum(rate < 0.97 for rate in rates) <= 1 and min(rates) > 0.95, sorted(rates)[:20]
 
 
 @pytest.mark.parametrize("times", [HOST_BOUND, LARGE])

@@ -81,16 +81,32 @@ def test_steps_with_drafts_tell_what_plain_ones_take_until_these_are_far_again(c
     assert costs.seconds(1) == pytest.approx(0.4)
 
 
-def test_drafts_right_behind_plain_steps_and_other_widths_do_not_tell_what_plain_ones_take(costs):
+def test_drafts_right_behind_plain_steps_do_not_tell_what_these_take(costs):
+    plain(costs)
+    for _ in range(2 * TURNS + 1):
+        costs.take(WIDE, 1, 1.2)
+    for _ in range(TURNS):
+        costs.take(WIDE, 1, 5.0, far=True)
+    assert costs.turned(1) == 1.0
+
+
+def test_each_width_is_held_beside_itself(costs):
     costs.set(Way(2), 1, 1.5)
+    plain(costs)
+    for _ in range(2 * TURNS + 1):
+        costs.take(WIDE, 1, 1.2)
+        costs.take(Way(2), 1, 5.0)
+    assert costs.turned(1) == 1.0
+
+
+def test_what_one_look_brings_is_all_that_counts(costs):
     plain(costs)
     for _ in range(TURNS + 1):
         costs.take(WIDE, 1, 1.2)
-        costs.take(Way(2), 1, 1.0)
     for _ in range(TURNS):
-        costs.take(WIDE, 1, 5.0, far=True)
-        costs.take(Way(2), 1, 1.0)
-    assert costs.seconds(1) == pytest.approx(1.0)
+        costs.take(WIDE, 1, 2.4)
+    plain(costs, seconds=2.0, count=PLAINS)
+    assert costs.seconds(1) == pytest.approx(2.0)
 
 
 def test_the_first_step_of_a_kind_is_charged_as_at_the_start_and_says_nothing(costs):
@@ -103,6 +119,9 @@ def test_no_step_with_drafts_is_thought_to_take_less_than_a_plain_one(costs):
     for _ in range(KEPT + 1):
         costs.take(WIDE, 1, 0.5)
     assert costs.ratio(WIDE, 1) == 1.0
+    costs.set(Way(2), 1, 0.5)
+    costs.set(FOLLOWED, 1, 0.5)
+    assert costs.ratio(Way(2), 1) == costs.ratio(FOLLOWED, 1) == 1.0  # at the start
 
 
 def test_a_step_that_took_no_time_says_nothing_of_the_machine(costs):
@@ -115,14 +134,14 @@ def test_a_step_that_took_no_time_says_nothing_of_the_machine(costs):
 def test_a_way_that_takes_long_now_and_then_is_dear_but_no_step_counts_for_everything(costs):
     plain(costs)
     for number in range(15 * KEPT):
-        costs.take(WIDE, 1, 3.0 if number % 5 == 0 else 1.0)
-    assert costs.ratio(WIDE, 1) == pytest.approx(1.4)
+        costs.take(WIDE, 1, 2.0 if number % 5 == 0 else 1.0)
+    assert costs.ratio(WIDE, 1) == pytest.approx(1.2)
     for number in range(15 * KEPT):
         costs.take(WIDE, 1, 1000.0 if number % 5 == 0 else 1.0)
-    assert costs.ratio(WIDE, 1) == pytest.approx(0.8 + 0.2 * HELD_UP * 2.0)  # 2 of them at the start
+    assert costs.ratio(WIDE, 1) == pytest.approx(0.8 + 0.2 * HELD_UP)
     for number in range(4 * PLAINS):
-        costs.take(PLAIN, 1, 1000.0 if number % 4 == 0 else 1.0, far=True)
-    assert costs.seconds(1) == pytest.approx(0.75 + 0.25 * HELD_UP)
+        costs.take(PLAIN, 1, 1000.0 if number % 3 == 0 else 1.0, far=True)
+    assert costs.seconds(1) == pytest.approx((2.0 + HELD_UP) / 3)
 
 
 def test_what_was_measured_at_the_start_is_forgotten(costs):
@@ -132,6 +151,13 @@ def test_what_was_measured_at_the_start_is_forgotten(costs):
         costs.take(PLAIN, 3, 1.0, far=True)
         costs.take(WIDE, 3, 3.0, far=True)
         assert (costs.ratio(WIDE, 4) == 3.0) == (number >= START)
+
+
+def test_a_start_that_had_it_wrong_by_far_is_forgotten_too(costs):
+    plain(costs)
+    for _ in range(START + 2):
+        costs.take(WIDE, 1, 2.1 * HELD_UP)  # 2 at the start
+    assert costs.ratio(WIDE, 1) == pytest.approx(2.1 * HELD_UP)
 
 
 def test_after_a_few_plain_steps_it_is_known_what_one_takes(costs):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, WIDE, Pace
+from jaxinfer.engine.pace import APART, CURIOUS, FADING, FIRST, OLD, PATIENT, PUT_OFF, READING, RETURNS, WIDE, Excursions, Pace
 from jaxinfer.engine.resting import LONGEST, SHORTEST
 
 
@@ -68,8 +68,9 @@ def test_the_last_of_a_look_are_made_without_the_draft_model():
 def test_asking_goes_on_while_what_was_said_comes_true():
     pace = Pace(vain=CURIOUS)
     assert not pace.curious
-    pace.right = True
-    assert pace.curious
+    for right, curious in ((True, False), (True, True), (False, False), (True, False), (True, True)):
+        pace.compared(right=right)
+        assert pace.curious is curious
     pace.rested(10)
     pace.vain = CURIOUS
     assert not pace.curious
@@ -77,14 +78,14 @@ def test_asking_goes_on_while_what_was_said_comes_true():
 
 def test_excursions_fade():
     pace = Pace()
-    before = pace.wide, pace.returns
     pace.drafted()
-    pace.returned()
-    assert (pace.wide, pace.returns) == pytest.approx((FADING * (before[0] + 1), FADING * before[1] + 1))
+    pace.excursions.returned()
+    assert (pace.excursions.wide, pace.excursions.returns) == pytest.approx((FADING * (WIDE + 1), FADING * RETURNS + 1))
+    assert pace.excursions.waiting == pytest.approx((FADING * RETURNS + 1) / (FADING * (WIDE + 1)))
     for _ in range(OLD):
-        assert pace.wide != WIDE
+        assert pace.excursions != Excursions()
         pace.plain(steady=True)
-    assert (pace.wide, pace.returns) == (WIDE, RETURNS)
+    assert pace.excursions == Excursions()
 
 
 def test_rests_get_longer_until_drafts_gain():
