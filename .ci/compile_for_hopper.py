@@ -202,7 +202,8 @@ def products() -> Iterator[Planned]:
     for case in quantized():
         every = quantized_gpu.candidates("gpu", case.tuning_key())[:-1]
         for sizes in every if case.tokens == 16 and case.outputs == 6144 else every[: 2 if case.tokens == 1 else 1]:
-            yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, 1)
+            kernels = 2 if sizes["splits"] else 1  # one cuts the tokens
+            yield Planned(f"{case.name} {case.weight} {case.tokens} x {case.features} x {case.outputs}", case, sizes, kernels)
     for case in norms():
         yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
     for case in (*chain_cases.TUNING, *chain_cases.CASES, RAGGED):

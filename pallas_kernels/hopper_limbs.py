@@ -5,6 +5,8 @@ no more than a 65,000th of the largest in its block, or of 2^-100 if that is lar
 block are integers, exact in any order; those of a token's two limbs become one float32, times the size, and are added to those of the
 blocks before. A block with an infinity or NaN gives NaN.
 
+A token that is cut before, with one size for all its inputs (`quantized_matmul.gpu_cut`), has sums that are integers to the end (`joined`).
+
 Limbs of a token are columns side by side, so one thread has the sums of both. Of a folded weight (`hopper_token.Fold`) a warp's rows are of
 one part, so it keeps the columns of that part alone.
 """
@@ -205,26 +207,96 @@ def _added(fold: Fold, count: int, _: Any, total: Any, products: Any, sizes: Any
     return array_of(found)
 
 
-def leave(sums: Any, total: Any) -> None:
-    """Write a tile's sums to shared memory [tokens, 64]."""
+def joined(products: Any) -> Any:
+    """Products int32 [64, 2 * tokens] of limbs and a tile as a tile's sums, in the limbs' unit."""
     if hopper.interpreting():
-        sums[...] = total.reshape(TILE, -1).T
-        return
+        each = products.reshape(-1, LIMBS)
+        return each[:, 0].astype(jnp.float32) + each[:, 1].astype(jnp.float32) * 256.0
+    count = products.shape[0] * products.shape[1] // LIMBS // THREADS
+    made = plgpu.ShapeDtypeStruct((THREADS * count,), jnp.float32, layout=_own(count))
+    return plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=made)(_joined)(products)
+
+
+def _joined(_: Any, products: Any) -> Any:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+    from jaxlib.mlir.dialects import math as maths
+    from jaxlib.mlir.dialects import vector as vectors
+
+    wide, found = ir.F32Type.get(), []
+    for pair in products.registers.flat:
+        low, high = (arith.sitofp(wide, vectors.extract(pair, [], [limb])) for limb in range(LIMBS))
+        found.append(maths.fma(high, utils.c(256.0, wide), low))
+    return array_of(found)
+
+
+def scaled(total: Any, tokens: Any, rows: Any) -> Any:
+    """A tile's sums times factors in memory, of tokens and of its rows; where the tile has fewer than 64 rows the rest holds anything."""
+    if hopper.interpreting():
+        factors = jnp.pad(rows[...], (0, TILE - rows.shape[0]))[:, None] * tokens[...][None]
+        return total * factors.reshape(-1)
     count = total.shape[0] // THREADS
-    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _own(count)))(_leave)(sums, total)
+    made = plgpu.ShapeDtypeStruct(total.shape, total.dtype, layout=_own(count))
+    arguments = (_own(count), plgpu.RefType(), plgpu.RefType())
+    return plgpu.inline_mgpu(arg_types=arguments, return_type=made)(partial(_scaled, rows.shape[0]))(total, tokens, rows)
 
 
-def _leave(_: Any, sums: Any, total: Any) -> None:
+def _scaled(size: int, _: Any, total: Any, tokens: Any, rows: Any) -> Any:
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm
 
-    token, warp, lane = arith.andi(thread(), _word(3)), arith.shrui(thread(), _word(5)), arith.andi(thread(), _word(31))
-    row = arith.addi(arith.shli(warp, _word(4)), arith.shrui(lane, _word(2)))
-    begin = arith.addi(arith.muli(token, _word(TILE)), row)
-    for place, number in enumerate(numbers_of(total)):
-        at = arith.addi(begin, _word(place // 2 * 4 * TILE + place % 2 * 8))
-        llvm.store(number, utils.getelementptr(utils.memref_ptr(sums), [at], ir.F32Type.get()))
+    def load(ref: Any, place: Any) -> Any:
+        return llvm.load(ir.F32Type.get(), utils.getelementptr(utils.memref_ptr(ref), [place], ir.F32Type.get()))
+
+    token, row = _first()
+    each = [load(rows, arith.minui(arith.addi(row, _word(8 * half)), _word(size - 1))) for half in range(2)]
+    numbers, found = numbers_of(total), []
+    for place in range(0, len(numbers), 2):
+        factor = load(tokens, arith.addi(token, _word(place // 2 * 4)))
+        found += [arith.mulf(arith.mulf(numbers[place + half], factor), each[half]) for half in range(2)]
+    return array_of(found)
+
+
+def leave(sums: Any, total: Any, step: int = TILE) -> None:
+    """Write a tile's sums to memory [tokens, rows], the first rows if it has fewer than 64, where a token's numbers begin `step` behind
+    those of the one before."""
+    rows = sums.shape[1]
+    if hopper.interpreting():
+        sums[...] = total.reshape(TILE, -1).T[:, :rows]
+        return
+    count = total.shape[0] // THREADS
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _own(count)))(partial(_leave, step, rows))(sums, total)
+
+
+def _leave(step: int, rows: int, _: Any, sums: Any, total: Any) -> None:
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir.dialects import arith, llvm
+
+    token, row = _first()
+    begin, numbers = arith.addi(arith.muli(token, _word(step)), row), numbers_of(total)
+
+    def store(places: range) -> None:
+        for place in places:
+            at = arith.addi(begin, _word(place // 2 * 4 * step + place % 2 * 8))
+            llvm.store(numbers[place], utils.getelementptr(utils.memref_ptr(sums), [at], numbers[place].type))
+
+    if rows == TILE:
+        store(range(len(numbers)))
+        return
+    for half in range(2):
+        with utils.when(arith.cmpi(arith.CmpIPredicate.ult, arith.addi(row, _word(8 * half)), _word(rows))):
+            store(range(half, len(numbers), 2))
+
+
+def _first() -> tuple[Any, Any]:
+    """Token and row of a thread's first sum; of its others tokens are 4 and rows 8 apart, two rows to a token."""
+    from jaxlib.mlir.dialects import arith
+
+    lane = arith.andi(thread(), _word(31))
+    row = arith.addi(arith.shli(arith.shrui(thread(), _word(5)), _word(4)), arith.shrui(lane, _word(2)))
+    return arith.andi(lane, _word(3)), row
 
 
 def _own(count: int) -> Any:

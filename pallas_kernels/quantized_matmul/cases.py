@@ -84,6 +84,7 @@ CASES = (
     Case("one_narrow", tokens=1, features=1024, outputs=200, dtype="bfloat16"),
     Case("one_half", tokens=1, features=640, outputs=128, dtype="float16", rows=64),
     Case("few", tokens=5, features=384, outputs=64, dtype="bfloat16"),
+    Case("tens", tokens=17, features=640, outputs=320, dtype="bfloat16", rows=64),
     Case("many", tokens=70, features=64, outputs=128),
     Case("odd", tokens=3, features=70, outputs=33, weight="int4"),
     Case("grouped", tokens=3, features=256, outputs=192, dtype="bfloat16", weight="int4", group=64),

@@ -7,7 +7,7 @@ way, and copies are several blocks ahead. Scales of whole rows multiply the sums
 
 int8 and 4 bits become bfloat16 exactly. float8 becomes float16, and so do the inputs, each token brought near 1 by a power of two first.
 Zeros other than 8 are a small product of their own. One token meets int8 in a kernel that converts the token in place of the weight
-(`gpu_one`). Many tokens are XLA's: it has the vendor's kernels for them.
+(`gpu_one`), and a few do in one that cuts them before (`gpu_limbs`). Many tokens are XLA's: it has the vendor's kernels for them.
 """
 
 import math
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from pallas_kernels import dispatch, hopper, tuning
 from pallas_kernels.hopper import TILE
 from pallas_kernels.hopper_stream import Deal, add_up
-from pallas_kernels.quantized_matmul import gpu_one, xla
+from pallas_kernels.quantized_matmul import gpu_limbs, gpu_one, xla
 from pallas_kernels.quantized_matmul.formats import PACKED, ZERO, Format
 from pallas_kernels.quantized_matmul.gpu_convert import bits_of, converted, permute
 from pallas_kernels.rounding import round_tokens
@@ -37,10 +37,12 @@ STEP = 128  # inputs that are converted and multiplied at a time; 64 for groups 
 
 
 class Sizes(NamedTuple):
-    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA, one and zero to `gpu_one`."""
+    """Warpgroups that multiply, 64 outputs each, and inputs of a block; zeros leave a shape to XLA, one and zero to `gpu_one`. splits: of
+    inputs, in `gpu_limbs`; zero where the weight is converted."""
 
     consumers: int
     block: int
+    splits: int = 0
 
 
 XLA, ONE = Sizes(0, 0), Sizes(1, 0)
@@ -75,7 +77,7 @@ class Scratch(NamedTuple):
 def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     """Why this cannot run on a target, or for what is known of a key; None when it can."""
     reason = hopper.refusal(target, {"dtype": key.get("dtype", "bfloat16")})
-    if reason is not None or gpu_one.fits(key):
+    if reason is not None or gpu_one.fits(key) or gpu_limbs.fits(key):
         return reason
     if key.get("dtype", "bfloat16") != "bfloat16":
         return f"its kernel takes inputs in bfloat16, not in {key['dtype']}"
@@ -102,6 +104,8 @@ def _fitting(key: dict[str, int | str]) -> list[Sizes]:
     tokens, found = _padded(int(key["tokens"])), [ONE] if gpu_one.fits(key) else []
     if not 0 < tokens <= MOST or key["dtype"] != "bfloat16":
         return found
+    if gpu_limbs.fits(key):
+        found += [Sizes(plan.consumers, plan.block, plan.splits) for plan in gpu_limbs.candidates(key)]
     for consumers in (2, 4, 1):
         for block in (256, 512, 128):
             stage = block * (consumers * TILE * BITS[str(key["weight"])] // 8 + 2 * tokens)
@@ -132,8 +136,12 @@ def quantized_matmul(
         with tuning.forced(xla.heuristic("gpu", kind.key(x, weight))):
             return xla.quantized_matmul(x, weight, scales, zeros=zeros, activations=activations, out_dtype=out_dtype)
     per_row = jnp.repeat(scales, outputs // scales.shape[0], axis=0)
+    final = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     if sizes == ONE:
-        return gpu_one.multiply(x, weight, per_row, out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype))
+        return gpu_one.multiply(x, weight, per_row, out_dtype=final)
+    if sizes.splits:
+        plan = gpu_limbs.plan_of(x.shape[0], x.shape[1], outputs, sizes.block, sizes.splits)
+        return gpu_limbs.multiply(x, weight, per_row, plan=plan, out_dtype=final)
     inputs, per_token = _inputs(x, kind)
     plan = plan_of(sizes, inputs.shape[0], outputs, x.shape[1], kind)
     parts = _parts(inputs, weight, per_row if kind.inputs else None, plan=plan, interpreted=hopper.interpreting())
@@ -144,7 +152,7 @@ def quantized_matmul(
         sums = sums - _shift(inputs[: x.shape[0]], per_row, jnp.repeat(zeros, outputs // zeros.shape[0], axis=0))
     if per_token is not None:
         sums = sums * per_token[: x.shape[0]]
-    return sums.astype(x.dtype if out_dtype is None else out_dtype)
+    return sums.astype(final)
 
 
 def plan_of(sizes: Sizes, tokens: int, outputs: int, features: int, kind: Format) -> Plan:

@@ -141,7 +141,8 @@ def machine(monkeypatch):
     ir = SimpleNamespace(F32Type=kinds, IntegerType=words, VectorType=SimpleNamespace(get=lambda shape, kind: (*shape, kind)))
     signless = {"addi": np.add, "muli": np.multiply, "andi": np.bitwise_and, "xori": np.bitwise_xor, "shli": np.left_shift}
     arith = SimpleNamespace(
-        **signless, shrui=np.right_shift, maxui=np.maximum, mulf=np.multiply, CmpIPredicate=SimpleNamespace(ult=np.less, eq=np.equal),
+        **signless, shrui=np.right_shift, maxui=np.maximum, minui=np.minimum, mulf=np.multiply,
+        CmpIPredicate=SimpleNamespace(ult=np.less, eq=np.equal),
         cmpi=lambda predicate, one, other: predicate(one, other), select=lambda *each: lanes(np.where(*each)),
         sitofp=lambda _, given: lanes(given.view(np.int32).astype(np.float32)),
     )  # fmt: skip
@@ -185,23 +186,63 @@ def test_threads_cut_where_the_inputs_lie(machine, count):
     check(values, straight.reshape(2 * count, 256), sizes.view(np.float32))
 
 
+def held(products):
+    """Products [64, columns] as the threads of a warpgroup have them: pairs of columns, in two rows of each 8 columns."""
+    warp, lane = np.divmod(np.arange(THREADS), 32)
+    return registers(
+        [
+            [lanes(products[warp * 16 + lane // 4 + 8 * half, 8 * tile + 2 * (lane % 4) + limb].view(np.uint32)) for limb in range(2)]
+            for tile in range(products.shape[1] // 8)
+            for half in range(2)
+        ]
+    )
+
+
 @pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_a_thread_has_both_limbs_of_its_tokens(machine, parts, tokens):
     rng, fold = np.random.default_rng(0), Fold(256 * parts, parts, 256)
     products, sizes = rng.integers(-4_000_000, 4_000_000, (64, 2 * parts * tokens), np.int32), rng.random(parts * tokens, np.float32)
-    warp, lane = np.divmod(np.arange(THREADS), 32)
-    pairs = [
-        [lanes(products[warp * 16 + lane // 4 + 8 * half, 8 * tile + 2 * (lane % 4) + limb].view(np.uint32)) for limb in range(2)]
-        for tile in range(parts * tokens // 4)
-        for half in range(2)
-    ]
-    count, made = tokens // 2, np.empty(len(pairs), object)
-    for place, pair in enumerate(pairs):
-        made[place] = pair
+    made, count = held(products), tokens // 2
     chosen = limbs._sizes_of(fold, tokens // 4, None, sizes.view(np.uint8))
     before = registers([lanes(np.float32(0))] * count)
-    total = limbs._added(fold, count, None, before, SimpleNamespace(registers=made), chosen)
+    total = limbs._added(fold, count, None, before, made, chosen)
     sums = np.zeros(4 * 64 * tokens, np.uint8)
-    limbs._leave(None, sums, total)
+    limbs._leave(64, 64, None, sums, total)
     np.testing.assert_allclose(sums.view(np.float32).reshape(tokens, 64), met(products, sizes, fold, tokens), rtol=1e-6)
+
+
+def whole_sums(tokens):
+    """Products as large as those of 131,000 inputs, and what they come to, [tokens, 64]."""
+    products = np.random.default_rng(tokens).integers(-(2**31) + 1, 2**31, (64, 2 * tokens), np.int32)
+    return products, (products[:, 0::2].astype(np.float64) + 256.0 * products[:, 1::2]).T
+
+
+@pytest.mark.parametrize("rows", [8, 40, 64])
+@pytest.mark.parametrize("tokens", [8, 24])
+class TestSumsOverAllInputs:
+    """Joined, times what tokens and rows are worth, and written where a token's numbers do not follow those of the one before at once."""
+
+    @staticmethod
+    def factors(tokens, rows):
+        return np.linspace(1, 2, tokens, dtype=np.float32), np.linspace(0.5, 1, rows, dtype=np.float32)
+
+    @staticmethod
+    def check(found, wanted, per_token, per_row):
+        np.testing.assert_allclose(found, (wanted[:, : len(per_row)] * per_token[:, None] * per_row), rtol=1e-6, atol=2.0**17)
+
+    def test_as_arrays(self, tokens, rows):
+        (products, wanted), factors, sums = whole_sums(tokens), self.factors(tokens, rows), Written((tokens, rows))
+        with hopper.interpreted():
+            limbs.leave(sums, limbs.scaled(limbs.joined(jnp.asarray(products)), *map(jnp.asarray, factors)), 320)
+        self.check(sums.values, wanted, *factors)
+
+    def test_by_threads(self, machine, tokens, rows):
+        (products, wanted), (per_token, per_row) = whole_sums(tokens), self.factors(tokens, rows)
+        total = limbs._joined(None, held(products))
+        total = limbs._scaled(rows, None, total, per_token.view(np.uint8), per_row.view(np.uint8))
+        sums = np.zeros(4 * 320 * tokens, np.uint8)
+        limbs._leave(320, rows, None, sums, total)
+        found = sums.view(np.float32).reshape(tokens, 320)
+        self.check(found[:, :rows], wanted, per_token, per_row)
+        assert not found[:, rows:].any()

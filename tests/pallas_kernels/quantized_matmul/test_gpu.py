@@ -22,8 +22,8 @@ def test_sizes_fit_the_shape_and_the_memory(monkeypatch, shape, weight, tokens):
     assert gpu.heuristic("gpu", case.tuning_key()) in found
     assert found[-1] == gpu.XLA._asdict()
     for sizes in found[:-1]:
-        if sizes == gpu.ONE._asdict():
-            continue
+        if sizes == gpu.ONE._asdict() or sizes["splits"]:
+            continue  # dealt out by those kernels' own files
         kind = gpu.Format(weight, 1, case.group, "float")
         plan = gpu.plan_of(gpu.Sizes(**sizes), tokens + -tokens % 8, case.outputs, case.features, kind)
         assert plan.deal.tiles * plan.consumers * 64 == case.outputs and plan.deal.length * plan.block == case.features
@@ -39,7 +39,7 @@ def chosen(tokens, features, outputs, **changes):
 def test_one_token_of_int8_has_a_kernel_of_its_own():
     first, *others = chosen(1, 4096, 6144)
     assert first == gpu.ONE._asdict() == gpu.heuristic("gpu", Case("x", 1, 4096, 6144, dtype="bfloat16").tuning_key())
-    assert others == chosen(2, 4096, 6144) and len(others) > 2
+    assert others == [sizes for sizes in chosen(2, 4096, 6144) if not sizes["splits"]] and len(others) > 2
     assert chosen(1, 1024, 200, rows=8) == chosen(1, 1024, 200, dtype="float16") == [gpu.ONE._asdict(), gpu.XLA._asdict()]
     for changes in ({"weight": "fp8"}, {"weight": "int4", "group": 128}, {"group": 128}, {"activations": "int8"}, {"dtype": "float32"}):
         assert gpu.ONE._asdict() not in chosen(1, 4096, 6144, **changes)
@@ -50,6 +50,20 @@ def test_one_token_is_taken_where_the_kernel_of_few_refuses(monkeypatch):
     key = Case("x", 1, 1024, 200, dtype="float16").tuning_key()
     assert gpu.refusal(H200, key) is None
     assert "float16" in gpu.refusal(H200, key | {"tokens": 2}) and "Hopper" in gpu.refusal(dispatch.Target("gpu", "NVIDIA A100"), key)
+
+
+def test_a_few_tokens_of_int8_are_cut_into_limbs():
+    first = chosen(64, 4096, 6144)[0]
+    assert first["splits"] and first == gpu.heuristic("gpu", Case("x", 64, 4096, 6144, dtype="bfloat16").tuning_key())
+    for changes in ({"weight": "fp8"}, {"weight": "int4", "group": 128}, {"group": 128}, {"activations": "int8"}, {"dtype": "float32"}):
+        assert not any(sizes["splits"] for sizes in chosen(64, 4096, 6144, **changes))
+    assert not any(sizes["splits"] for sizes in chosen(65, 4096, 6144))
+
+
+@pytest.mark.parametrize("sizes", [gpu.Sizes(2, 128, 1), gpu.Sizes(1, 128), gpu.XLA])
+def test_all_candidates_agree_on_a_few_tokens(interpreted, sizes, against_float64):
+    with tuning.forced(sizes._asdict()):
+        against_float64("quantized_matmul", "gpu", Case("x", 5, 384, 128, dtype="bfloat16", rows=32), range(2))
 
 
 @pytest.mark.parametrize("sizes", [gpu.ONE, gpu.Sizes(1, 128), gpu.XLA])
