@@ -21,7 +21,7 @@ from pallas_kernels.hopper_token import THREADS, Fold
 MOST, STEP = 16, 8  # tokens; they are filled up to a multiple
 SLOT = 16384  # bytes, of weights
 PARTS = (1, 2, 4)
-MOST_SUMS = 144  # of a thread; they leave room for nine slots of weights
+MOST_SUMS = 144  # of a thread, products of limbs among them; in bfloat16 they leave room for nine slots of weights
 INPUTS = 4096  # bytes of shared memory for inputs of each token, and for the sums of a link's tiles in turn, more if these want it
 STORED = ("bfloat16", "int8")  # dtypes of weights
 MOST_SLOTS = 32  # of inputs: as many barriers as there may be together

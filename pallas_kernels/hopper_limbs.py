@@ -1,7 +1,8 @@
 """Inputs of a few tokens as two int8 numbers each, their limbs, which meet int8 weights as they are stored, on Hopper GPUs.
 
 A block of a token's inputs becomes fixed point of 16 bits: x = (limb 0 + 2^8 limb 1) * size, with a size of its own. So an input is off by
-no more than a 65,000th of the largest in its block, or of 2^-100 if that is larger; bfloat16 itself is off by a 512th of each. Sums of a
+no more than a 65,000th of the largest in its block, or of 2^-100 if that is larger; bfloat16 itself is off by a 512th of each. Where one
+input is 1,000 times the others and its weights are near 0, that is as much as rounding the result is off by (5,000: three times). Sums of a
 block are integers, exact in any order; those of a token's two limbs become one float32, times the size, and are added to those of the
 blocks before. A block with an infinity or NaN gives NaN.
 

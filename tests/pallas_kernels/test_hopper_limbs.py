@@ -21,6 +21,8 @@ def rows_of(count):
     rng = np.random.default_rng(count)
     values = rng.standard_normal((count, limbs.BLOCK)) * np.exp2(rng.integers(-30, 30, (count, 1)))
     values[1], values[2, 5], values[3, 7] = 0, np.inf, np.nan
+    values[0] *= 2.0**127 / np.abs(values[0]).max()
+    values[-1] *= 2.0**-110 / np.abs(values[-1]).max()  # less than a size is made for
     return np.asarray(jnp.asarray(values, jnp.bfloat16))
 
 
@@ -95,9 +97,11 @@ class Machine:
 
     def __init__(self):
         self.on = np.ones(THREADS, bool)
+        self.read = []  # since the warp last met
 
     def load(self, kind, pointer, alignment=4):
         memory, places = pointer
+        self.read.append(memory)
         assert (places % alignment == 0).all()
         count = kind[0] if isinstance(kind, tuple) else 1
         words = [memory[np.where(self.on, places, 0)[:, None] + 4 * word + np.arange(4)] for word in range(count)]
@@ -106,6 +110,7 @@ class Machine:
 
     def store(self, values, pointer, alignment=4):
         memory, places = pointer
+        assert not any(np.shares_memory(memory, each) for each in self.read)  # others of the warp may not have read it yet
         assert (places % alignment == 0).all()
         for word, each in enumerate(values if isinstance(values, list) else [values]):
             given = np.ascontiguousarray(each).view(np.uint8).reshape(THREADS, 4)
@@ -123,6 +128,7 @@ class Machine:
             which, both = int(code.rstrip(";").split(",")[-1]), [each >> 8 * byte & 255 for each in operands for byte in range(4)]
             return lanes(sum(both[which >> 4 * digit & 7] << 8 * digit for digit in range(4)))
         assert name == "bar.warp.sync"
+        self.read.clear()
         return None
 
     @contextmanager
