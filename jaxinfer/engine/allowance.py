@@ -1,10 +1,11 @@
 """What drafts may cost where it is not certain that they pay: little, whatever was believed about them. Plain Python.
 
-Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for
-trials; a step with drafts, and plain ones close behind it, are charged what they took beyond what their tokens cost without, by the clock.
-A machine that gets slower or faster is no fault of drafts: what a plain step takes is known a few steps later, so each waits that long, and
-the dearer of what plain steps were thought to take then and are known to take now counts. So even where every belief is wrong the loss is
-that share of the time, and `START` - `DEEPEST` steps once. Gains fill the account up to `GAINED` alone: a good hour pays for no bad one.
+Each number of rows has an account, in plain steps of that size. Every step without drafts earns a small share of one, saved up for trials;
+a step with drafts, and plain ones close behind it, are charged what they took beyond what their tokens cost without, by the clock. A
+machine that gets slower or faster is no fault of drafts: what a plain step takes is known a few steps later, so each waits that long, and
+the dearer of what plain steps were thought to take then and are known to take now counts. So even where every belief about drafts is wrong
+the loss is that share of the time, and `START` - `DEEPEST` steps once; what plain steps take has to be right (`costs.py`). Gains fill the
+account up to `GAINED` alone: a good hour pays for no bad one.
 This file does not know why a step has drafts.
 """
 

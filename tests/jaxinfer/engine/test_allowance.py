@@ -180,7 +180,7 @@ def test_where_drafts_pay_they_are_made(rows, stands, wide):
         always.made.always = True
         world.rate(warm)
         shares.append(world.rate(steps) / always.rate(steps))
-    assert median(shares) > (0.9 if rows in (1, 32) else 0.8), shares  # of few steps, some show what plain ones cost
+    assert median(shares) > (0.9 if rows < 256 else 0.85), shares  # of few steps, some show what plain ones cost
 
 
 @pytest.mark.parametrize("rows", ROWS)
