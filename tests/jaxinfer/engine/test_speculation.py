@@ -29,6 +29,11 @@ from tests.jaxinfer.engine.test_engine import GREEDY, VARIETY, assert_same, one,
 __all__ = ["reference"]
 
 
+def still():
+    """A clock for steps whose seconds a test says itself: asking takes none."""
+    return 0.0
+
+
 @pytest.fixture
 def arranged(speculating):
     """The engine with some of its proposers, behind another scheduler, with fresh counters."""
@@ -185,7 +190,7 @@ def costs(**seconds):
 
 def speculator(*proposers, **seconds):
     known = costs(**{"plain": 1.0, "alone": 1.0, "wide": 1.2, "model": 1.3, **seconds})
-    return Speculator(proposers, Bounds(3, 100, 1), known, EngineMetrics())
+    return Speculator(proposers, Bounds(3, 100, 1), known, EngineMetrics(), clock=still)
 
 
 def candidates(count=1, **hidden):
@@ -415,18 +420,19 @@ def test_drafts_launched_behind_a_step_that_says_nothing_are_charged_what_they_u
 
 def test_where_nothing_overlaps_an_engine_rests_as_well():
     """No step ever waits for one with drafts there."""
-    made, batch = resting()
+    (made, batch), now = resting(), 0
+    made.clock = lambda: float(now)  # as long as steps take
     made.asking.charge(1, -10.0)
     made.allowance.charge(1, -20.0)
     made.rest, taken, drafted_steps = None, 0, 0
-    for _ in range(400):
+    for now in range(400):
         if made.rest is not None and made.rest.takes(batch):
             taken += 1
             continue
         drafts = made.propose(candidates()) if made.asks(1) else {}
         if made.rest is None or not made.rest.takes(batch):
             made.sees(batch)
-            observed(made, *next(iter(drafts.values()), ()), steady=True)
+            observed(made, *next(iter(drafts.values()), ()), steady=True, seconds=3.0 if drafts else 1.0)
             drafted_steps += bool(drafts)
     assert taken > 150 and drafted_steps
 
@@ -616,7 +622,8 @@ def test_a_sequence_that_the_draft_model_lost_sight_of_gets_drafts_from_its_text
 
 
 def test_what_a_plain_step_takes_is_seen_first_without_and_then_with_the_draft_model():
-    made, seen = Speculator((Fixed((DRAFTED,) * 3, "draft", device=True),), Bounds(3, 100, 1), Costs(), EngineMetrics(), unseen=True), []
+    proposers, seen = (Fixed((DRAFTED,) * 3, "draft", device=True),), []
+    made = Speculator(proposers, Bounds(3, 100, 1), Costs(), EngineMetrics(), unseen=True, clock=still)
     for way, seconds in ((PLAIN, 0.5), (ALONE, 0.5), (FOLLOWED, 0.5), (MODEL, 0.6)):
         made.costs.set(way, 1, seconds)
     while not made.asks(1) and len(seen) < 100:
