@@ -21,6 +21,8 @@ atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=T
 PLAIN = (
     "errors", "grammar", "config", "request", "batch", "cache.prefix", "cache.pages", "engine.policies", "engine.sequence", "engine.line",
     "engine.scheduler", "selftest.device", "selftest.machine", "selftest.mutations", "step.buckets",
+    "engine.allowance", "engine.costs", "engine.guesses", "engine.history", "engine.pace", "engine.resting", "engine.speculation",
+    "engine.thoughts", "engine.proposers.draft", "engine.proposers.eagle", "engine.proposers.lookup", "engine.proposers.proposal",
 )  # fmt: skip
 for name in PLAIN:
     import_module(f"jaxinfer.{name}")
@@ -37,8 +39,9 @@ hypothesis.settings.register_profile("steady", derandomize=True)  # a red suite 
 hypothesis.settings.load_profile("steady")
 
 ENGINES = tuple(f"tests/jaxinfer/{name}.py" for name in (
-    "bench/test_speculation", "engine/test_costs", "engine/test_engine", "engine/test_setup", "engine/test_speculation",
-    "planner/test_bundling", "selftest/test_r5", "step/test_bundle", "step/test_executable", "step/test_program", "train/test_acceptance",
+    "bench/test_forced", "bench/test_speculation", "engine/test_engine", "engine/test_setup", "engine/test_speculation",
+    "engine/test_timing", "planner/test_bundling", "selftest/test_r5", "step/test_bundle", "step/test_executable", "step/test_keys",
+    "step/test_program", "step/test_propose", "train/test_acceptance",
 ))  # fmt: skip
 SCHOOL = tuple(f"tests/jaxinfer/train/test_{name}.py" for name in ("distill", "draft", "learner", "student"))
 LONG = tuple(f"tests/{name}.py" for name in ("notebooks/test_run", "checkpoints/test_train_demo", "e2e/test_serve"))  # begun first

@@ -1,4 +1,5 @@
-"""What a step with drafts costs beside one without, for each number of rows: measured when the engine starts, corrected by what steps take.
+"""What a step with drafts costs beside one without, for each number of rows: measured when the engine starts (`timing.py`), corrected by
+what steps take. Plain Python.
 
 Steps are compared with plain ones of the same size that lie far from drafts, or that a rest timed: close behind drafts plain steps may take
 longer (on a GPU nothing lies where it lay, and what is launched behind another kind of step is launched anew), and beside those drafts
@@ -10,25 +11,19 @@ what drafts are worth.
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jaxinfer.batch import Batch
 from jaxinfer.engine.resting import Span
 from jaxinfer.step.buckets import Bucket
-from jaxinfer.step.forward import Demand
-from jaxinfer.step.inputs import pack
-from jaxinfer.step.program import Program
 
-ROUNDS = 5
 PLAINS = 6  # plain steps far from drafts that others are compared with, the latest: no more than one look brings
 KNOWN = PLAINS  # so many tell what one takes
 KEPT = 15  # comparisons that are remembered
 START = 6  # so many make what was measured at the start, which counts for two, forgotten: it had nothing to do
-BEHIND = 4  # steps that are launched one behind the other to see what one takes
 HELD_UP = 2.5  # times what is usual: what takes longer says nothing about its kind
 OLD = 128  # steps after which comparisons no longer count: where they were unlucky, nothing would ever show it
 TURNS = 5  # steps with drafts that tell what these took when plain ones were far from them last, and as many what they take now
@@ -80,7 +75,9 @@ class Costs:
     """Steps by way and rows (per replica). Empty until something was measured."""
 
     def __init__(self) -> None:
+        self.ways: list[Way] = []  # to run a step with drafts that were measured, the narrowest first
         self._start: dict[tuple[Way, int], float] = {}
+        self._measured_ways: set[Way] = set()
         self._plains: dict[int, deque[float]] = {}
         self._usual: dict[int, float] = {}
         self._begun: dict[int, dict[Way, list[float]]] = {}  # what steps with drafts took, behind others, since plain ones were far
@@ -93,14 +90,11 @@ class Costs:
         self._seen: set[tuple[Way, int]] = set()
         self._steps = 0
 
-    @property
-    def ways(self) -> list[Way]:
-        """The ways to run a step with drafts that were measured, the narrowest first."""
-        return sorted({way for way, _ in self._start if way.width > 1})
-
     def set(self, way: Way, rows: int, seconds: float) -> None:
         """Note what the program for so many rows took at the start."""
         self._start[way, rows] = seconds
+        self._measured_ways.add(way)
+        self.ways = sorted(known for known in self._measured_ways if known.width > 1)
         self._sizes.clear()
 
     def take(self, way: Way, rows: int, seconds: float, *, far: bool = False) -> float:
@@ -155,8 +149,7 @@ class Costs:
 
     def more(self, way: Way, rows: int) -> float:
         """How many plain steps more a plain step takes that is run so; 0 if that was never measured."""
-        known = any(way == measured for measured, _ in self._start)
-        return max(0.0, self.ratio(way, rows) - 1) if known else 0.0
+        return max(0.0, self.ratio(way, rows) - 1) if way in self._measured_ways else 0.0
 
     def seconds(self, rows: int) -> float:
         """What a plain step of so many rows takes at present.
@@ -241,39 +234,6 @@ def way_of(batch: Batch, bucket: Bucket, *, followed: bool) -> Way:
     return Way(bucket.decode_tokens, batch.hidden if bucket.decode_tokens > 1 else followed)
 
 
-def measure(program: Program, overlapping: Callable[[Way], bool] = lambda way: False) -> Costs:
-    """Time every step without prompts a few times, with rows that hold nothing: attention to a long context is not in it.
-
-    overlapping: whether steps that are run so are launched while another runs.
-    """
-    runs = [(way, bucket.decode_rows, run) for bucket in program.config.buckets for way, run in _runs(program, bucket)]
-    taken: dict[tuple[Way, int], float] = {}
-    for turn in range(1 + ROUNDS):  # the first touches memory for the first time; what disturbs one turn disturbs all ways to run
-        for way, rows, run in runs:
-            seconds = _timed(run, BEHIND if overlapping(way) else 1)
-            taken[way, rows] = seconds if turn <= 1 else min(seconds, taken[way, rows])
-    costs = Costs()
-    for (way, rows), seconds in taken.items():
-        costs.set(way, rows, seconds)
-    return costs
-
-
-def _runs(program: Program, bucket: Bucket) -> Iterator[tuple[Way, Callable[[], Any]]]:
-    if bucket.prefill_tokens:
-        return
-    packed = pack(Batch((), ()), program.config.shapes(bucket))
-    if bucket.decode_tokens == 1:
-        for way in (PLAIN, ALONE):
-            yield way, lambda: program.sample(program.forward(packed, alone=True), Demand.GREEDY).token
-        if program.config.draft is not None:
-            yield FOLLOWED, lambda: program.sample(program.forward(packed), Demand.GREEDY).token
-        return
-    yield Way(bucket.decode_tokens), lambda: program.verify(program.forward(packed), Demand.GREEDY).counts
-    if program.config.draft is not None:
-        drafting = Way(bucket.decode_tokens, hidden=True)
-        yield drafting, lambda: program.verify(program.forward(packed, Demand.GREEDY), Demand.GREEDY).counts
-
-
 def _mean(values: Sequence[float]) -> float:
     """Of what is usual: no more than `HELD_UP` times that of each."""
     most = HELD_UP * _median(values)
@@ -284,11 +244,3 @@ def _median(values: Iterable[float]) -> float:
     """The one in the middle, of two the lower."""
     ordered = sorted(values)
     return ordered[(len(ordered) - 1) // 2]
-
-
-def _timed(run: Callable[[], Any], count: int) -> float:
-    begun = time.perf_counter()
-    for _ in range(count - 1):
-        run()
-    run().block_until_ready()
-    return (time.perf_counter() - begun) / count

@@ -25,7 +25,7 @@ from jaxtyping import UInt32
 
 from jaxinfer.batch import DRAFTED, Admission, Batch
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import speculation, words
+from jaxinfer.engine import words
 from jaxinfer.engine.drawn import Drawn, fetch
 from jaxinfer.engine.grammar import Grammars, Matcher, masks
 from jaxinfer.engine.grammar_compile import GrammarProblem
@@ -34,8 +34,8 @@ from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
-from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build
-from jaxinfer.engine.speculation import Candidate, Seen
+from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build, speculator
+from jaxinfer.engine.speculation import Candidate, Seen, Speculator
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
 from jaxinfer.sampling import IMPOSSIBLE, NOT_FINITE, Sampled
@@ -115,7 +115,7 @@ class Engine:
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
         self._idle_since = 0.0
         self._rest: Rest | None = None  # of the steps that are launched now
-        self.speculator = speculation.make(config.speculation, built.program.config, built.costs, self.metrics)
+        self.speculator = speculator(config.speculation, built.program.config, built.costs, self.metrics)
 
     @property
     def has_work(self) -> bool:
@@ -228,7 +228,7 @@ class Engine:
         steady = bool(self._flights) or not self._depth
         return _Flight(batch, packed, computed, begun, gap, steady, alone, rest, self.program.score(packed, computed))
 
-    def _resting(self, speculator: speculation.Speculator, batch: Batch) -> Rest | None:
+    def _resting(self, speculator: Speculator, batch: Batch) -> Rest | None:
         """The rest that a step belongs to; the speculator hears of others, and of sequences that enter."""
         rest = self._rest
         if rest is not None and rest.takes(batch):

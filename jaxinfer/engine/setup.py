@@ -28,10 +28,13 @@ from jaxinfer import devices
 from jaxinfer.cache.pages import PagePool
 from jaxinfer.cache.prefix import PrefixIndex
 from jaxinfer.checkpoint import audit_record, hub, read
-from jaxinfer.config import ConfigError, EngineConfig, cache_dir
+from jaxinfer.config import ConfigError, EngineConfig, SpeculationConfig, cache_dir
 from jaxinfer.engine import speculation
-from jaxinfer.engine.costs import FOLLOWED, PLAIN, Costs, Way, measure
+from jaxinfer.engine.costs import FOLLOWED, PLAIN, Costs, Way
+from jaxinfer.engine.metrics import EngineMetrics
 from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.speculation import Bounds, Speculator
+from jaxinfer.engine.timing import measure
 from jaxinfer.models import find
 from jaxinfer.models.graph import Graph, random_weights
 from jaxinfer.models.layers import Placement
@@ -259,6 +262,16 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
         stored = any(isinstance(spec, QSpec) for spec in model.graph.specs)
         scheme = audit_record.name_of(config.model.quantize, config.cache.kv_dtype, stored=stored)
         audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
+
+
+def speculator(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
+    """What decides about drafts in an engine; None where speculation is off."""
+    if settings.speculate == "off":
+        return None
+    head = program.draft is not None and bool(program.draft.tapped)
+    found = speculation.proposers(settings.speculate, model=program.draft is not None, head=head)
+    bounds = Bounds(settings.drafts, program.vocab, program.pool.replicas)
+    return Speculator(found, bounds, costs, metrics, unseen=speculation.unseen(settings))
 
 
 def _overlapping(config: EngineConfig, way: Way) -> bool:

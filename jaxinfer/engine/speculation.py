@@ -35,7 +35,6 @@ from jaxinfer.engine.proposers.proposal import Proposer, checked
 from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.sequence import Key
 from jaxinfer.engine.thoughts import Sequences, Thought, common
-from jaxinfer.step.keys import ProgramConfig
 
 MARGIN = 1.08  # what drafts must promise: their worth and what steps cost are estimates
 GOES_ON = 1.04  # and those that others came before: to stop costs plain steps that are slower
@@ -379,15 +378,6 @@ def unseen(settings: SpeculationConfig) -> bool:
     """Whether all drafts are made on the device: then the next step need not wait until it is known which of a step's stand."""
     found = proposers(settings.speculate, model=True, head=True) if settings.speculate != "off" else []
     return bool(found) and all(proposer.DEVICE for proposer in found)
-
-
-def make(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
-    """The speculator of an engine; None where speculation is off."""
-    if settings.speculate == "off":
-        return None
-    found = proposers(settings.speculate, model=program.draft is not None, head=program.draft is not None and bool(program.draft.tapped))
-    bounds = Bounds(settings.drafts, program.vocab, program.pool.replicas)
-    return Speculator(found, bounds, costs, metrics, unseen=unseen(settings))
 
 
 def proposers(kind: str, *, model: bool, head: bool = False) -> list[Proposer]:

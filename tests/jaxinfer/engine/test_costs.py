@@ -1,4 +1,4 @@
-"""What steps cost: looked up by rows, corrected by what they take, measured on a real engine."""
+"""What steps cost: looked up by rows, corrected by what they take."""
 
 import pytest
 
@@ -17,7 +17,6 @@ from jaxinfer.engine.costs import (
     TURNS,
     Costs,
     Way,
-    measure,
     way_of,
 )
 from jaxinfer.request import Request
@@ -205,13 +204,6 @@ def test_a_batch_says_how_it_is_run():
         return way_of(batch, Bucket(0, 0, 1, 3 if drafts else 1), followed=followed)
 
     assert [way(), way(followed=True), way(5, followed=True), way(5, DRAFTED)] == [PLAIN, FOLLOWED, WIDE, MODEL]
-
-
-def test_every_way_is_measured_for_all_rows(speculating):
-    costs = measure(speculating.program)
-    assert costs.ways == [WIDE, MODEL]
-    assert all(costs.ratio(way, rows) > 0 for way in (FOLLOWED, WIDE, MODEL) for rows in (1, 2, 4))
-    assert all(seconds > 0 for seconds in costs.table().values()) and {PLAIN, ALONE} <= {way for way, _ in costs.table()}
 
 
 def test_numbers_of_rows_that_one_program_runs():

@@ -420,12 +420,13 @@ def test_drafts_launched_behind_a_step_that_says_nothing_are_charged_what_they_u
 
 def test_where_nothing_overlaps_an_engine_rests_as_well():
     """No step ever waits for one with drafts there."""
-    (made, batch), now = resting(), 0
-    made.clock = lambda: float(now)  # as long as steps take
+    (made, batch), now = resting(), [0.0]
+    made.clock = lambda: now[0]
     made.asking.charge(1, -10.0)
     made.allowance.charge(1, -20.0)
     made.rest, taken, drafted_steps = None, 0, 0
-    for now in range(400):
+    for _ in range(400):
+        now[0] += 1.0
         if made.rest is not None and made.rest.takes(batch):
             taken += 1
             continue
