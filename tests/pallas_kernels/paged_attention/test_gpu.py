@@ -150,7 +150,7 @@ def test_rows_are_cut_whole(window, wanted, longest):
     capacity, rng = 64 * 64 * 40, np.random.default_rng(0)
     stop = np.concatenate([[0, 1, 63, 64, 65, capacity, capacity - 1, 32 * 128, 32 * 128 + 1], rng.integers(0, capacity, 20)])
     stop = stop.astype(np.int32)
-    cut = partial(gpu.cut_rows, window=window, wanted=wanted, longest=longest, capacity=capacity)
+    cut = jax.jit(partial(gpu.cut_rows, window=window, wanted=wanted, longest=longest, capacity=capacity))
     items = cut(jnp.asarray(stop), jnp.asarray(stop))
     fields, counts = np.asarray(items.fields[: int(items.total[0])]), np.asarray(items.counts)
     assert int(items.total[0]) == counts.sum() <= len(items.fields)
