@@ -45,6 +45,14 @@ def test_whole_steps_measured_on_an_h200_are_met(h200, load):
     assert made.seconds * times * 1e3 == pytest.approx(row["milliseconds"], rel=0.08)
 
 
+@pytest.mark.parametrize("load", ["8x600", "16x600"])
+def test_whole_steps_with_int8_weights_are_met(load):
+    rows = map(json.loads, ROWS.read_text().splitlines())
+    row = next(row for row in rows if row.get("load") == load and row["command"].endswith("--quantize int8"))
+    made = replace(predictor(weights="int8"), kernels=Kernels("gpu", "gpu", "int8")).decode(int(load.split("x")[0]), row["context"])
+    assert made.seconds * 1e3 == pytest.approx(row["milliseconds"], rel=0.04)
+
+
 def test_bytes_and_operations_of_an_8b_model(h200):
     assert h200.weight_bytes == pytest.approx(15.0e9, rel=0.01)
     assert 2 * (h200.layer_weights + h200.head_weights) == pytest.approx(h200.weight_bytes, rel=0.001)
