@@ -34,7 +34,7 @@ from jaxinfer.engine.metrics import EngineMetrics, StepRecord
 from jaxinfer.engine.resting import Rest
 from jaxinfer.engine.scheduler import Key, Sequence
 from jaxinfer.engine.scores import PromptScores
-from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build, speculator
+from jaxinfer.engine.setup import SAMPLING_DEFAULTS, EngineInfo, Progress, build, make_speculator
 from jaxinfer.engine.speculation import Candidate, Seen, Speculator
 from jaxinfer.engine.text import OutputText
 from jaxinfer.request import FinishReason, Output, QueueFull, Request, RequestError, SamplingParams, joined
@@ -115,7 +115,7 @@ class Engine:
         self._depth = 1 if config.execution.overlap == "on" else 0  # flights that may stay in the air when a step returns
         self._idle_since = 0.0
         self._rest: Rest | None = None  # of the steps that are launched now
-        self.speculator = speculator(config.speculation, built.program.config, built.costs, self.metrics)
+        self.speculator = make_speculator(config.speculation, built.program.config, built.costs, self.metrics)
 
     @property
     def has_work(self) -> bool:

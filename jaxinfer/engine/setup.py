@@ -264,7 +264,7 @@ def _require_audit(config: EngineConfig, model: _Model) -> None:
         audit_record.require(model.folder, scheme, config.model.require_audit, config.model.model)
 
 
-def speculator(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
+def make_speculator(settings: SpeculationConfig, program: ProgramConfig, costs: Costs, metrics: EngineMetrics) -> Speculator | None:
     """What decides about drafts in an engine; None where speculation is off."""
     if settings.speculate == "off":
         return None
