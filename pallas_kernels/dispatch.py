@@ -2,9 +2,9 @@
 
 A caller names an implementation or says "auto". "auto" goes through the platform's preferences and takes the first that exists and does
 not refuse; the choice is logged once, with the reason where one refused. An implementation refuses through a function of its module,
-`refusal(target, key) -> str | None`: a reason, for what the key tells of shapes and dtypes. A module that has `BY_NAME`, a reason too, is
-passed over by "auto" alone. Whatever was asked for by name and is not there or refuses is an error: nothing falls back in silence. Knows
-no op by name and looks at no array.
+`refusal(target, key) -> str | None`: a reason, for what the key tells of shapes and dtypes. `by_name(key)`, likewise, makes "auto" alone
+pass it over. Whatever was asked for by name and is not there or refuses is an error: nothing falls back in silence. Knows no op by name
+and looks at no array.
 """
 
 import functools
@@ -112,7 +112,8 @@ def _preferred(op: str, existing: tuple[str, ...], target: Target, key: Key | No
         if name not in existing:
             missing.append(name)
             continue
-        wants_name = getattr(_module(op, name), "BY_NAME", None)
+        ask = getattr(_module(op, name), "by_name", None)
+        wants_name = None if ask is None else ask(key or {})
         reason = wants_name or refusal(op, name, target, key)
         if reason is None:
             note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""

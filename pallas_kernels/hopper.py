@@ -7,7 +7,7 @@ consumers keep a tile of 64 queries and its online softmax in registers and feed
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -27,8 +27,10 @@ HEAD_DIMS = (64, 96, 128, 256)
 TILE = 64  # queries of a warpgroup: what one wgmma multiplies
 SHARED_BYTES = 227 << 10  # shared memory that one block of threads may have
 REGISTERS = 65536  # of a multiprocessor
+BARRIERS = 32  # of one group, at most
 REDUCTION_BYTES = 256  # of it, set aside for reductions
 LOG2E = math.log2(math.e)
+NO_CLUSTER: Mapping[str, int] = {}
 ACC = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 ROWS, COLUMNS, WHOLE = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
 
@@ -80,10 +82,17 @@ def known_cores() -> int | None:
 
 
 def kernel(
-    body: Callable[..., None], scratch: tuple[Any, ...], *, out_type: Any, grid: dict[str, int], registers: Sequence[int | None] = (None,)
+    body: Callable[..., None],
+    scratch: tuple[Any, ...],
+    *,
+    out_type: Any,
+    grid: dict[str, int],
+    cluster: Mapping[str, int] = NO_CLUSTER,
+    registers: Sequence[int | None] = (None,),
 ) -> Callable[..., Any]:
-    """`body(*refs, scratch)` over a grid of named dimensions, in warpgroups (axis "wg") that share the scratch memory. registers: for each
-    warpgroup what its `set_max_registers` asks for, None if it does not ask.
+    """`body(*refs, scratch)` over a grid of named dimensions, in warpgroups (axis "wg") that share the scratch memory. cluster: dimensions
+    of blocks that run beside each other, for each of the grid; registers: for each warpgroup what its `set_max_registers` asks for, None
+    if it does not ask.
 
     Call the result with the kernel's arrays.
 
@@ -102,6 +111,8 @@ def kernel(
         out_type=out_type,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple(cluster.values()),
+        cluster_names=tuple(cluster),
         num_threads=len(registers),
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=REDUCTION_BYTES),

@@ -24,7 +24,6 @@ PARTS = (1, 2, 4)
 MOST_SUMS = 144  # of a thread, products of limbs among them; in bfloat16 they leave room for nine slots of weights
 INPUTS = 4096  # bytes of shared memory for inputs of each token, and for the sums of a link's tiles in turn, more if these want it
 STORED = ("bfloat16", "int8")  # dtypes of weights
-MOST_SLOTS = 32  # of inputs: as many barriers as there may be together
 FEWEST_WORKERS = 0.875  # of all multiprocessors
 
 
@@ -96,7 +95,7 @@ class Plan(NamedTuple):
 
     def slots(self, number: int) -> int:
         """Blocks of a link's inputs that there is room for."""
-        return min(self.room // (self.columns(number) * self.block * 2), MOST_SLOTS)
+        return min(self.room // (self.columns(number) * self.block * 2), hopper.BARRIERS)
 
     def halves(self, number: int) -> int:
         """Parts of a link's outputs that are tiles together."""

@@ -23,7 +23,6 @@ from pallas_kernels import dispatch, hopper
 from pallas_kernels.dense_matmul import xla
 from pallas_kernels.hopper import TILE
 
-BY_NAME = "in whole steps it was no faster than XLA; ask for it by name"
 FEWEST, MOST = 2, 128  # tokens
 CONSUMER, PRODUCER = 200, 40  # registers of a thread
 BLOCKS = (256, 128, 64)  # inputs of a block, best first
@@ -73,6 +72,11 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     if features % BLOCKS[-1] or outputs % TILE:
         return f"its kernel needs inputs and outputs in multiples of {BLOCKS[-1]}, not {features} and {outputs}"
     return None
+
+
+def by_name(key: dispatch.Key) -> str | None:
+    """Why "auto" passes this over."""
+    return "in whole steps it was no faster than XLA; ask for it by name"
 
 
 def plan_of(tokens: int, outputs: int, features: int) -> Plan:

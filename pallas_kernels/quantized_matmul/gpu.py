@@ -161,7 +161,7 @@ def plan_of(sizes: Sizes, tokens: int, outputs: int, features: int, kind: Format
     spill = sizes.consumers * TILE * STEP * 2 if hopper.interpreting() else 0
     tiles, length = outputs // (sizes.consumers * TILE), features // sizes.block
     deal = Deal(tiles, length, min(hopper.cores(), tiles * length))
-    stages = min((hopper.SHARED_BYTES - 2048 - spill) // stage, -(-deal.total // deal.workers) + 1)
+    stages = min((hopper.SHARED_BYTES - 2048 - spill) // stage, -(-deal.total // deal.workers) + 1, hopper.BARRIERS)
     return Plan(deal, sizes.consumers, sizes.block, stages, tokens, kind.inputs)
 
 

@@ -16,8 +16,7 @@ from pallas_kernels.checks import describe, require, require_dtype, require_shap
 from pallas_kernels.token_chain.reference import Form, Weight
 
 OP = "token_chain"
-MOST = 16  # tokens that kernels take whose inputs are as they are
-OF_SEVERAL, STORED = "bfloat16", ("bfloat16", "int8")  # dtypes, if there are several
+OF_SEVERAL, MOST = "bfloat16", {"bfloat16": 64, "int8": 16}  # dtype of several tokens, and how many kernels take, by that of weights
 FEW = 64  # tokens whose int8 matmuls wait for their weights: what is between them is little
 
 
@@ -45,7 +44,7 @@ def token_chain(
 
     activations "int8" takes int8 weights with a smooth or without (SmoothQuant, arXiv 2211.10438): each token's inputs of a matmul are
     rounded to int8 with the scale max|x| / 127 (LLM.int8, arXiv 2208.07339). Any number of tokens is right; kernels know one token, up to
-    `MOST` in `OF_SEVERAL` with weights in `STORED`, and many with "int8" (`joins`). A token's result depends on that token, the weights and
+    `MOST` of them in `OF_SEVERAL`, and many with "int8" (`joins`). A token's result depends on that token, the weights and
     the static shapes alone. counters: the program's, see `hopper_counters`; None: chains of this program must not run at the same time by
     themselves. Raises ValueError when shapes or dtypes do not fit.
     """
@@ -61,7 +60,7 @@ def joins(x: Array, weights: Sequence[Weight], activations: str, implementation:
     if activations == "int8" and x.shape[0] <= FEW:
         return False
     several = activations == "float" and x.shape[0] != 1
-    if several and not (x.shape[0] <= MOST and known["dtype"] == OF_SEVERAL and known["weight"] in STORED):
+    if several and not (x.shape[0] <= MOST.get(str(known["weight"]), 0) and known["dtype"] == OF_SEVERAL):
         return False
     if implementation == "auto":
         return target.platform == "gpu" and dispatch.choose(OP, implementation, target, known) == "gpu"

@@ -141,6 +141,12 @@ CASES = (
     Case("few_int8_last", 512, 256, layer(256, 256, 0)[:3], tokens=12),
     Case("few_norm_first", 128, 128, (Part(192, normed=True, offset=1.0),), weight="plain", tokens=3),
     Case("few_gated_first", 128, 256, (Part(512, gated=True), Part(256, normed=True)), weight="plain", tokens=8),
+    Case("tens", 256, 128, layer(128, 256, 256), weight="plain", tokens=19),
+    Case("tens_thin", 1024, 64, (Part(64), Part(96, normed=True)), weight="plain", tokens=48),
+    Case("tens_last", 512, 256, layer(256, 256, 0)[:3], weight="plain", tokens=64),
+    Case("tens_offset", 192, 128, (Part(128), Part(192, normed=True, offset=1.0)), weight="plain", tokens=40),
+    Case("tens_norm_first", 128, 128, (Part(192, normed=True, offset=1.0),), weight="plain", tokens=17),
+    Case("tens_gated_first", 128, 256, (Part(512, gated=True), Part(256, normed=True)), weight="plain", tokens=33),
     _rounded("many", 128, 256, layer(256, 384, 512), tokens=70),
     _rounded("many_smooth", 128, 256, layer(256, 384, 512), tokens=9, smooth=True),
     _rounded("many_last", 384, 128, layer(128, 128, 0)[:3], tokens=5, dtype="float16"),
@@ -152,7 +158,8 @@ CASES = (
 TUNING = (
     Case("8b_int8", 4096, 4096, layer(4096, 14336, 6144)),
     Case("8b_bfloat16", 4096, 4096, layer(4096, 14336, 6144), weight="plain"),
-    *(Case(f"8b_bfloat16_{tokens}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=tokens) for tokens in (8, 16)),
+    *(Case(f"8b_bfloat16_{tokens}", 4096, 4096, layer(4096, 14336, 6144), weight="plain", tokens=tokens) for tokens in (8, 16, 32, 64)),
+    Case("1b_bfloat16_40", 2048, 2048, layer(2048, 8192, 3072), weight="plain", tokens=40),
     *(Case(f"8b_int8_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (8, 16)),
     *(_rounded(f"8b_{tokens}", 4096, 4096, layer(4096, 14336, 6144), tokens=tokens) for tokens in (512, 2048, 8192)),
 )

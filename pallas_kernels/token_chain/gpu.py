@@ -1,15 +1,16 @@
-"""A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of a few in another (`gpu_few`), of int8 inputs with one between two
-matmuls (`gpu_rows`). Refusals, sizes."""
+"""A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of a few in another (`gpu_few`), of some tens in a third
+(`gpu_tens`), of int8 inputs with one between two matmuls (`gpu_rows`). Refusals, sizes."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels import dispatch, hopper, hopper_counters, hopper_few_plan, hopper_folds, hopper_links, hopper_mail, tuning
+from pallas_kernels import dispatch, hopper, hopper_counters, hopper_few_plan, hopper_folds, hopper_links, hopper_tens_plan, tuning
 from pallas_kernels.hopper_folds import FLYING, SLOTS, Link, Sizes
+from pallas_kernels.hopper_mail import MOST as MOST_PASSED
 from pallas_kernels.hopper_token import MOST_INPUTS, THREADS
-from pallas_kernels.token_chain import gpu_few, gpu_rows, xla
+from pallas_kernels.token_chain import gpu_few, gpu_rows, gpu_tens, xla
 from pallas_kernels.token_chain.api import key_of
 from pallas_kernels.token_chain.reference import Form, Weight
 
@@ -24,10 +25,10 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     if not (hopper.interpreting() or hopper.known_cores()):
         return "its blocks wait for each other, so there may be no more than run at once, and this device does not say how many do"
     if int(key.get("tokens", 1)) != 1:
-        return hopper_few_plan.refusal(key)
+        return _planner(key).refusal(key)
     passed = sum(int(key[f"in{number}"]) for number in range(1, int(key.get("links", 0))))
-    if passed > hopper_mail.MOST:
-        return f"its links pass {passed} numbers on, and there is room for {hopper_mail.MOST}"
+    if passed > MOST_PASSED:
+        return f"its links pass {passed} numbers on, and there is room for {MOST_PASSED}"
     if key.get("weight", "int8") not in ("int8", key.get("dtype")):
         return "its kernel wants weights that are all int8 with scales, or all of the token's dtype"
     link = _unfitting(key, SLOTS[0])
@@ -36,6 +37,18 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
         else_ = "of 32 or 16 where half or a quarter of a row is a multiple of 128 bytes"
         return f"its kernel takes {wanted}, or {else_}, and fewer inputs in odd multiples, not {link.inputs} and {link.outputs}"
     return None
+
+
+def by_name(key: dispatch.Key) -> str | None:
+    """Why "auto" passes this over, for what is known of a key; None when it does not."""
+    if key.get("activations", "float") == "float" and hopper_few_plan.MOST < int(key.get("tokens", 1)) <= hopper_tens_plan.MOST:
+        return "as it was timed last, its kernel of more than 16 tokens took longer than a matmul for each link; ask for it by name"
+    return None
+
+
+def _planner(key: dispatch.Key) -> Any:
+    """What plans the kernel of several tokens."""
+    return hopper_few_plan if int(key["tokens"]) <= hopper_few_plan.MOST else hopper_tens_plan
 
 
 def _unfitting(key: dispatch.Key, slot: int) -> Link | None:
@@ -57,7 +70,7 @@ def candidates(platform: str, key: dispatch.Key) -> list[dict[str, int]]:
     if key.get("activations", "float") == "int8":
         return [gpu_rows.Sizes(piece)._asdict() for piece in gpu_rows.PIECES]
     if int(key.get("tokens", 1)) > 1:
-        return [sizes._asdict() for sizes in hopper_few_plan.CANDIDATES]
+        return [sizes._asdict() for sizes in _planner(key).CANDIDATES]
     fitting = [slot for slot in SLOTS if _unfitting(key, slot) is None]
     return [Sizes(slot, flying)._asdict() for slot in fitting for flying in FLYING]
 
@@ -80,6 +93,8 @@ def token_chain(
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
     if x.shape[0] > 1:
         links = links_of([weight.values for weight in weights], norms, forms)
+        if x.shape[0] > hopper_few_plan.MOST:
+            return gpu_tens.run(x, held, weights, norms, links, counters, hopper_tens_plan.Sizes(**found))
         return gpu_few.run(x, held, weights, norms, links, counters, hopper_few_plan.Sizes(**found))
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:

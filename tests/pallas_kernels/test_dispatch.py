@@ -110,11 +110,12 @@ def test_target_follows_an_abstract_mesh():
 
 
 def test_what_wants_to_be_named_is_passed_over_by_auto_alone(caplog, picky):
-    picky["gpu"] = SimpleNamespace(BY_NAME="too young")
+    picky["gpu"] = SimpleNamespace(by_name=lambda key: None if key.get("size") == 1 else "too young")
     with caplog.at_level("INFO", logger="pallas_kernels.dispatch"):
         assert dispatch.choose("paged_attention", "auto", H200) == "xla"
     assert "instead of 'gpu': too young" in caplog.text
     assert dispatch.choose("paged_attention", "gpu", H200) == "gpu"
+    assert dispatch.choose("paged_attention", "auto", H200, {"size": 1}) == "gpu"
 
 
 def test_a_target_may_be_assumed():

@@ -27,7 +27,7 @@ def test_sizes_fit_the_shape_and_the_memory(monkeypatch, shape, weight, tokens):
         kind = gpu.Format(weight, 1, case.group, "float")
         plan = gpu.plan_of(gpu.Sizes(**sizes), tokens + -tokens % 8, case.outputs, case.features, kind)
         assert plan.deal.tiles * plan.consumers * 64 == case.outputs and plan.deal.length * plan.block == case.features
-        assert plan.stages >= 2 and plan.block % plan.step == 0
+        assert 2 <= plan.stages <= gpu.hopper.BARRIERS and plan.block % plan.step == 0
         stage = plan.block * (plan.consumers * 64 * gpu.BITS[weight] // 8 + 2 * plan.tokens)
         assert plan.stages * stage + 1024 <= gpu.hopper.SHARED_BYTES
 
