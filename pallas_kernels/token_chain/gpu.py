@@ -1,7 +1,8 @@
 """A chain on Hopper GPUs: of one token in one kernel (`hopper_links`), of a few in another (`gpu_few`), of some tens in a third
 (`gpu_tens`), of int8 inputs with one between two matmuls (`gpu_rows`). Refusals, sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Array, Float
@@ -93,9 +94,7 @@ def token_chain(
         return gpu_rows.run(x, held, weights, norms, forms=forms, sizes=gpu_rows.Sizes(**found))
     if x.shape[0] > 1:
         links = links_of([weight.values for weight in weights], norms, forms)
-        if x.shape[0] > hopper_few_plan.MOST:
-            return gpu_tens.run(x, held, weights, norms, links, counters, hopper_tens_plan.Sizes(**found))
-        return gpu_few.run(x, held, weights, norms, links, counters, hopper_few_plan.Sizes(**found))
+        return _several(x.shape[0], found)(x, held, weights, norms, links, counters)
     value, total, every = x.reshape(-1), held.reshape(-1), tuple(zip(weights, norms, forms, strict=True))
     for links in [(link,) for link in every] if hopper.interpreting() else [every]:
         some, some_norms, some_forms = zip(*links, strict=True)
@@ -105,6 +104,13 @@ def token_chain(
         shared = counters if counters is not None or len(links) == 1 else hopper_counters.made()
         value, total = hopper_links.run(value, total, matrices, flat, some_norms, shared, plan=plan)
     return value[None], held if total is None else total[None]
+
+
+def _several(tokens: int, sizes: dict[str, int]) -> Callable[..., tuple[Array, Array]]:
+    """The kernel of so many tokens."""
+    if tokens > hopper_few_plan.MOST:
+        return partial(gpu_tens.run, sizes=hopper_tens_plan.Sizes(**sizes))
+    return partial(gpu_few.run, sizes=hopper_few_plan.Sizes(**sizes))
 
 
 def links_of(weights: Sequence[Any], norms: Sequence[Any], forms: Sequence[Form]) -> list[Link]:
