@@ -5,12 +5,14 @@ a step with drafts, and plain ones close behind it, are charged what they took b
 machine that gets slower or faster is no fault of drafts: what a plain step takes is known a few steps later, so each waits that long, and
 the dearer of what plain steps were thought to take then and are known to take now counts. So even where every belief about drafts is wrong
 the loss is that share of the time, and `START` - `DEEPEST` steps once; what plain steps take has to be right (`costs.py`). Gains fill the
-account up to `GAINED` alone: a good hour pays for no bad one.
+account up to `GAINED` alone: a good hour pays for no bad one. But what it costs to look what plain steps take may be as much as that, where
+those close behind drafts are slow; so it is no reason to stop where drafts have gained more since the last look.
 This file does not know why a step has drafts.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,10 +42,13 @@ class Step(NamedTuple):
 
 @dataclass
 class Unsettled:
-    """Steps that are not charged yet. gain: of those whose price is known, in plain steps; latest: the others."""
+    """Steps that are not charged yet. gain: of those whose price is known, in plain steps, `MOST` at most; whole: without that limit;
+    latest: the others; floor: below which the account does not fall meanwhile."""
 
     gain: float = 0.0
+    whole: float = 0.0
     latest: deque[Step] = field(default_factory=deque)
+    floor: float = -math.inf
 
 
 @dataclass
@@ -64,7 +69,8 @@ class Allowance:
         if size not in self._open:
             return settled
         gain = self._gain(size)
-        return settled + (max(gain, min(0.0, DEEPEST - settled)) if gain < 0 else max(0.0, min(gain, GAINED - settled)))
+        left = settled + (max(gain, min(0.0, DEEPEST - settled)) if gain < 0 else max(0.0, min(gain, GAINED - settled)))
+        return max(left, self._open[size].floor)
 
     def earn(self, size: int, steps: int = 1) -> None:
         """So many steps without drafts were made."""
@@ -80,19 +86,30 @@ class Allowance:
             return
         found.latest.append(Step(seconds, tokens, plain))
         if len(found.latest) > LATE:
-            found.gain = min(found.gain + found.latest.popleft().gain(plain), MOST)
+            gain = found.latest.popleft().gain(plain)
+            found.gain, found.whole = min(found.gain + gain, MOST), found.whole + gain
+
+    def look(self, size: int) -> None:
+        """Plain steps come next because drafts pay: what these cost does not lower the account below what it began with."""
+        if size in self._open:
+            self._open[size].floor = min(self.balance(size), self.start)
 
     def settle(self, size: int) -> float:
         """Charge what is open; how many plain steps it has gained, none if it cost some."""
         if size not in self._open:
             return 0.0
+        if self._open[size].whole + self._latest(size) <= 0:
+            self._open[size].floor = -math.inf  # what the look cost was not gained before
         gain, self._settled[size] = self._gain(size), self.balance(size)
         del self._open[size]
         return max(0.0, gain)
 
     def _gain(self, size: int) -> float:
-        found, plain = self._open[size], self.plain(size)
-        return min(found.gain + sum(step.gain(plain) for step in found.latest), MOST)
+        return min(self._open[size].gain + self._latest(size), MOST)
+
+    def _latest(self, size: int) -> float:
+        plain = self.plain(size)
+        return sum(step.gain(plain) for step in self._open[size].latest)
 
     def charge(self, size: int, price: float) -> None:
         """Charge so many plain steps besides; below 0 they are paid in."""

@@ -345,6 +345,7 @@ class Speculator:
             sure = best.promise > SURE > self.costs.turned(size)
             if pace.age >= min(pace.until, FRESH if sure else NEAR):
                 pace.look(LOOK, FRESH)
+                self.allowance.look(size)
             return None if pace.looks else best
         return best if self._may_try(pace) and self.allowance.affords(size, best.cost - 1) else None
 

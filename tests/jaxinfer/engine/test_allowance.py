@@ -81,6 +81,21 @@ def test_plain_steps_close_behind_drafts_are_charged_with_them():
     assert account.balance(1) == START - 0.5 + 0.5 and account.settle(1) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(("steps", "after"), [(30, START), (10, DEEPEST)])
+def test_what_a_look_costs_is_no_reason_to_stop_where_drafts_have_gained_more(steps, after):
+    account = Allowance()
+    for _ in range(steps):
+        account.owe(1, 3.0, 4.0)  # each gains a plain step
+    account.look(1)
+    for _ in range(16):
+        account.owe(1, 2.5, 1.0, near=True)  # together they cost 24
+    assert account.balance(1) == START and account.believes(1)  # no drafts are made meanwhile
+    account.settle(1)
+    assert account.balance(1) == after
+    account.owe(1, 9.0, 1.0)  # without a look nothing is forgiven
+    assert account.balance(1) == max(after - 8.0, DEEPEST)
+
+
 def test_a_machine_that_gets_slower_and_faster_keeps_its_drafts():
     world = World(1, 0.6, 1.3, noise=0.02, load=lambda steps: (3.0, 1.0)[steps // 150 % 2])
     world.rate(300)
@@ -357,6 +372,14 @@ def test_what_drafts_were_worth_is_not_believed_for_long_because_they_make_plain
     assert world.rate(600) > 1.1
     world.stands = 0.1  # another text
     assert world.rate(800) > 0.93 and world.rate(800) > 0.97
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_drafts_that_pay_go_on_where_a_look_costs_what_they_gained(seed):
+    world = Restless(1, 0.85, *HOST_BOUND, unseen=True, follows=1.05, found=0.9)
+    world.draw, world.longer, world.drafts, world.behind = random.Random(seed), 2.0, 2.0, 99
+    rates = [world.rate(300) for _ in range(20)]
+    assert min(rates) > 1.2, rates
 
 
 @pytest.mark.parametrize("unseen", [False, True])
