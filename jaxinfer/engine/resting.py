@@ -35,28 +35,30 @@ class Span(NamedTuple):
 class Rest:
     """So many steps of so many rows, one behind another, with prompts between them or not. size: see `Speculator`. prompts_after: it
     ends with the first prompts that come behind so many steps, for a draft model has to see a sequence from its beginning, or after
-    `LATE` times as many as it has; None: there is no draft model. launched: so far; plain: of these, those without prompts. behind:
-    whether the last one had some. over: what ends now is to be told as usual. alike: steps since the last one with prompts or with a
-    sequence that enters, before which nothing may have run; mark: when the latest look at the clock was; looks: what a step took
-    between two, and at which step."""
+    `LATE` times as many as it has; None: there is no draft model. launched: so far; mixed: of these, those with prompts. behind: whether
+    the last one had some. due: it ends now, whatever comes; over: what ends now is to be told as usual. mark: when the latest look at the
+    clock was; looks: what a step took between two, and at which step."""
 
     size: int
     rows: Span
     steps: int = SHORTEST
     prompts_after: int | None = None
     launched: int = 0
-    plain: int = 0
+    mixed: int = 0
     behind: bool = False
+    due: bool = False
     over: bool = False
     clock: Callable[[], float] = time.perf_counter
-    alike: int = 0
     mark: float = 0.0
     looks: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=LOOKS))
+    _begun: int = 0  # the step behind the last one with prompts or with a sequence that enters, before which nothing may have run
+    _last: int = 0  # rows of the last step
+    _calm: int = 0  # the step before which nothing is to be looked at, if all are like the last one
 
     @property
-    def due(self) -> bool:
-        """Whether it ends now, whatever comes."""
-        return self.launched >= self.steps * (1 if self.prompts_after is None else LATE)
+    def plain(self) -> int:
+        """Steps without prompts."""
+        return self.launched - self.mixed
 
     @property
     def seconds(self) -> float:
@@ -66,7 +68,15 @@ class Rest:
         return median(fresh) if len(fresh) >= ENOUGH else 0.0
 
     def takes(self, batch: Batch) -> bool:
-        """Whether a step that is launched is one of them; it is counted."""
+        """Whether a step that is launched is one of them; it is counted. Most are like the one before, and no more than that is asked
+        of them: what is done in every step counts where one takes a millisecond."""
+        if self.launched < self._calm and not (batch.prefills or batch.admissions) and len(batch.decodes) == self._last:
+            self.launched += 1
+            return True
+        return self._admits(batch)
+
+    def _admits(self, batch: Batch) -> bool:
+        """All that there is to ask of a step."""
         if self.due:
             return False
         prompts, rows = bool(batch.prefills), len(batch.decodes)
@@ -75,11 +85,16 @@ class Rest:
         if not prompts and not self.rows.least <= rows <= self.rows.most:
             return False
         self.launched += 1
-        self.plain += not prompts
-        self.behind = prompts
-        self.alike = 0 if prompts or batch.admissions else self.alike + 1
-        if self.alike and self.alike % TIMED == 0:
+        self.mixed += prompts
+        self.behind, self._last = prompts, rows
+        if prompts or batch.admissions:
+            self._begun = self.launched
+        alike = self.launched - self._begun
+        if alike and alike % TIMED == 0:
             mark, self.mark = self.mark, self.clock()
-            if self.alike > TIMED:
+            if alike > TIMED:
                 self.looks.append(((self.mark - mark) / TIMED, self.launched))
+        end = self.steps * (1 if self.prompts_after is None else LATE)
+        self.due = self.launched >= end
+        self._calm = 0 if prompts else min(self.launched - alike % TIMED + TIMED, end) - 1
         return True

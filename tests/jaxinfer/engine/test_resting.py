@@ -1,5 +1,7 @@
 """Which steps belong to a rest."""
 
+import random
+
 import pytest
 
 from jaxinfer.batch import Admission, Batch, Row
@@ -67,3 +69,19 @@ def test_one_that_a_draft_model_sits_out_ends_with_prompts(more, ends):
 
 def test_one_behind_a_rest_without_prompts_ends_with_the_first():
     assert not Rest(4, ROWS, 3, prompts_after=0).takes(PROMPTS)
+
+
+@pytest.mark.parametrize("prompts_after", [None, 60])
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_like_the_one_before_are_counted_as_all_others(seed, prompts_after):
+    """A twin asks all that there is to ask of every step."""
+    draw, now = random.Random(seed), [0.0]
+    rests = [Rest(4, ROWS, 150, prompts_after=prompts_after, clock=lambda: now[0]) for _ in range(2)]
+    kinds = [PLAIN] * 60 + [PROMPTS, ENTERS, Batch(ROW * 3, ()), ONE]
+    for _ in range(400):
+        now[0] += draw.random()
+        batch = draw.choice(kinds)
+        rests[1]._calm = 0
+        assert rests[0].takes(batch) == rests[1].takes(batch)
+        mine, its = ((each.launched, each.plain, each.behind, each.due, each.seconds, list(each.looks)) for each in rests)
+        assert mine == its
