@@ -87,6 +87,12 @@ def refusal(op: str, implementation: str, target: Target, key: Key | None = None
     return None if ask is None else ask(target, key or {})
 
 
+def by_name(op: str, implementation: str, key: Key | None = None) -> str | None:
+    """Why "auto" passes an existing implementation over for a key, though it may be asked for by name; None when it does not."""
+    ask = getattr(_module(op, implementation), "by_name", None)
+    return None if ask is None else ask(key or {})
+
+
 def choose(op: str, implementation: str, target: Target, key: Key | None = None) -> str:
     """The name that `resolve` imports; what "auto" decides, and why it passes something over, is logged once. Raises as `resolve` does."""
     existing = implementations(op)
@@ -112,8 +118,7 @@ def _preferred(op: str, existing: tuple[str, ...], target: Target, key: Key | No
         if name not in existing:
             missing.append(name)
             continue
-        ask = getattr(_module(op, name), "by_name", None)
-        wants_name = None if ask is None else ask(key or {})
+        wants_name = by_name(op, name, key)
         reason = wants_name or refusal(op, name, target, key)
         if reason is None:
             note = f" ({op} has no {' or '.join(missing)} implementation yet)" if missing else ""

@@ -64,7 +64,9 @@ def joins(x: Array, weights: Sequence[Weight], activations: str, implementation:
         return False
     if implementation == "auto":
         return target.platform == "gpu" and dispatch.choose(OP, implementation, target, known) == "gpu"
-    return implementation == "gpu" and dispatch.refusal(OP, implementation, target, known) is None
+    if implementation != "gpu" or dispatch.by_name(OP, implementation, known) is not None:  # asked for by name links go one by one
+        return False
+    return dispatch.refusal(OP, implementation, target, known) is None
 
 
 def key_of(x: Array, weights: Sequence[Weight], activations: str = "float") -> dispatch.Key:

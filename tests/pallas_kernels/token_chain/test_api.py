@@ -44,7 +44,8 @@ def test_joining_links_is_a_matter_of_what_is_chosen(monkeypatch, tokens, activa
     for chosen in ("xla", "gpu"):
         monkeypatch.setattr(dispatch, "choose", lambda *given, chosen=chosen: chosen)
         assert api.joins(*given, "auto") is (chosen == "gpu")
-    monkeypatch.setattr(dispatch, "refusal", lambda *given: None)
+    for reason in ("by_name", "refusal"):
+        monkeypatch.setattr(dispatch, reason, lambda *given: None)
     assert api.joins(*given, "gpu") and not api.joins(*given, "xla")
     assert not api.joins(jnp.ones((api.FEW, 4), B), GOOD["weights"], "int8", "gpu")  # their matmuls wait for weights
     plain = [Weight(weight.values.astype(B)) for weight in GOOD["weights"]]
