@@ -24,7 +24,7 @@ run() {  # name, seconds, command...
 
 for stage in "$@"; do
   case $stage in
-    chain) run chain 400 $python .ci/check_on_gpu.py --op token_chain --out "$out/chain.jsonl" ;;
+    chain) run chain 580 $python .ci/check_on_gpu.py --op token_chain --out "$out/chain.jsonl" ;;
     merges) run merges 250 $python -m pallas_kernels.paged_attention.draws --only decode --draws 40 ;;
     tune)
       for op in token_chain residual_norm quantized_matmul paged_attention; do
