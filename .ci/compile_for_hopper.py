@@ -29,7 +29,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import hopper, tuning
+from pallas_kernels import hopper, hopper_few_plan, hopper_tens_plan, tuning
 from pallas_kernels.counters import counted
 from pallas_kernels.dense_matmul.cases import Case as MatmulCase
 from pallas_kernels.flash_attention import cases as flash_cases
@@ -207,8 +207,14 @@ def products() -> Iterator[Planned]:
     for case in norms():
         yield Planned(f"{case.name} {case.tokens} x {case.features}", case, norm_gpu.candidates("gpu", case.tuning_key())[0], 1)
     for case in (*chain_cases.TUNING, *chain_cases.CASES, RAGGED):
-        for sizes in chain_gpu.candidates("gpu", case.tuning_key()) if case.tokens else ():
+        for sizes in chain_gpu.candidates("gpu", case.tuning_key()) if case.tokens and not uneven(case) else ():
             yield Planned(f"chain {case.name}", case, sizes, len(case.parts) if case.activations == "int8" else 1)
+
+
+def uneven(case: chain_cases.Case) -> bool:
+    """Whether a small chain of some tens of tokens does not fall to so many multiprocessors (the interpreter has fewer)."""
+    tens = case.activations == "float" and case.tokens > hopper_few_plan.MOST
+    return tens and hopper_tens_plan.refusal(case.tuning_key()) is not None
 
 
 def kernels_in(case: Any, mesh: Mesh) -> int:
