@@ -30,7 +30,8 @@ from pallas_kernels.hopper_grid import Grid, met, roots
 from pallas_kernels.hopper_limbs import LIMBS
 from pallas_kernels.hopper_links import swiglu
 from pallas_kernels.hopper_token import THREADS
-from pallas_kernels.norm import rms_norm
+from pallas_kernels.token_chain import gpu_several
+from pallas_kernels.token_chain.gpu_several import Kernel
 from pallas_kernels.token_chain.reference import Weight
 
 PRODUCER, CUTTER = 40, 96  # registers of a thread
@@ -81,35 +82,19 @@ def run(
     counters: Any,
     sizes: Sizes,
 ) -> tuple[Array, Array]:
-    """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens, links, norms, stored = x.shape[0], list(links), list(norms), weights[0].values.dtype
-    value, total = (jnp.pad(each, ((0, padded(tokens) - tokens), (0, 0))) for each in (x, held))
-    if norms[0] is not None:
-        value, total = _normed(value, total, norms[0], links[0])
-        links[0], norms[0] = links[0]._replace(epsilon=None), None
-    if hopper.interpreting():
-        for weight, norm, link in zip(weights, norms, links, strict=True):
-            if norm is not None:
-                value, total = _normed(value, total, norm, link)
-            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, stored, sizes)
-            value, _ = _run(value, None, (weight.values,), _scales([weight]), (), None, plan=plan, interpreted=True)
-        return value[:tokens], total[:tokens]
-    plan, found = plan_of(links, value.shape[0], x.dtype, stored, sizes), tuple(norm for norm in norms if norm is not None)
-    shared, matrices = hopper_counters.made() if counters is None else counters, tuple(weight.values for weight in weights)
-    given = (value, total if found else None, matrices, _scales(weights), found, shared)
-    value, stream = _run(*given, plan=plan, interpreted=False)
-    return value[:tokens], (total if stream is None else stream)[:tokens]
+    """See `gpu_several.run`."""
+    stored = weights[0].values.dtype
+
+    def launch(value: Array, total: Array | None, weights: Sequence[Weight], *given: Any, **static: Any) -> tuple[Array, Array | None]:
+        return _run(value, total, tuple(weight.values for weight in weights), _scales(weights), *given, **static)
+
+    kernel = Kernel(padded, lambda links, tokens: plan_of(links, tokens, x.dtype, stored, sizes), launch)
+    return gpu_several.run(kernel, x, held, weights, norms, links, counters)
 
 
 def _scales(weights: Sequence[Weight]) -> tuple[Float[Array, "out"], ...]:
     """Of int8 weights."""
     return tuple(weight.scales.reshape(-1) for weight in weights if weight.scales is not None)
-
-
-def _normed(value: Array, total: Array, norm: Array, link: Link) -> tuple[Array, Array]:
-    """What a link with a norm is given, outside of the kernel, and the residual stream."""
-    total = total + value
-    return rms_norm(total, norm, epsilon=link.epsilon or 0.0, offset=link.offset), total
 
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))

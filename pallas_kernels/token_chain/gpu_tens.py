@@ -27,7 +27,8 @@ from pallas_kernels.hopper_links import swiglu
 from pallas_kernels.hopper_tens_plan import COLUMNS as KEPT
 from pallas_kernels.hopper_tens_plan import Plan, Sizes, padded, plan_of
 from pallas_kernels.hopper_token import THREADS
-from pallas_kernels.norm import rms_norm
+from pallas_kernels.token_chain import gpu_several
+from pallas_kernels.token_chain.gpu_several import Kernel
 from pallas_kernels.token_chain.reference import Weight
 
 CONSUMER, PRODUCER = 232, 40  # registers of a thread
@@ -75,30 +76,14 @@ def run(
     counters: Any,
     sizes: Sizes,
 ) -> tuple[Array, Array]:
-    """The last link's results, and the residual stream behind the last norm. counters: the program's (`hopper_counters`)."""
-    tokens, links, norms = x.shape[0], list(links), list(norms)
-    value, total = (jnp.pad(each, ((0, padded(tokens) - tokens), (0, 0))) for each in (x, held))
-    if norms[0] is not None:
-        value, total = _normed(value, total, norms[0], links[0])
-        links[0], norms[0] = links[0]._replace(epsilon=None), None
-    matrices = tuple(weight.values for weight in weights)
-    if hopper.interpreting():
-        for matrix, norm, link in zip(matrices, norms, links, strict=True):
-            if norm is not None:
-                value, total = _normed(value, total, norm, link)
-            plan = plan_of([link._replace(epsilon=None)], value.shape[0], x.dtype, Sizes(1))
-            value, _ = _run(value, None, (matrix,), (), None, plan=plan, interpreted=True)
-        return value[:tokens], total[:tokens]
-    plan, found = plan_of(links, value.shape[0], x.dtype, sizes), tuple(norm for norm in norms if norm is not None)
-    shared = hopper_counters.made() if counters is None else counters
-    value, stream = _run(value, total if found else None, matrices, found, shared, plan=plan, interpreted=False)
-    return value[:tokens], (total if stream is None else stream)[:tokens]
+    """See `gpu_several.run`."""
+    sizes = Sizes(1) if hopper.interpreting() else sizes
 
+    def launch(value: Array, total: Array | None, weights: Sequence[Weight], *given: Any, **static: Any) -> tuple[Array, Array | None]:
+        return _run(value, total, tuple(weight.values for weight in weights), *given, **static)
 
-def _normed(value: Array, total: Array, norm: Array, link: Link) -> tuple[Array, Array]:
-    """What a link with a norm is given, outside of the kernel, and the residual stream."""
-    total = total + value
-    return rms_norm(total, norm, epsilon=link.epsilon or 0.0, offset=link.offset), total
+    kernel = Kernel(padded, lambda links, tokens: plan_of(links, tokens, x.dtype, sizes), launch)
+    return gpu_several.run(kernel, x, held, weights, norms, links, counters)
 
 
 @partial(jax.jit, static_argnames=("plan", "interpreted"))
