@@ -10,6 +10,7 @@ know about requests beyond what a batch says.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,7 @@ from jaxinfer import sampling
 from jaxinfer.batch import Admission
 from jaxinfer.sampling import Sampled
 from jaxinfer.sharding import struct
+from jaxinfer.step import gaps
 from jaxinfer.step import slots as slot_state
 from jaxinfer.step.buckets import Bucket
 from jaxinfer.step.executable import Call, Compiler, InPlace, InTurns, Made, Source, twin, usual
@@ -38,7 +40,7 @@ from jaxinfer.step.sizes import Beside, ProgramSize, beside, kind
 from jaxinfer.step.slots import Draws
 from jaxinfer.step.verify import Verified, Verifier
 
-PAIRED = ("gpu",)  # platforms where programs of steps run in turns with a second copy (see `InTurns`)
+PAIRED = ("gpu",)  # platforms where programs of steps run in turns with a second copy (see `InTurns`), and arrays have to lie still
 Progress = Callable[[str, int, int], None]  # stage, done, total; from any thread
 
 
@@ -72,6 +74,7 @@ class Program:
         self._slots: Any = None
         self._open_masks: dict[int, Array] = {}
         self._no_drafts: dict[Bucket, Array] = {}
+        self._between: tuple[Array, ...] = ()  # what nobody reads: gaps lie between these
         self._layers = len(config.graph.config.attention_shapes)
         mesh = config.placement.mesh
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -112,7 +115,7 @@ class Program:
     def beside(self) -> Beside:
         """What the programs take on each device beside weights, pool and slots (see sizes.py)."""
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._held)) // self.config.pool.replicas
-        return beside(self.sizes, self.config.keys, held)
+        return beside(self.sizes, self.config.keys, held + gaps.taken(self._gaps))
 
     @property
     def bytes_beside(self) -> int:
@@ -158,6 +161,7 @@ class Program:
         for bucket in {key.bucket for key in config.proposers}:
             size = (config.pool.replicas * bucket.decode_rows, bucket.decode_tokens - 1)
             self._no_drafts[bucket] = jax.device_put(np.zeros(size, np.int32), self._by_replica)
+        self._between = gaps.make(self._gaps, lambda size: jax.device_put(np.zeros(size, np.uint8), self._replicated))
 
     @property
     def _leaves(self) -> tuple[Array, ...]:
@@ -330,10 +334,17 @@ class Program:
     def _held(self) -> tuple[Any, ...]:
         return tuple(map(self._computed_struct, self._held_buckets))
 
+    @property
+    def _paired(self) -> bool:
+        return self.config.placement.mesh.devices.flat[0].platform in PAIRED
+
+    @property
+    def _gaps(self) -> Counter[int]:
+        return gaps.wanted(self.config) if self._paired else Counter()
+
     def _pair(self, keys: Sequence[Any]) -> None:
         """Have the programs that a GPU runs step by step run in turns with a second copy of each."""
-        mesh = self.config.placement.mesh
-        steps = [key for key in keys if mesh.devices.flat[0].platform in PAIRED and in_steps(key)]
+        mesh, steps = self.config.placement.mesh, [key for key in keys if self._paired and in_steps(key)]
         with ThreadPoolExecutor(self.config.threads) as pool:
             copies = pool.map(lambda key: twin(self._compiled[key], self.call(key), mesh), steps)
             pairs = {key: InTurns(self._compiled[key], copy) for key, copy in zip(steps, copies, strict=True)}
