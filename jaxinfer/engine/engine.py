@@ -66,11 +66,12 @@ class _Active:
 
 @dataclass
 class _Flight:
-    """A batch on the devices, not committed yet. steady: behind another; alone: without a draft model; sampled: None until that begins."""
+    """A batch on the devices, not committed yet. computed: None once its tokens are being drawn, so that the memory is free for the next
+    step; steady: behind another; alone: without a draft model; sampled: None until that begins."""
 
     batch: Batch
     packed: Packed
-    computed: Computed
+    computed: Computed | None
     begun: float
     host_gap: float
     steady: bool
@@ -162,6 +163,7 @@ class Engine:
                 outputs += self._land(1)  # what a grammar allows depends on every token before; the devices compute meanwhile
             draw = self.program.verify if flight.packed.shapes.bucket.decode_tokens > 1 else self.program.sample
             flight.sampled = draw(flight.computed, self._demand(flight.packed), self._masks(flight.packed) if guided else None)
+            flight.computed = None
         outputs += self._land(0 if flight is None else self._depth)
         self._gauge()
         return outputs

@@ -23,18 +23,20 @@ Held = TypeVar("Held")
 
 
 def wanted(config: ProgramConfig) -> Counter[int]:
-    """How many gaps of so many bytes each device needs. Masks of grammars are not thought of, nor steps with prompts."""
+    """How many gaps of so many bytes each device needs. Masks of grammars are not thought of."""
     most = Counter[int]()
     for bucket in config.buckets:
-        if not bucket.prefill_tokens:
-            most |= Counter(-(-numbers * NUMBER // UNIT) * UNIT for numbers in _numbers(config, bucket))
+        most |= Counter(-(-numbers * NUMBER // UNIT) * UNIT for numbers in _numbers(config, bucket))
     return Counter({size: count * ALIVE for size, count in most.items()})
 
 
 def _numbers(config: ProgramConfig, bucket: Bucket) -> list[int]:
-    """The numbers of each array that a step without prompts brings to a device or makes there, where no other lies in its place."""
+    """The numbers of each array that a step brings to a device or makes there and that outlasts the step, or the first of its programs;
+    but for what lies where the step before put it."""
     rows, draws = bucket.rows * config.pool.replicas, bucket.rows * config.pool.replicas * bucket.decode_tokens
-    found = [config.shapes(bucket).buffer[1], *(draws,) * 3, *(draws * sampling.reported(config.vocab),) * 2]
+    found = [*(draws,) * 3, *(draws * sampling.reported(config.vocab),) * 2]
+    if not bucket.prefill_tokens:
+        found.append(config.shapes(bucket).buffer[1])
     if bucket.decode_tokens > 1:
         found += [rows] if config.draft is None else [rows, bucket.rows * (bucket.decode_tokens - 1)]
     return found
