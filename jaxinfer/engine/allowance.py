@@ -112,8 +112,12 @@ class Allowance:
         return sum(step.gain(plain) for step in self._open[size].latest)
 
     def charge(self, size: int, price: float) -> None:
-        """Charge so many plain steps besides; below 0 they are paid in."""
-        self._settled[size] = min(self._settled.get(size, self.start) - price, self.most)
+        """Charge so many plain steps besides; below 0 they are paid in. What is gained meanwhile pays first."""
+        found = self._open.get(size)
+        if found is not None and price > 0:
+            found.gain, found.whole = found.gain - price, found.whole - price
+        else:
+            self._settled[size] = min(self._settled.get(size, self.start) - price, self.most)
 
     def doubts(self, size: int) -> bool:
         """Whether there is nothing left by what is still open, so that plain steps should show first what they take now."""

@@ -81,6 +81,16 @@ def test_plain_steps_close_behind_drafts_are_charged_with_them():
     assert account.balance(1) == START - 0.5 + 0.5 and account.settle(1) == pytest.approx(0.0)
 
 
+def test_charges_are_paid_by_what_is_gained_meanwhile():
+    account = Allowance()
+    for _ in range(100):
+        account.owe(1, 1.0, 5.0)
+        account.charge(1, 1.0)
+    assert account.balance(1) == GAINED
+    account.charge(1, MOST + LATE * 4.0)  # all that is remembered of it
+    assert account.balance(1) == START - 1.0 and account.settle(1) == 0.0 and account.balance(1) == START - 1.0
+
+
 @pytest.mark.parametrize(("steps", "after"), [(30, START), (10, DEEPEST)])
 def test_what_a_look_costs_is_no_reason_to_stop_where_drafts_have_gained_more(steps, after):
     account = Allowance()
@@ -325,6 +335,12 @@ def test_what_asking_takes_and_a_draft_model_that_keeps_up_are_charged_too(times
     assert world.rate(400) > 0.96
     again = Overlapping(rows, 0.9, *times, unseen=True, asked=0.005, follows=1.2)
     assert again.rate(100) > 1.5
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_drafts_that_gain_pay_what_asking_takes_however_long_they_go_on(unseen):
+    world = Overlapping(1, 0.9, *HOST_BOUND, unseen=unseen, asked=0.25, follows=1.2)
+    assert min(world.rate(300) for _ in range(8)) > 2.3 and world.made.allowance.balance(1) == GAINED
 
 
 @pytest.mark.parametrize("unseen", [False, True])
