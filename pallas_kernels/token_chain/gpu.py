@@ -40,13 +40,6 @@ def refusal(target: dispatch.Target, key: dispatch.Key) -> str | None:
     return None
 
 
-def by_name(key: dispatch.Key) -> str | None:
-    """Why "auto" passes this over, for what is known of a key; None when it does not."""
-    if key.get("activations", "float") == "float" and hopper_few_plan.MOST < int(key.get("tokens", 1)) <= hopper_tens_plan.MOST:
-        return "as it was timed last, its kernel of more than 16 tokens took longer than a matmul for each link; ask for it by name"
-    return None
-
-
 def _planner(key: dispatch.Key) -> Any:
     """What plans the kernel of several tokens."""
     return hopper_few_plan if int(key["tokens"]) <= hopper_few_plan.MOST else hopper_tens_plan
