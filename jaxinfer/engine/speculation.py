@@ -275,10 +275,12 @@ class Speculator:
         return self.costs.take(way, size, seconds, far=pace.apart >= APART)
 
     def _settle(self, size: int) -> None:
-        """Where drafts lie far back, settle what they cost; what they gained is spent on asking for more."""
+        """Where drafts lie far back, settle what they cost; what they gained is spent once, on asking for more first."""
         pace = self._paces[size]
         if pace.apart > APART and not pace.looks and (gain := self.allowance.settle(size)):
-            self.asking.charge(size, -gain)
+            spent = max(0.0, min(gain, self.asking.most - self.asking.balance(size)))
+            self.asking.charge(size, -spent)
+            self.allowance.charge(size, spent)
             pace.gained()
 
     def _owe(self, way: Way, size: int, seconds: float, tokens: float) -> None:
